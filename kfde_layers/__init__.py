@@ -1,0 +1,8 @@
+"""Attention layers of KFDE (CFE, SFE, CSFE, MFDF) for PyTorch, and the timm models `kfde_convnextv2_*`."""
+
+from kfde_layers import functional
+from kfde_layers.layers import CFE, CSFE, MFDF, SFE
+
+__version__ = "0.1.0"
+
+__all__ = ["CFE", "CSFE", "MFDF", "SFE", "functional"]

@@ -1,0 +1,53 @@
+"""Refusals: each names the argument, the value given and the value wanted."""
+
+from collections.abc import Sequence
+from numbers import Real
+
+from torch import Tensor
+
+
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Refuse anything but an int of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_real(name: str, value: object, above: float = float("-inf"), below: float = float("inf")) -> None:
+    """Refuse anything but a finite number strictly between `above` and `below`."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not above < value < below:  # NaN fails every comparison
+        raise ValueError(f"{name} must lie strictly between {above} and {below}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse anything but one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_floating(name: str, tensor: object) -> Tensor:
+    """Return `tensor`; refuse anything but a tensor of real floating-point numbers."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    return tensor
+
+
+def check_map(name: str, tensor: object, channels: int | None = None) -> None:
+    """Refuse anything but a floating-point feature map (N, C, H, W) with `channels` channels, if given."""
+    shape = tuple(check_floating(name, tensor).shape)
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {len(shape)} dimensions: {shape}")
+    if channels is not None and shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels in dimension 1, got {shape[1]}: {shape}")
+
+
+def check_shape(name: str, tensor: object, shape: tuple[int, ...]) -> None:
+    """Refuse anything but a floating-point tensor of `shape`."""
+    given = tuple(check_floating(name, tensor).shape)
+    if given != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {given}")

@@ -1,0 +1,53 @@
+"""Which implementation of an operation runs: named by the caller, never switched behind the caller's back."""
+
+from enum import Enum
+
+import torch
+
+
+class Impl(str, Enum):
+    """One way to run an operation."""
+
+    AUTO = "auto"
+    """Chosen from device, dtype, layout, shape and the tracer's state."""
+    REFERENCE = "reference"
+    """The paper's equations; runs everywhere."""
+    FUSED = "fused"
+    """The fast form; raises where it cannot run."""
+
+
+def resolve_impl(impl: Impl | str) -> Impl:
+    """Return `impl` as an `Impl`.
+
+    Raises:
+        ValueError: `impl` names no implementation.
+    """
+    try:
+        return Impl(impl)
+    except ValueError:
+        wanted = ", ".join(repr(member.value) for member in Impl)
+        raise ValueError(f"impl must be one of {wanted}, got {impl!r}") from None
+
+
+def select(impl: Impl | str, unsupported: str | None, auto: Impl = Impl.FUSED) -> Impl:
+    """Choose between the reference and the fused form.
+
+    Args:
+        impl: What the caller asked for.
+        unsupported: Why the fused form cannot run here, in one sentence, or None.
+        auto: What "auto" prefers where both can run.
+
+    Raises:
+        NotImplementedError: impl="fused" cannot run here; the message is `unsupported`.
+    """
+    impl = resolve_impl(impl)
+    if impl is Impl.FUSED and unsupported is not None:
+        raise NotImplementedError(f"impl='fused' cannot run: {unsupported}")
+    if impl is Impl.AUTO:
+        return auto if unsupported is None else Impl.REFERENCE
+    return impl
+
+
+def tracing() -> bool:
+    """Whether a compiler, an exporter or `torch.jit.trace` is recording the call and should see the mathematics."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

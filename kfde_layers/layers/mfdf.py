@@ -1,0 +1,200 @@
+"""MFDF, the multi-scale feature dynamic fusion."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.jit import Final
+
+from kfde_layers._checks import check_int, check_map, check_real
+from kfde_layers._impl import Impl, resolve_impl
+from kfde_layers.ops.mfdf import attention, check_kernel_size, fuse, mfdf, pool, resolve_dilations, resolve_groups
+
+
+class MFDF(nn.Module):
+    r"""Multi-scale feature dynamic fusion: convolutions of several sizes, summed with weights that the input sets.
+
+    \[ X_k = \mathrm{conv}_k(x), \qquad
+       p = \mathrm{GAP}\Big(\sum_k X_k\Big), \qquad
+       \alpha_k = \mathrm{softmax}_k\big(\mathrm{fc2}_k(\mathrm{fc1}(p))\big), \qquad
+       F_c = \sum_k \alpha_{kc} X_{kc} \]
+
+    Equations, source and numerics: `kfde_layers.functional.mfdf`. The layer starts near the identity where its
+    branches are depthwise: each kernel is a Dirac plus normal noise of deviation 0.02, so that a pretrained network
+    survives its insertion. Other kernels, `fc1` and `fc2` start as that noise alone, every bias at zero.
+
+    Args:
+        channels: C.
+        kernel_sizes: Side of each branch's kernel in px, odd.
+        dilation: Dilation of the kernels in px, one for all or one per branch.
+        groups: Groups of the convolutions: "depthwise" is C, 1 is dense.
+        bias: Whether the convolutions have a bias.
+        norm_layer: Put behind each convolution as `norm_layer(channels)`; the paper's eq. (10) has none.
+        act_layer: Put behind that as `act_layer()`; the paper's eq. (10) has none.
+        rd_ratio: Width d between `fc1` and `fc2` as a share of C, at least 32.
+        rd_channels: That width itself; overrides `rd_ratio`.
+        impl: "auto", "fused" or "reference"; "fused" raises instead of falling back.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        (N, C, H, W) to the same shape, dtype and memory format.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, such as an even kernel or a wrong number of dilations.
+        NotImplementedError: impl="fused" with branches that are not depthwise, or have a norm or an activation.
+
+    Example:
+        >>> layer = MFDF(64)
+        >>> x = torch.randn(2, 64, 7, 7)
+        >>> layer(x).shape, layer.branch_weights(x).shape
+        (torch.Size([2, 64, 7, 7]), torch.Size([2, 4, 64]))
+    """
+
+    bare: Final[bool]  # TorchScript compiles only the branch of forward that applies
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_sizes: Sequence[int] = (1, 3, 5, 7),
+        dilation: int | Sequence[int] = 1,
+        groups: int | str = "depthwise",
+        bias: bool = True,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
+        rd_ratio: float = 1 / 16,
+        rd_channels: int | None = None,
+        *,
+        impl: Impl | str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("channels", channels, minimum=1)
+        check_real("rd_ratio", rd_ratio, above=0)
+        hidden = max(32, int(channels * rd_ratio)) if rd_channels is None else rd_channels
+        check_int("rd_channels", hidden, minimum=1)
+        self.channels = channels
+        self.kernel_sizes = tuple(kernel_sizes)
+        if not self.kernel_sizes:
+            raise ValueError("kernel_sizes must have at least one entry, got none")
+        for size in self.kernel_sizes:
+            check_kernel_size("kernel_sizes", size)
+        self.dilation = list(resolve_dilations(dilation, len(self.kernel_sizes)))
+        self.groups = resolve_groups(channels, groups)
+        self.impl = resolve_impl(impl).value
+        # Nothing but convolutions: the operation runs them itself, and is free to merge them.
+        self.bare = norm_layer is None and act_layer is None
+        if self.impl == Impl.FUSED and (self.groups != channels or not self.bare):
+            raise NotImplementedError(
+                "impl='fused' needs depthwise branches without norm and activation, got "
+                f"groups={groups!r}, norm_layer={norm_layer!r}, act_layer={act_layer!r}"
+            )
+
+        def branch(size: int, spacing: int) -> nn.Module:
+            padding = spacing * (size // 2)
+            convolution = nn.Conv2d(
+                channels, channels, size, 1, padding, spacing, self.groups, bias, device=device, dtype=dtype
+            )
+            parts: OrderedDict[str, nn.Module] = OrderedDict(conv=convolution)
+            if norm_layer is not None:
+                parts["norm"] = norm_layer(channels).to(device=device, dtype=dtype)
+            if act_layer is not None:
+                parts["act"] = act_layer()
+            return convolution if self.bare else nn.Sequential(parts)
+
+        self.branches = nn.ModuleList(map(branch, self.kernel_sizes, self.dilation))
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, len(self.kernel_sizes) * channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the start described above; norms start by their own rule."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            if isinstance(module, nn.Conv2d) and self.groups == self.channels:
+                noise = module.weight.detach().clone()
+                nn.init.dirac_(module.weight, groups=self.groups)
+                with torch.no_grad():
+                    module.weight.add_(noise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        if self.bare:
+            weights: list[Tensor] = []
+            biases: list[Tensor] = []
+            for branch in self.branches:
+                bias = branch.bias
+                weights.append(branch.weight)
+                if bias is not None:
+                    biases.append(bias)
+            return _mfdf(
+                x, weights, biases, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.dilation, self.groups, self.impl
+            )
+        x = _checked(x, self.channels)
+        maps: list[Tensor] = []
+        for branch in self.branches:
+            maps.append(branch(x))
+        return _fuse(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+    def branch_weights(self, x: Tensor) -> Tensor:
+        """Show how the layer weighs its branches for `x`.
+
+        Returns:
+            alpha of eq. (13), (N, K, C), in float32 (float64 for float64 input); its sum over K is 1.
+        """
+        check_map("x", x, self.channels)
+        maps = [branch(x) for branch in self.branches]
+        return attention(pool(maps), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, kernel_sizes={self.kernel_sizes}, dilation={tuple(self.dilation)}, "
+            f"groups={self.groups}, impl={self.impl!r}"
+        )
+
+
+@torch.fx.wrap
+def _mfdf(
+    x: Tensor,
+    branch_weights: list[Tensor],
+    branch_biases: list[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    dilation: list[int],
+    groups: int,
+    impl: str,
+) -> Tensor:
+    if torch.jit.is_scripting():
+        return torch.ops.kfde.mfdf(
+            x, branch_weights, branch_biases, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dilation, groups, impl
+        )
+    else:
+        fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        return mfdf(x, branch_weights, branch_biases or None, *fc, dilation, groups, impl=impl)
+
+
+@torch.fx.wrap
+def _fuse(
+    x: Tensor, maps: list[Tensor], fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    if torch.jit.is_scripting():
+        return torch.ops.kfde.mfdf_fuse(x, maps, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    else:
+        return fuse(x, maps, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+
+
+@torch.fx.wrap
+def _checked(x: Tensor, channels: int) -> Tensor:
+    if not torch.jit.is_scripting():
+        check_map("x", x, channels)
+    return x

@@ -1,0 +1,71 @@
+"""SFE, the spatial-level feature enhancement."""
+
+import torch
+from torch import Tensor, nn
+
+from kfde_layers._impl import Impl, resolve_impl
+from kfde_layers.ops.sfe import check_sfe, sfe
+
+
+class SFE(nn.Module):
+    r"""Spatial-level feature enhancement: each position weighted by how far it stands out in its channel.
+
+    \[ d_{c,ij} = (x_{c,ij} - \mu_c)^2, \qquad
+       \sigma_c^2 = \frac{1}{n}\sum_{ij} d_{c,ij}, \qquad
+       \hat{x} = x\,\sigma\!\left(\frac{d_{c,ij}}{4(\sigma_c^2 + \lambda)} + \beta\right) \]
+
+    with \(\lambda\) = `lambd` and \(\beta\) = `beta`. The layer has no parameters. Equations, source and numerics:
+    `kfde_layers.functional.sfe`.
+
+    Args:
+        channels: Not used: SFE has nothing per channel. Taken so that `timm.layers.create_attn(SFE, channels)` works.
+        lambd: Added to the variance, in units of x squared; positive.
+        beta: Added to the score, dimensionless.
+        correction: Subtracted from n = H W in the divisor of the variance: 0 as in the paper, 1 as in SimAM.
+        impl: "auto", "fused" or "reference"; "fused" raises instead of falling back.
+        device: Not used, as there are no parameters.
+        dtype: Not used, as there are no parameters.
+
+    Shape:
+        (N, C, H, W) to the same shape, dtype and memory format.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> SFE()(torch.randn(2, 3, 7, 7)).shape
+        torch.Size([2, 3, 7, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        lambd: float = 1e-4,
+        beta: float = 0.5,
+        correction: int = 0,
+        *,
+        impl: Impl | str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sfe(lambd, beta, correction)
+        self.lambd = lambd
+        self.beta = beta
+        self.correction = correction
+        self.impl = resolve_impl(impl).value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _sfe(x, self.lambd, self.beta, self.correction, self.impl)
+
+    def extra_repr(self) -> str:
+        return f"lambd={self.lambd}, beta={self.beta}, correction={self.correction}"
+
+
+@torch.fx.wrap
+def _sfe(x: Tensor, lambd: float, beta: float, correction: int, impl: str) -> Tensor:
+    if torch.jit.is_scripting():
+        return torch.ops.kfde.sfe(x, lambd, beta, correction, impl)
+    else:
+        return sfe(x, lambd, beta, correction, impl=impl)

@@ -1,0 +1,1 @@
+"""The operations: reference mathematics, the public function and the operator of each."""

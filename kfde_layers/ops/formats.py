@@ -1,0 +1,15 @@
+"""The number format in which an operation computes, and the format in which it answers."""
+
+import torch
+from torch import Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Return `x` in the format of the statistics: float32, or float64 if it already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_input(y: Tensor, x: Tensor) -> Tensor:
+    """Return the result `y` in dtype and memory format of the input `x`."""
+    channels_last = x.stride(1) == 1
+    return y.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,0 +1,217 @@
+"""Multi-scale feature dynamic fusion, equations (10)-(14)."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from kfde_layers._checks import check_floating, check_int, check_map, check_shape
+from kfde_layers._impl import Impl, select, tracing
+from kfde_layers.ops.formats import as_input, upcast
+from kfde_layers.ops.mfdf_merged import merged_convolution, pooled_branches
+
+
+def mfdf(
+    x: Tensor,
+    branch_weights: Sequence[Tensor],
+    branch_biases: Sequence[Tensor] | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    dilation: int | Sequence[int] = 1,
+    groups: int | str = "depthwise",
+    *,
+    impl: Impl | str = "auto",
+) -> Tensor:
+    r"""Convolve at several scales and sum the results, weighted per sample and channel by their own averages.
+
+    \[ X_k = \mathrm{conv}_k(x), \qquad \hat{X} = \sum_k X_k, \qquad
+       p_c = \frac{1}{HW}\sum_{ij}\hat{X}_{c,ij}, \qquad c = \mathrm{fc1}(p) \]
+    \[ \alpha_k = \mathrm{softmax}_k(\mathrm{fc2}_k(c)), \qquad F_c = \sum_k \alpha_{kc} X_{kc} \]
+
+    with \(\mathrm{conv}_k\) given by `branch_weights[k]` and `branch_biases[k]`, at stride 1 and "same" zero padding.
+
+    Source: Cui et al., "Key Feature Dynamic Enhancement Network for Breast Cancer Pathological Image Classification",
+    eqs. (10)-(14); the mathematics is that of Selective Kernel networks (Li et al., CVPR 2019) without the batch norm
+    and the activation behind fc1. Differs from the paper in nothing; kernels, dilations and groups, which it leaves
+    open, are the caller's.
+
+    The fused form never makes the K maps \(X_k\). Depthwise, everything up to F is linear in x: the mean of
+    \(\mathrm{conv}_k(x)\) is a sum of filter taps times sums of x over shifted windows, and
+    \(\sum_k \alpha_{kc} W_{kc}\) is one kernel per sample and channel, so that one convolution replaces K.
+
+    Args:
+        x: Feature map, (N, C, H, W), floating point.
+        branch_weights: K kernels, each (C, C / groups, k, k) with k odd.
+        branch_biases: K biases, each (C,), or None.
+        fc1_weight: (d, C), reduces the pooled channels to d.
+        fc1_bias: (d,).
+        fc2_weight: (K C, d), branch-major: row k C + c serves channel c of branch k.
+        fc2_bias: (K C,).
+        dilation: Dilation of the kernels in px, one for all or one per branch.
+        groups: Groups of the convolutions: 1 is dense, "depthwise" is C.
+        impl: "auto", "fused" or "reference"; "fused" raises instead of falling back.
+
+    Returns:
+        Same shape, dtype, device and memory format as `x`.
+
+    Raises:
+        TypeError: An argument has the wrong type, or `x` is no floating-point tensor.
+        ValueError: A shape or a value is out of range; the message names it.
+        NotImplementedError: impl="fused" where the branches are not depthwise.
+
+    Numerics: statistics and softmax in float32 (float64 for float64 input), also under autocast. The reference
+    convolves in that format too; the fused form convolves in x's, with the merged kernel rounded to it.
+    Deterministic: yes.
+
+    Example:
+        >>> x, one = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)
+        >>> fc1, fc2 = (torch.zeros(1, 1), torch.zeros(1)), (torch.zeros(2, 1), torch.zeros(2))
+        >>> mfdf(x, [one, 3 * one], None, *fc1, *fc2)  # equal attention: (1 + 3) / 2
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
+    """
+    channels = int(check_floating("fc1_weight", fc1_weight).shape[-1])  # torch.jit.trace has tensors for sizes
+    check_map("x", x, channels)
+    groups = resolve_groups(channels, groups)
+    dilations = resolve_dilations(dilation, len(branch_weights))
+    _check_branches(channels, groups, branch_weights, branch_biases)
+    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _check_attention(channels, len(branch_weights), *fc)
+
+    reason = None if groups == channels else f"the branches must be depthwise, groups = {channels}, got {groups}"
+    # A tracer sees the K convolutions: to merge them would write the batch size into the graph.
+    if select(impl, reason, auto=Impl.REFERENCE if tracing() else Impl.FUSED) is Impl.FUSED:
+        alpha = attention(pooled_branches(x, branch_weights, branch_biases, dilations), *fc)
+        return as_input(merged_convolution(x, alpha, branch_weights, branch_biases, dilations), x)
+    return fuse(x, _convolve(x, branch_weights, branch_biases, dilations, groups), *fc)
+
+
+def fuse(
+    x: Tensor, maps: Sequence[Tensor], fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """Equations (10)-(14) behind the convolutions: the branch maps \\(X_k\\) of `x` become F."""
+    for k, branch_map in enumerate(maps):
+        check_shape(f"the output of branch {k}", branch_map, tuple(x.shape))
+    alpha = attention(pool(maps), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    weighted = [alpha[:, k, :, None, None] * upcast(branch_map) for k, branch_map in enumerate(maps)]
+    return as_input(_total(weighted), x)  # (14)
+
+
+def pool(maps: Sequence[Tensor]) -> Tensor:
+    """Equations (10)-(11): p, (N, C), from the branch maps."""
+    return _total([upcast(branch_map) for branch_map in maps]).mean(dim=(2, 3))
+
+
+def attention(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """Equations (12)-(13): alpha, (N, K, C), from p, (N, C)."""
+    with torch.autocast(p.device.type, enabled=False):
+        c = F.linear(p, fc1_weight.to(p.dtype), fc1_bias.to(p.dtype))  # (12)
+        scores = F.linear(c, fc2_weight.to(p.dtype), fc2_bias.to(p.dtype))
+    return rearrange(scores, "n (k c) -> n k c", c=p.shape[1]).softmax(dim=1)  # (13)
+
+
+def resolve_groups(channels: int, groups: int | str) -> int:
+    """Return `groups` as a number of convolution groups."""
+    if groups == "depthwise":
+        return channels
+    if isinstance(groups, str):
+        raise ValueError(f"groups must be an int or 'depthwise', got {groups!r}")
+    check_int("groups", groups, minimum=1)
+    if channels % groups:
+        raise ValueError(f"groups must divide channels = {channels}, got {groups}")
+    return groups
+
+
+def resolve_dilations(dilation: int | Sequence[int], num_branches: int) -> tuple[int, ...]:
+    """Return one dilation per branch."""
+    dilations = (dilation,) * num_branches if isinstance(dilation, int) else tuple(dilation)
+    if len(dilations) != num_branches:
+        raise ValueError(f"dilation must be an int or have {num_branches} entries, one per branch, got {dilation!r}")
+    for value in dilations:
+        check_int("dilation", value, minimum=1)
+    return dilations
+
+
+def check_kernel_size(name: str, size: int) -> None:
+    """Refuse a kernel that has no centre."""
+    check_int(name, size, minimum=1)
+    if size % 2 == 0:
+        raise ValueError(f"{name} must be odd, so that the map keeps its size, got {size}")
+
+
+def _convolve(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int], groups: int
+) -> list[Tensor]:
+    h = upcast(x)
+    maps: list[Tensor] = []
+    with torch.autocast(x.device.type, enabled=False):
+        for k, weight in enumerate(weights):
+            bias = None if biases is None else biases[k].to(h.dtype)
+            padding = dilations[k] * (weight.shape[-1] // 2)
+            maps.append(F.conv2d(h, weight.to(h.dtype), bias, 1, padding, dilations[k], groups))
+    return maps
+
+
+def _total(maps: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, maps)
+
+
+def _check_branches(
+    channels: int, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
+) -> None:
+    if not weights:
+        raise ValueError("branch_weights must have at least one entry, got none")
+    for k, weight in enumerate(weights):
+        size = int(check_floating(f"branch_weights[{k}]", weight).shape[-1])
+        check_kernel_size(f"the kernel size of branch_weights[{k}]", size)
+        check_shape(f"branch_weights[{k}]", weight, (channels, channels // groups, size, size))
+    if biases is not None and len(biases) != len(weights):
+        raise ValueError(f"branch_biases must be None or have {len(weights)} entries, got {len(biases)}")
+    for k, bias in enumerate(biases or ()):
+        check_shape(f"branch_biases[{k}]", bias, (channels,))
+
+
+def _check_attention(
+    channels: int, num_branches: int, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> None:
+    hidden = check_floating("fc1_weight", fc1_weight).shape[0]
+    check_shape("fc1_weight", fc1_weight, (hidden, channels))
+    check_shape("fc1_bias", fc1_bias, (hidden,))
+    check_shape("fc2_weight", fc2_weight, (num_branches * channels, hidden))
+    check_shape("fc2_bias", fc2_bias, (num_branches * channels,))
+
+
+torch.library.define(
+    "kfde::mfdf",
+    "(Tensor x, Tensor[] branch_weights, Tensor[] branch_biases, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, int[] dilation, int groups, str impl) -> Tensor",
+)
+torch.library.define(
+    "kfde::mfdf_fuse",
+    "(Tensor x, Tensor[] maps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor",
+)
+
+
+@torch.library.impl("kfde::mfdf", "CompositeImplicitAutograd")
+def _operator(
+    x: Tensor,
+    branch_weights: Sequence[Tensor],
+    branch_biases: Sequence[Tensor],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    dilation: Sequence[int],
+    groups: int,
+    impl: str,
+) -> Tensor:
+    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return mfdf(x, branch_weights, branch_biases or None, *fc, dilation, groups, impl=impl)
+
+
+torch.library.impl("kfde::mfdf_fuse", "CompositeImplicitAutograd")(fuse)
