@@ -1,6 +1,7 @@
 """Attention layers of KFDE (CFE, SFE, CSFE, MFDF) for PyTorch, and the timm models `kfde_convnextv2_*`."""
 
 from kfde_layers import functional
+from kfde_layers import models as _models  # registers the models with timm
 from kfde_layers.layers import CFE, CSFE, MFDF, SFE
 
 __version__ = "0.1.0"

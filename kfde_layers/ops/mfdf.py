@@ -11,7 +11,7 @@ from torch import Tensor
 from kfde_layers._checks import check_floating, check_int, check_map, check_shape
 from kfde_layers._impl import Impl, select, tracing
 from kfde_layers.ops.formats import as_input, upcast
-from kfde_layers.ops.mfdf_merged import merged_convolution, pooled_branches
+from kfde_layers.ops.mfdf_merged import merged_convolution, merging_pays, pooled_branches
 
 
 def mfdf(
@@ -64,8 +64,7 @@ def mfdf(
         ValueError: A shape or a value is out of range; the message names it.
         NotImplementedError: impl="fused" where the branches are not depthwise.
 
-    Numerics: statistics and softmax in float32 (float64 for float64 input), also under autocast. The reference
-    convolves in that format too; the fused form convolves in x's, with the merged kernel rounded to it.
+    Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
     Deterministic: yes.
 
     Example:
@@ -85,7 +84,8 @@ def mfdf(
 
     reason = None if groups == channels else f"the branches must be depthwise, groups = {channels}, got {groups}"
     # A tracer sees the K convolutions: to merge them would write the batch size into the graph.
-    if select(impl, reason, auto=Impl.REFERENCE if tracing() else Impl.FUSED) is Impl.FUSED:
+    merge = not tracing() and reason is None and merging_pays(x, branch_weights, dilations)
+    if select(impl, reason, auto=Impl.FUSED if merge else Impl.REFERENCE) is Impl.FUSED:
         alpha = attention(pooled_branches(x, branch_weights, branch_biases, dilations), *fc)
         return as_input(merged_convolution(x, alpha, branch_weights, branch_biases, dilations), x)
     return fuse(x, _convolve(x, branch_weights, branch_biases, dilations, groups), *fc)

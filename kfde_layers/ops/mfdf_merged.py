@@ -36,33 +36,39 @@ def merged_convolution(
     x: Tensor, alpha: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int]
 ) -> Tensor:
     """Equation (14): one depthwise convolution, by the kernel sum_k alpha_kc W_kc of each sample and channel."""
-    offsets = _offsets(weights, dilations).to(x.device)
+    h = upcast(x)
+    offsets = _offsets(weights, dilations).to(h.device)
     step = _step(weights, dilations)
-    geometry = {"padding": step * (len(offsets) // 2), "dilation": step}
     with torch.autocast(x.device.type, enabled=False):
-        grid = _on_grid(weights, dilations, offsets, alpha.dtype)
-        kernels = einsum(alpha, grid, "n k c, k c u v -> n c u v").to(x.dtype)
+        grid = _on_grid(weights, dilations, offsets, h.dtype)
+        kernels = einsum(alpha, grid, "n k c, k c u v -> n c u v")
         if biases is None:
-            shifts = kernels.new_zeros(kernels.shape[:2])
+            shifts = torch.zeros_like(alpha[:, 0])
         else:
-            stacked = torch.stack(list(biases)).to(alpha.dtype)
-            shifts = einsum(alpha, stacked, "n k c, k c -> n c").to(x.dtype)
-        if x.is_contiguous() and len(x) > 0:  # all samples at once, as so many channels
-            y = F.conv2d(
-                rearrange(x, "n c h w -> 1 (n c) h w"),
-                rearrange(kernels, "n c u v -> (n c) 1 u v"),
-                rearrange(shifts, "n c -> (n c)"),
-                groups=x.shape[0] * x.shape[1],
-                **geometry,
-            )
-            return y.view_as(x)
-        # Channels_last, the same would copy x twice. An empty batch is split into one empty part, and the sums over
-        # its samples are zeros that keep the parameters in the graph.
-        parts = [
-            F.conv2d(part, kernel.sum(dim=0).unsqueeze(1), shift.sum(dim=0), groups=x.shape[1], **geometry)
-            for part, kernel, shift in zip(x.split(1), kernels.split(1), shifts.split(1), strict=True)
-        ]
-    return torch.cat(parts)
+            shifts = einsum(alpha, torch.stack(list(biases)).to(h.dtype), "n k c, k c -> n c")
+        if len(x) == 0:  # no group to convolve in, yet the parameters stay in the graph
+            return h + kernels.sum() + shifts.sum()
+        y = F.conv2d(
+            rearrange(h, "n c h w -> 1 (n c) h w"),
+            rearrange(kernels, "n c u v -> (n c) 1 u v"),
+            rearrange(shifts, "n c -> (n c)"),
+            padding=step * (len(offsets) // 2),
+            dilation=step,
+            groups=h.shape[0] * h.shape[1],
+        )
+        return rearrange(y, "1 (n c) h w -> n c h w", n=h.shape[0])
+
+
+def merging_pays(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
+    """Whether the merged convolution was measured to be no slower than the branches, forward and with backward.
+
+    Measured on CPU: it needs a map large enough to repay the window sums, and a kernel with no more taps than the
+    branches have together, without holes.
+    """
+    merged_taps = len(_offsets(weights, dilations)) ** 2
+    branch_taps = sum(weight[0, 0].numel() for weight in weights)
+    large = x.shape[2] * x.shape[3] >= 14 * 14
+    return x.device.type == "cpu" and large and merged_taps <= branch_taps and _step(weights, dilations) == 1
 
 
 def _step(weights: Sequence[Tensor], dilations: Sequence[int]) -> int:

@@ -1,0 +1,230 @@
+"""ConvNeXt-V2 with KFDE behind its stages: the timm models `kfde_convnextv2_*`.
+
+The code of this project is Apache-2.0; the pretrained ConvNeXt-V2 weights that `pretrained=True` loads are CC BY-NC 4.0.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import convnext
+from torch import Tensor, nn
+
+from kfde_layers.layers import CSFE, MFDF, Blend
+
+__all__ = ["KFDEConvNeXt", "KFDEStage"]  # register_model adds the factories
+
+_logger = logging.getLogger(__name__)
+
+
+class KFDEStage(nn.Module):
+    """A ConvNeXt stage that ends in KFDE.
+
+    KFDE is part of the stage rather than a neighbour of it, so that whatever timm does with stages (`features_only`,
+    `forward_intermediates`, pruning, gradient checkpointing) does it with KFDE too.
+
+    Args:
+        stage: The stage to take over; its keys in a state dict stay as they are.
+        kfde: Maps (N, C, H, W) to the same shape.
+    """
+
+    def __init__(self, stage: convnext.ConvNeXtStage, kfde: nn.Sequential) -> None:
+        super().__init__()
+        self.grad_checkpointing = stage.grad_checkpointing
+        self.downsample = stage.downsample
+        self.blocks = stage.blocks
+        self.kfde = kfde
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+            x = checkpoint_seq(self.kfde, x)
+        else:
+            x = self.blocks(x)
+            x = self.kfde(x)
+        return x
+
+
+class KFDEConvNeXt(convnext.ConvNeXt):
+    """ConvNeXt with CSFE and then MFDF behind chosen stages.
+
+    Source: Cui et al., "Key Feature Dynamic Enhancement Network for Breast Cancer Pathological Image Classification",
+    Figure 1: the blocks stand behind the backbone and before the pooling. Whether they stand behind earlier stages
+    too, the paper does not say; `kfde_stages` tries it.
+
+    Args:
+        csfe: Whether there is a CSFE; a dict is its options, as in `dict(arrangement="cfe_sfe")`.
+        mfdf: Whether there is an MFDF; a dict is its options, as in `dict(kernel_sizes=(3, 5))`.
+        kfde_stages: The stages, counted from 0, that end in KFDE.
+        identity_start: Whether each block is blended in from nothing, so that a pretrained backbone starts unchanged.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        **kwargs: Those of timm's ConvNeXt, such as `depths`, `dims`, `num_classes`, `in_chans`, `drop_path_rate`.
+
+    Raises:
+        TypeError: `csfe` or `mfdf` is neither a bool nor a dict.
+        ValueError: `kfde_stages` names a stage that does not exist.
+    """
+
+    def __init__(
+        self,
+        csfe: bool | Mapping[str, Any] = True,
+        mfdf: bool | Mapping[str, Any] = True,
+        kfde_stages: Iterable[int] = (3,),
+        identity_start: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Before KFDE is attached, since ConvNeXt's initialiser would overwrite how the blocks start.
+        super().__init__(**kwargs, device=device, dtype=dtype)
+        blocks = {"csfe": (CSFE, _options("csfe", csfe)), "mfdf": (MFDF, _options("mfdf", mfdf))}
+        for index in sorted(set(kfde_stages)):
+            if index not in range(len(self.stages)):
+                raise ValueError(f"kfde_stages must lie in 0 ... {len(self.stages) - 1}, got {index}")
+            channels = self.feature_info[index]["num_chs"]
+            kfde: OrderedDict[str, nn.Module] = OrderedDict()
+            for name, (layer, options) in blocks.items():
+                if options is None:
+                    continue
+                block = layer(channels, **options, device=device, dtype=dtype)
+                kfde[name] = Blend(block, channels, device=device, dtype=dtype) if identity_start else block
+            if kfde:
+                self.stages[index] = KFDEStage(self.stages[index], nn.Sequential(kfde))
+
+
+def _options(name: str, value: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    if isinstance(value, Mapping):
+        return value
+    if value is True:
+        return {}
+    if value is False:
+        return None
+    raise TypeError(f"{name} must be a bool or a dict of layer options, got {value!r} of type {type(value).__name__}")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dict[str, Any]:
+    """Fit a checkpoint to the model, strictly.
+
+    A checkpoint of the bare backbone is given the model's own KFDE values. timm stops being strict as soon as the
+    number of classes differs, so the keys are compared here: but for the classifier that timm then drops, and the
+    head that a checkpoint from self-supervision never had, any difference is refused.
+
+    Raises:
+        RuntimeError: Keys are missing or unexpected; among them, some KFDE keys of a checkpoint that has others.
+    """
+    state_dict = dict(convnext.checkpoint_filter_fn(state_dict, model))
+    own = model.state_dict()
+    if not any(".kfde." in key for key in state_dict):
+        fresh = [key for key in own if ".kfde." in key]
+        state_dict |= {key: own[key] for key in fresh}
+        _logger.info("No KFDE in the checkpoint, so these start fresh: %s", ", ".join(fresh))
+
+    config = model.pretrained_cfg
+    if config["num_classes"] == 0:
+        dropped = "head."
+    elif config["num_classes"] != model.num_classes:
+        dropped = config["classifier"] + "."
+    else:
+        dropped = None
+    different = own.keys() ^ state_dict.keys()
+    if dropped is not None:
+        different = {key for key in different if not key.startswith(dropped)}
+    if different:
+        missing = ", ".join(sorted(different & own.keys())) or "none"
+        unexpected = ", ".join(sorted(different - own.keys())) or "none"
+        raise RuntimeError(f"The checkpoint does not fit the model. Missing keys: {missing}. Unexpected: {unexpected}.")
+    return state_dict
+
+
+_BACKBONES = tuple(f"convnextv2_{size}" for size in "atto femto pico nano tiny small base large huge".split())
+
+# Every set of weights that timm has for a backbone, under the same tag. Stands above the factories, because
+# register_model reads it as it meets them.
+default_cfgs = generate_default_cfgs(
+    {
+        f"kfde_{backbone}.{tag}": get_pretrained_cfg(f"{backbone}.{tag}")
+        for backbone in _BACKBONES
+        for tag in convnext.default_cfgs[backbone].tags
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> KFDEConvNeXt:
+    return build_model_with_cfg(
+        KFDEConvNeXt,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_strict=False,  # the filter is strict, and knows which keys timm goes on to drop
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **{"use_grn": True, "ls_init_value": None, **kwargs},
+    )
+
+
+@register_model
+def kfde_convnextv2_atto(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Atto with KFDE."""
+    model_args = dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True)
+    return _create("kfde_convnextv2_atto", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_femto(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Femto with KFDE."""
+    model_args = dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384), conv_mlp=True)
+    return _create("kfde_convnextv2_femto", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_pico(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Pico with KFDE."""
+    model_args = dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512), conv_mlp=True)
+    return _create("kfde_convnextv2_pico", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_nano(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Nano with KFDE."""
+    model_args = dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640), conv_mlp=True)
+    return _create("kfde_convnextv2_nano", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_tiny(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Tiny with KFDE."""
+    model_args = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+    return _create("kfde_convnextv2_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_small(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Small with KFDE."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
+    return _create("kfde_convnextv2_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_base(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Base with KFDE."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
+    return _create("kfde_convnextv2_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_large(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Large with KFDE."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))
+    return _create("kfde_convnextv2_large", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def kfde_convnextv2_huge(pretrained: bool = False, **kwargs: Any) -> KFDEConvNeXt:
+    """ConvNeXt-V2 Huge with KFDE."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816))
+    return _create("kfde_convnextv2_huge", pretrained, **dict(model_args, **kwargs))
