@@ -1,7 +1,6 @@
 """Refusals: each names the argument, the value given and the value wanted."""
 
 from collections.abc import Sequence
-from numbers import Real
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ def check_int(name: str, value: object, minimum: int) -> None:
 
 def check_real(name: str, value: object, above: float = float("-inf"), below: float = float("inf")) -> None:
     """Refuse anything but a finite number strictly between `above` and `below`."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not above < value < below:  # NaN fails every comparison
         raise ValueError(f"{name} must lie strictly between {above} and {below}, got {value}")

@@ -1,11 +1,11 @@
 """Which implementation of an operation runs: named by the caller, never switched behind the caller's back."""
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
 
-class Impl(str, Enum):
+class Impl(StrEnum):
     """One way to run an operation."""
 
     AUTO = "auto"

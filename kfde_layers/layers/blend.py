@@ -22,7 +22,12 @@ class Blend(nn.Module):
     """
 
     def __init__(
-        self, block: nn.Module, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        block: nn.Module,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.block = block

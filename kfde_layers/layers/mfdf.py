@@ -2,10 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.jit import Final
 
 from kfde_layers._checks import check_int, check_map, check_real
 from kfde_layers._impl import Impl, resolve_impl
@@ -117,8 +117,8 @@ class MFDF(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
             if isinstance(module, nn.Conv2d) and self.groups == self.channels:
                 noise = module.weight.detach().clone()
                 nn.init.dirac_(module.weight, groups=self.groups)
@@ -131,10 +131,10 @@ class MFDF(nn.Module):
             weights: list[Tensor] = []
             biases: list[Tensor] = []
             for branch in self.branches:
-                bias = branch.bias
-                weights.append(branch.weight)
-                if bias is not None:
-                    biases.append(bias)
+                weight, bias = branch.weight, branch.bias
+                weights.append(weight)  # pyright: ignore[reportArgumentType]
+                if bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                    biases.append(bias)  # pyright: ignore[reportArgumentType]
             return _mfdf(
                 x, weights, biases, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.dilation, self.groups, self.impl
             )

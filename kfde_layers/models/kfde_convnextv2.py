@@ -1,16 +1,16 @@
 """ConvNeXt-V2 with KFDE behind its stages: the timm models `kfde_convnextv2_*`.
 
-The code of this project is Apache-2.0; the pretrained ConvNeXt-V2 weights that `pretrained=True` loads are CC BY-NC 4.0.
+The code of this project is Apache-2.0; the ConvNeXt-V2 weights that `pretrained=True` loads are CC BY-NC 4.0.
 """
 
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, get_pretrained_cfg, register_model
-from timm.models import convnext
+from timm.models import build_model_with_cfg, checkpoint_seq, convnext, generate_default_cfgs, register_model
+from timm.models import get_pretrained_cfg as backbone_cfg
 from torch import Tensor, nn
 
 from kfde_layers.layers import CSFE, MFDF, Blend
@@ -95,7 +95,8 @@ class KFDEConvNeXt(convnext.ConvNeXt):
                 block = layer(channels, **options, device=device, dtype=dtype)
                 kfde[name] = Blend(block, channels, device=device, dtype=dtype) if identity_start else block
             if kfde:
-                self.stages[index] = KFDEStage(self.stages[index], nn.Sequential(kfde))
+                stage = cast(convnext.ConvNeXtStage, self.stages[index])
+                self.stages[index] = KFDEStage(stage, nn.Sequential(kfde))
 
 
 def _options(name: str, value: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -125,7 +126,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dic
         state_dict |= {key: own[key] for key in fresh}
         _logger.info("No KFDE in the checkpoint, so these start fresh: %s", ", ".join(fresh))
 
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
     if config["num_classes"] == 0:
         dropped = "head."
     elif config["num_classes"] != model.num_classes:
@@ -142,20 +143,20 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dic
     return state_dict
 
 
-_BACKBONES = tuple(f"convnextv2_{size}" for size in "atto femto pico nano tiny small base large huge".split())
+_SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
 
 # Every set of weights that timm has for a backbone, under the same tag. Stands above the factories, because
 # register_model reads it as it meets them.
-default_cfgs = generate_default_cfgs(
-    {
-        f"kfde_{backbone}.{tag}": get_pretrained_cfg(f"{backbone}.{tag}")
-        for backbone in _BACKBONES
-        for tag in convnext.default_cfgs[backbone].tags
-    }
-)
+_backbone_cfgs: dict[str, Any] = {
+    f"kfde_convnextv2_{size}.{tag}": backbone_cfg(f"convnextv2_{size}.{tag}")
+    for size in _SIZES
+    for tag in convnext.default_cfgs[f"convnextv2_{size}"].tags
+}
+default_cfgs = generate_default_cfgs(_backbone_cfgs)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> KFDEConvNeXt:
+    model_args: dict[str, Any] = {"use_grn": True, "ls_init_value": None, **kwargs}
     return build_model_with_cfg(
         KFDEConvNeXt,
         variant,
@@ -163,7 +164,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> KFDEConvNeXt:
         pretrained_filter_fn=checkpoint_filter_fn,
         pretrained_strict=False,  # the filter is strict, and knows which keys timm goes on to drop
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{"use_grn": True, "ls_init_value": None, **kwargs},
+        **model_args,
     )
 
 

@@ -105,9 +105,7 @@ def cfe_gate(
     return z.sigmoid(), z > math.log(threshold / (1 - threshold))  # (2), and r > T said in logits
 
 
-def cfe_equations(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, eps: float
-) -> Tensor:
+def cfe_equations(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, eps: float) -> Tensor:
     """Equations (1)-(5) in the number format of `x`."""
     r, is_open = cfe_gate(x, weight, bias, num_groups, threshold, eps)
     w1 = torch.where(is_open, 1.0, r)  # (3)

@@ -124,6 +124,4 @@ def _operator(
     fusion: str,
     impl: str,
 ) -> Tensor:
-    return csfe(
-        x, weight, bias, num_groups, threshold, lambd, beta, correction, eps, arrangement, fusion, impl=impl
-    )
+    return csfe(x, weight, bias, num_groups, threshold, lambd, beta, correction, eps, arrangement, fusion, impl=impl)

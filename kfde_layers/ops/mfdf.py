@@ -161,9 +161,7 @@ def _total(maps: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, maps)
 
 
-def _check_branches(
-    channels: int, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
-) -> None:
+def _check_branches(channels: int, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
     if not weights:
         raise ValueError("branch_weights must have at least one entry, got none")
     for k, weight in enumerate(weights):

@@ -8,9 +8,7 @@ from kfde_layers._impl import Impl, select
 from kfde_layers.ops.formats import as_input, upcast
 
 
-def sfe(
-    x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, *, impl: Impl | str = "auto"
-) -> Tensor:
+def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, *, impl: Impl | str = "auto") -> Tensor:
     r"""Weight each position by how far it stands out from the mean of its channel.
 
     \[ d_{c,ij} = (x_{c,ij} - \mu_c)^2, \qquad
