@@ -95,8 +95,9 @@ def cfe_gate(
 ) -> tuple[Tensor, Tensor]:
     """Equations (1)-(3) up to the choice: the gate r and the mask of the open elements, both (N, C, H, W)."""
     groups = rearrange(x, "n (g c) h w -> n g c h w", g=num_groups)
-    variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
-    normalized = rearrange((groups - mean) * torch.rsqrt(variance + eps), "n g c h w -> n (g c) h w")
+    centred = groups - groups.mean(dim=(2, 3, 4), keepdim=True)
+    variance = centred.square().mean(dim=(2, 3, 4), keepdim=True)
+    normalized = rearrange(centred * torch.rsqrt(variance + eps), "n g c h w -> n (g c) h w")
 
     gamma, beta = weight.to(x.dtype), bias.to(x.dtype)
     x_hat = normalized * _per_channel(gamma) + _per_channel(beta)

@@ -62,13 +62,14 @@ def merged_convolution(
 def merging_pays(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
     """Whether the merged convolution was measured to be no slower than the branches, forward and with backward.
 
-    Measured on CPU: it needs a map large enough to repay the window sums, and a kernel with no more taps than the
-    branches have together, without holes.
+    Measured on CPU: the window sums want a map large enough and branches enough to repay them, and the merged kernel
+    wants no holes and clearly fewer taps than the branches have together.
     """
+    large = x.shape[2] * x.shape[3] >= 14 * 14
     merged_taps = len(_offsets(weights, dilations)) ** 2
     branch_taps = sum(weight[0, 0].numel() for weight in weights)
-    large = x.shape[2] * x.shape[3] >= 14 * 14
-    return x.device.type == "cpu" and large and merged_taps <= branch_taps and _step(weights, dilations) == 1
+    dense = _step(weights, dilations) == 1 and 3 * merged_taps <= 2 * branch_taps
+    return x.device.type == "cpu" and large and len(weights) >= 4 and dense
 
 
 def _step(weights: Sequence[Tensor], dilations: Sequence[int]) -> int:

@@ -1,0 +1,48 @@
+"""What several tests need: drawing inputs and comparing results."""
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+# Primes, so that no two dimensions can be taken for each other; 1 x 1 maps and single samples among them.
+batches = st.sampled_from([1, 2, 3])
+sides = st.sampled_from([1, 2, 5, 7])
+even_channels = st.sampled_from([2, 6, 10, 16, 34])
+seeds = st.integers(0, 2**16)
+memory_formats = st.sampled_from(MEMORY_FORMATS)
+
+
+def draw(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, memory_format: torch.memory_format | None = None
+) -> Tensor:
+    """Standard normal numbers, the same for the same seed in every dtype and layout."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return values if memory_format is None else values.contiguous(memory_format=memory_format)
+
+
+def scatter_parameters(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Move every parameter away from its start, where too much is zero or one to tell mistakes apart."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise.to(parameter.dtype))
+    return module
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to(torch.float64).numpy()
+
+
+def relative_error(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> float:
+    """Largest difference over the largest expected magnitude; NaN anywhere makes it NaN, which is below no bound."""
+    actual, expected = (as_numpy(a) if isinstance(a, Tensor) else a for a in (actual, expected))
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)) if actual.size else 0.0
+
+
+def has_format(tensor: Tensor, memory_format: torch.memory_format) -> bool:
+    return tensor.is_contiguous(memory_format=memory_format)

@@ -1,0 +1,250 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kfde_layers import _impl
+from kfde_layers.functional import mfdf
+from kfde_layers.ops import mfdf as mfdf_ops
+from tests import oracle
+from tests.helpers import (
+    MEMORY_FORMATS,
+    as_numpy,
+    batches,
+    draw,
+    has_format,
+    memory_formats,
+    relative_error,
+    seeds,
+    sides,
+)
+
+
+@dataclasses.dataclass
+class Parameters:
+    """All tensors of an MFDF, drawn large enough that every one of them matters."""
+
+    branch_weights: list[Tensor]
+    branch_biases: list[Tensor] | None
+    fc: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @classmethod
+    def drawn(cls, channels, kernel_sizes, groups, bias=True, hidden=5, seed=0, dtype=torch.float64):
+        def tensor(*shape):
+            nonlocal seed
+            seed += 1
+            return 0.5 * draw(*shape, seed=seed, dtype=dtype)
+
+        branches = len(kernel_sizes)
+        return cls(
+            [tensor(channels, channels // groups, size, size) for size in kernel_sizes],
+            [tensor(channels) for _ in kernel_sizes] if bias else None,
+            (
+                tensor(hidden, channels),
+                tensor(hidden),
+                tensor(branches * channels, hidden),
+                tensor(branches * channels),
+            ),
+        )
+
+    def __call__(self, x, dilation, groups, impl="auto"):
+        return mfdf(x, self.branch_weights, self.branch_biases, *self.fc, dilation, groups, impl=impl)
+
+    def tensors(self):
+        return [*self.branch_weights, *(self.branch_biases or []), *self.fc]
+
+    def by_oracle(self, x, dilations, groups):
+        weights, fc = map(as_numpy, self.branch_weights), map(as_numpy, self.fc)
+        biases = [None] * len(dilations) if self.branch_biases is None else list(map(as_numpy, self.branch_biases))
+        return oracle.mfdf(as_numpy(x), list(weights), biases, *fc, dilations, groups)
+
+
+branch_shapes = st.lists(st.tuples(st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 2, 3])), min_size=1, max_size=4)
+
+
+def test_worked_example():
+    # One channel of ones on 1 x 3, a kernel of ones: sums over the window are (2, 3, 2), their mean 7/3. The other
+    # branch doubles: mean 2. fc1 halves p = 7/3 + 2, fc2 gives the scores (c, 0), so alpha_1 = sigmoid(13/6).
+    x = torch.ones(1, 1, 1, 3, dtype=torch.float64)
+    ones = torch.ones(1, 1, 3, 3, dtype=torch.float64)
+    twice = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    fc2 = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    alpha = 1 / (1 + math.exp(-13 / 6))
+    expected = [alpha * window + (1 - alpha) * 2 for window in (2, 3, 2)]
+    for impl in ("reference", "fused"):
+        y = mfdf(x, [ones, twice], None, torch.full((1, 1), 0.5), zero, fc2, torch.zeros(2), impl=impl)
+        torch.testing.assert_close(y.flatten(), torch.tensor(expected, dtype=torch.float64))
+
+
+@given(batches, sides, sides, seeds, branch_shapes, st.sampled_from([1, 2, 6]), st.booleans(), memory_formats)
+def test_equals_the_paper_in_loops(batch, height, width, seed, branches, groups, bias, memory_format):
+    sizes, dilations = zip(*branches, strict=True)
+    x = draw(batch, 6, height, width, seed=seed, memory_format=memory_format)
+    parameters = Parameters.drawn(6, sizes, groups, bias, seed=seed)
+    expected = parameters.by_oracle(x, dilations, groups)
+    for impl in ("reference", "fused") if groups == 6 else ("reference",):
+        y = parameters(x, dilations, groups, impl)
+        assert relative_error(y, expected) < 1e-12
+        assert has_format(y, memory_format)
+
+
+@given(batches, sides, sides, seeds, branch_shapes, st.booleans(), memory_formats)
+def test_fused_equals_reference_with_every_gradient(batch, height, width, seed, branches, bias, memory_format):
+    sizes, dilations = zip(*branches, strict=True)
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        x = draw(batch, 6, height, width, seed=seed, dtype=dtype, memory_format=memory_format).requires_grad_()
+        cotangent = draw(*x.shape, seed=seed + 1, dtype=dtype)
+        parameters = Parameters.drawn(6, sizes, 6, bias, seed=seed, dtype=dtype)
+        inputs = [x, *(tensor.requires_grad_() for tensor in parameters.tensors())]
+        outputs = [parameters(x, dilations, 6, impl) for impl in ("fused", "reference")]
+        assert relative_error(*outputs) < bound
+        fused, reference = (torch.autograd.grad(output, inputs, cotangent) for output in outputs)
+        scale = max(gradient.abs().max() for gradient in reference)
+        for mine, theirs in zip(fused, reference, strict=True):
+            assert (mine - theirs).abs().max() <= bound * max(theirs.abs().max(), scale)
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 3)])
+def test_gradients(impl, height, width):
+    x = draw(2, 4, height, width)
+    parameters = Parameters.drawn(4, (1, 5), 4, hidden=3)
+    inputs = [tensor.requires_grad_() for tensor in (x, *parameters.tensors())]
+
+    def call(x, w1, w2, b1, b2, *fc):
+        return mfdf(x, [w1, w2], [b1, b2], *fc, (1, 2), impl=impl)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_each_number_format_is_computed_in_float32(impl, memory_format):
+    parameters = Parameters.drawn(6, (1, 3, 5), 6)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        x = draw(3, 6, 17, 19, dtype=dtype, memory_format=memory_format)
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = parameters(x, 1, 6, impl)
+            assert y.dtype == dtype
+            assert has_format(y, memory_format)
+            assert relative_error(y, parameters.by_oracle(x, (1, 1, 1), 6)) < bound
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_an_empty_batch_keeps_the_parameters_in_the_graph(impl):
+    parameters = Parameters.drawn(6, (1, 3), 6)
+    tensors = [tensor.requires_grad_() for tensor in parameters.tensors()]
+    y = parameters(draw(0, 6, 4, 5), 1, 6, impl)
+    assert y.shape == (0, 6, 4, 5)
+    for gradient in torch.autograd.grad(y.sum(), tensors):
+        assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_a_sample_alone_equals_the_sample_in_a_batch(impl):
+    x = draw(5, 6, 7, 3)
+    parameters = Parameters.drawn(6, (1, 3, 7), 6)
+    together = parameters(x, 1, 6, impl)
+    alone = torch.cat([parameters(sample, 1, 6, impl) for sample in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_no_branch_map_is_made_by_the_fused_form():
+    x = draw(4, 6, 29, 31)
+    parameters = Parameters.drawn(6, (1, 3, 5, 7), 6)
+
+    def convolutions(impl):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            parameters(x, 1, 6, impl)
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::conv2d")
+
+    assert convolutions("reference") == 4
+    assert convolutions("fused") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_sizes", "dilation", "merged"),
+    [(14, (1, 3, 5, 7), 1, True), (13, (1, 3, 5, 7), 1, False), (28, (1, 3, 5, 7), 2, False), (28, (1, 7), 1, False)],
+)
+def test_auto_merges_where_that_was_measured_to_pay(monkeypatch, size, kernel_sizes, dilation, merged):
+    calls = []
+    monkeypatch.setattr(mfdf_ops, "merged_convolution", lambda x, *args: calls.append(1) or x)
+    Parameters.drawn(6, kernel_sizes, 6)(draw(2, 6, size, size), dilation, 6, "auto")
+    assert bool(calls) == merged
+
+
+def test_tracers_see_the_branches(monkeypatch):
+    monkeypatch.setattr(mfdf_ops, "tracing", lambda: True)
+    monkeypatch.setattr(mfdf_ops, "merged_convolution", None)
+    Parameters.drawn(6, (1, 3, 5, 7), 6)(draw(2, 6, 28, 28), 1, 6, "auto")
+    assert not _impl.tracing()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(6, 5, 5)}, ValueError, r"x must have shape \(N, C, H, W\), got 3 dimensions"),
+        ({"x": torch.zeros(2, 6, 5, 5).long()}, TypeError, "x must be a floating-point tensor, got torch.int64"),
+        ({"x": torch.zeros(2, 8, 5, 5)}, ValueError, "x must have 6 channels in dimension 1, got 8"),
+        ({"branch_weights": []}, ValueError, "branch_weights must have at least one entry, got none"),
+        ({"branch_weights": [torch.zeros(6, 1, 2, 2)] * 2}, ValueError, r"branch_weights\[0\] must be odd.*got 2"),
+        (
+            {"branch_weights": [torch.zeros(6, 1, 3, 5)] * 2},
+            ValueError,
+            r"branch_weights\[0\] must have shape \(6, 1, 5, 5\)",
+        ),
+        (
+            {"branch_weights": [torch.zeros(6, 6, 3, 3)] * 2},
+            ValueError,
+            r"must have shape \(6, 1, 3, 3\), got \(6, 6, 3, 3\)",
+        ),
+        ({"branch_biases": [torch.zeros(6)]}, ValueError, "branch_biases must be None or have 2 entries, got 1"),
+        ({"branch_biases": [torch.zeros(6), torch.zeros(5)]}, ValueError, r"branch_biases\[1\] must have shape \(6,\)"),
+        ({"fc1_bias": torch.zeros(4)}, ValueError, r"fc1_bias must have shape \(5,\), got \(4,\)"),
+        ({"fc2_weight": torch.zeros(6, 5)}, ValueError, r"fc2_weight must have shape \(12, 5\), got \(6, 5\)"),
+        (
+            {"dilation": (1, 1, 1)},
+            ValueError,
+            r"dilation must be an int or have 2 entries, one per branch, got \(1, 1, 1\)",
+        ),
+        ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
+        ({"dilation": (1, 1.5)}, TypeError, "dilation must be an int, got 1.5"),
+        ({"groups": 4}, ValueError, "groups must divide channels = 6, got 4"),
+        ({"groups": "dense"}, ValueError, "groups must be an int or 'depthwise', got 'dense'"),
+        ({"impl": "triton"}, ValueError, "impl must be one of 'auto', 'reference', 'fused', got 'triton'"),
+    ],
+)
+def test_refusals(change, error, message):
+    parameters = Parameters.drawn(6, (1, 3), 6, dtype=torch.float32)
+    names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    arguments = dict(zip(names, parameters.fc, strict=True)) | {
+        "x": torch.zeros(2, 6, 5, 5),
+        "branch_weights": parameters.branch_weights,
+        "branch_biases": parameters.branch_biases,
+    }
+    with pytest.raises(error, match=message):
+        mfdf(**(arguments | change))
+
+
+def test_fused_refuses_dense_branches():
+    with pytest.raises(NotImplementedError, match="the branches must be depthwise, groups = 6, got 1"):
+        Parameters.drawn(6, (1, 3), 1)(draw(2, 6, 5, 5), 1, 1, "fused")
+
+
+def test_the_comparison_of_fused_and_reference_can_fail(monkeypatch):
+    """A kernel that forgets one branch's bias must not pass for right."""
+    right = mfdf_ops.merged_convolution
+
+    def wrong(x, alpha, weights, biases, dilations):
+        return right(x, alpha, weights, [*biases[:-1], 0.99 * biases[-1]], dilations)
+
+    x = draw(2, 6, 5, 7, dtype=torch.float32)
+    parameters = Parameters.drawn(6, (1, 3), 6, dtype=torch.float32)
+    monkeypatch.setattr(mfdf_ops, "merged_convolution", wrong)
+    assert relative_error(parameters(x, 1, 6, "fused"), parameters(x, 1, 6, "reference")) > 1e-4
