@@ -10,6 +10,7 @@ from kfde_layers.functional import cfe
 from kfde_layers.ops.cfe import cfe_gate
 from tests import oracle
 from tests.helpers import (
+    MEMORY_FORMATS,
     as_numpy,
     batches,
     draw,
