@@ -86,7 +86,10 @@ class CFE(nn.Module):
         return cfe_gate(upcast(x), self.weight, self.bias, self.num_groups, self.threshold, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, num_groups={self.num_groups}, threshold={self.threshold}, eps={self.eps}"
+        return (
+            f"{self.channels}, num_groups={self.num_groups}, threshold={self.threshold}, eps={self.eps}, "
+            f"impl={self.impl!r}"
+        )
 
 
 def default_num_groups(channels: int) -> int:

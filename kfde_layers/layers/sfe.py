@@ -60,7 +60,7 @@ class SFE(nn.Module):
         return _sfe(x, self.lambd, self.beta, self.correction, self.impl)
 
     def extra_repr(self) -> str:
-        return f"lambd={self.lambd}, beta={self.beta}, correction={self.correction}"
+        return f"lambd={self.lambd}, beta={self.beta}, correction={self.correction}, impl={self.impl!r}"
 
 
 @torch.fx.wrap

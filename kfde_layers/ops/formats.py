@@ -1,5 +1,7 @@
 """The number format in which an operation computes, and the format in which it answers."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,12 @@ from torch import Tensor
 def upcast(x: Tensor) -> Tensor:
     """Return `x` in the format of the statistics: float32, or float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Keep autocast from convolving and multiplying matrices in another format than that of `x`."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def as_input(y: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfde_layers._checks import check_floating, check_int, check_map, check_shape
 from kfde_layers._impl import Impl, select, tracing
-from kfde_layers.ops.formats import as_input, upcast
+from kfde_layers.ops.formats import as_input, upcast, without_autocast
 from kfde_layers.ops.mfdf_merged import merged_convolution, merging_pays, pooled_branches
 
 
@@ -62,7 +62,7 @@ def mfdf(
     Raises:
         TypeError: An argument has the wrong type, or `x` is no floating-point tensor.
         ValueError: A shape or a value is out of range; the message names it.
-        NotImplementedError: impl="fused" where the branches are not depthwise.
+        NotImplementedError: impl="fused" where the branches are not depthwise, or under a compiler or exporter.
 
     Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
     Deterministic: yes.
@@ -82,10 +82,9 @@ def mfdf(
     fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _check_attention(channels, len(branch_weights), *fc)
 
-    reason = None if groups == channels else f"the branches must be depthwise, groups = {channels}, got {groups}"
-    # A tracer sees the K convolutions: to merge them would write the batch size into the graph.
-    merge = not tracing() and reason is None and merging_pays(x, branch_weights, dilations)
-    if select(impl, reason, auto=Impl.FUSED if merge else Impl.REFERENCE) is Impl.FUSED:
+    reason = _unsupported(channels, groups)
+    auto = Impl.FUSED if reason is None and merging_pays(x, branch_weights, dilations) else Impl.REFERENCE
+    if select(impl, reason, auto) is Impl.FUSED:
         alpha = attention(pooled_branches(x, branch_weights, branch_biases, dilations), *fc)
         return as_input(merged_convolution(x, alpha, branch_weights, branch_biases, dilations), x)
     return fuse(x, _convolve(x, branch_weights, branch_biases, dilations, groups), *fc)
@@ -109,7 +108,7 @@ def pool(maps: Sequence[Tensor]) -> Tensor:
 
 def attention(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
     """Equations (12)-(13): alpha, (N, K, C), from p, (N, C)."""
-    with torch.autocast(p.device.type, enabled=False):
+    with without_autocast(p):
         c = F.linear(p, fc1_weight.to(p.dtype), fc1_bias.to(p.dtype))  # (12)
         scores = F.linear(c, fc2_weight.to(p.dtype), fc2_bias.to(p.dtype))
     return rearrange(scores, "n (k c) -> n k c", c=p.shape[1]).softmax(dim=1)  # (13)
@@ -144,12 +143,20 @@ def check_kernel_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be odd, so that the map keeps its size, got {size}")
 
 
+def _unsupported(channels: int, groups: int) -> str | None:
+    if groups != channels:
+        return f"the branches must be depthwise, groups = {channels}, got {groups}"
+    if tracing():
+        return "merging the samples' kernels would write the batch size into the traced graph"
+    return None
+
+
 def _convolve(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int], groups: int
 ) -> list[Tensor]:
     h = upcast(x)
     maps: list[Tensor] = []
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         for k, weight in enumerate(weights):
             bias = None if biases is None else biases[k].to(h.dtype)
             padding = dilations[k] * (weight.shape[-1] // 2)

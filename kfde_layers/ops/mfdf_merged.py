@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from kfde_layers.ops.formats import upcast
+from kfde_layers.ops.formats import upcast, without_autocast
 
 
 def pooled_branches(
@@ -25,7 +25,7 @@ def pooled_branches(
     height, width = h.shape[2:]
     offsets = _offsets(weights, dilations).to(h.device)
     rows, columns = _windows(offsets, height).to(h.dtype), _windows(offsets, width).to(h.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         sums = einsum(rows, h, columns, "u h, n c h w, v w -> n c u v")
         kernel = _on_grid(weights, dilations, offsets, h.dtype).sum(dim=0)
         p = einsum(kernel, sums, "c u v, n c u v -> n c") / (height * width)
@@ -39,7 +39,7 @@ def merged_convolution(
     h = upcast(x)
     offsets = _offsets(weights, dilations).to(h.device)
     step = _step(weights, dilations)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         grid = _on_grid(weights, dilations, offsets, h.dtype)
         kernels = einsum(alpha, grid, "n k c, k c u v -> n c u v")
         if biases is None:

@@ -1,0 +1,211 @@
+"""What every layer promises, in each of its options."""
+
+import copy
+import functools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import create_attn
+from torch import nn
+
+from kfde_layers import CFE, CSFE, MFDF, SFE
+from kfde_layers.layers import Blend
+from tests.helpers import batches, draw, has_format, memory_formats, relative_error, scatter_parameters, seeds, sides
+
+LAYERS = {
+    "CFE": CFE,
+    "CFE, threshold, one group": functools.partial(CFE, num_groups=1, threshold=0.45, eps=1e-3),
+    "SFE": SFE,
+    "SFE, SimAM": functools.partial(SFE, correction=1, lambd=1e-3, beta=0.1),
+    "CSFE": CSFE,
+    "CSFE, mean": functools.partial(CSFE, fusion="mean"),
+    "CSFE, cfe_sfe": functools.partial(CSFE, arrangement="cfe_sfe"),
+    "CSFE, sfe_cfe": functools.partial(CSFE, arrangement="sfe_cfe", num_groups=2, correction=1),
+    "MFDF": MFDF,
+    "MFDF, fused": functools.partial(MFDF, impl="fused", dilation=(1, 2, 3, 1)),
+    "MFDF, reference, no bias": functools.partial(MFDF, impl="reference", bias=False, kernel_sizes=(3, 5), dilation=2),
+    "MFDF, dense": functools.partial(MFDF, groups=1, kernel_sizes=(1, 3), rd_channels=7),
+    "MFDF, grouped, ReLU": functools.partial(MFDF, groups=2, kernel_sizes=(1, 3), act_layer=nn.ReLU),
+    "MFDF, dense, batch norm, ReLU": functools.partial(
+        MFDF, groups=1, kernel_sizes=(1, 3), norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU
+    ),
+    "Blend of CSFE": lambda channels, **kwargs: Blend(CSFE(channels, **kwargs), channels, **kwargs),
+}
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+
+
+def made(make, channels=6, **kwargs):
+    return scatter_parameters(make(channels, **kwargs)).eval()
+
+
+@given(st.sampled_from(list(LAYERS.values())), batches, sides, sides, seeds, memory_formats, st.booleans())
+def test_shape_dtype_and_memory_format_are_kept(make, batch, height, width, seed, memory_format, requires_grad):
+    layer = made(make)
+    double = layer.double()(draw(batch, 6, height, width, seed=seed))
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        x = draw(batch, 6, height, width, seed=seed, dtype=dtype, memory_format=memory_format)
+        y = layer.to(dtype)(x.requires_grad_(requires_grad))
+        assert y.shape == x.shape
+        assert y.dtype == dtype
+        assert y.device == x.device
+        assert has_format(y, memory_format)
+        assert y.requires_grad == (requires_grad or any(p.requires_grad for p in layer.parameters()))
+        # The input's own rounding may flip a gate, which moves one element by up to half of it, and not the mean.
+        difference = (y.double() - double).abs().mean() / double.abs().mean()
+        assert difference < bound
+
+
+@each_layer
+def test_autocast_keeps_the_format_of_the_input(make):
+    layer = made(make)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = draw(2, 6, 17, 15, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == dtype
+        bare = getattr(layer, "bare", True)  # norms and activations in a branch follow autocast, as everywhere
+        assert relative_error(y, layer.double()(x.double())) < (2**-7 if dtype == torch.bfloat16 or not bare else 1e-5)
+        layer.float()
+
+
+@each_layer
+def test_one_pixel_and_empty_batches(make):
+    layer = made(make)
+    assert layer(draw(1, 6, 1, 1, dtype=torch.float32)).isfinite().all()
+    assert layer(draw(0, 6, 4, 3, dtype=torch.float32)).shape == (0, 6, 4, 3)
+
+
+@each_layer
+def test_a_sample_alone_equals_the_sample_in_a_batch(make):
+    layer = made(make).double()
+    x = draw(5, 6, 15, 17)
+    alone = torch.cat([layer(sample) for sample in x.split(1)])
+    torch.testing.assert_close(layer(x), alone, rtol=1e-10, atol=1e-10)
+
+
+@each_layer
+def test_every_parameter_gets_a_gradient(make):
+    layer = made(make).train()
+    layer(draw(2, 6, 7, 5, dtype=torch.float32).requires_grad_()).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def away_from_the_step(layer, x):
+    """Whether a small change of `x` leaves every gate as it is, so that finite differences see no jump."""
+    distances = [
+        gate.gate(y)[0].logit() - np.log(gate.threshold / (1 - gate.threshold))
+        for gate in layer.modules()
+        if isinstance(gate, CFE)
+        for y in (x, SFE(correction=1)(x), SFE()(x))  # what the gate may see, as its layer arranges the branches
+    ]
+    return all(distance.abs().min() > 1e-4 for distance in distances)
+
+
+@each_layer
+def test_gradcheck(make):
+    layer = made(make).double()
+    x = next(x for seed in range(99) if away_from_the_step(layer, x := draw(2, 6, 3, 4, seed=seed)))
+    names, parameters = zip(*layer.named_parameters(), strict=True) if list(layer.parameters()) else ((), ())
+
+    def call(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *parameters), fast_mode=True)
+
+
+@each_layer
+def test_state_dict_deepcopy_and_pickle(make):
+    layer, x = made(make), draw(2, 6, 7, 5, dtype=torch.float32)
+    expected = layer(x)
+    fresh = make(6).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), expected)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    if "Blend" not in type(layer).__name__:
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+
+
+@each_layer
+def test_device_and_dtype_reach_every_parameter(make):
+    for device, dtype in (("meta", torch.float32), ("cpu", torch.float64)):
+        layer = make(6, device=device, dtype=dtype)
+        for tensor in layer.state_dict().values():
+            assert tensor.device.type == device
+            assert tensor.dtype == dtype or not tensor.is_floating_point()
+    on_meta = make(6, device="meta")
+    assert on_meta.eval()(torch.empty(2, 6, 5, 7, device="meta")).shape == (2, 6, 5, 7)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "fused" not in name])
+def test_tracers_give_the_same_numbers(name):
+    layer, x = made(LAYERS[name]), draw(3, 6, 16, 15, dtype=torch.float32)
+    expected = layer(x)
+    torch.testing.assert_close(torch.jit.script(layer)(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), expected)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    dynamic = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
+    exported = torch.export.export(layer, (x,), dynamic_shapes=(dynamic,))
+    other = draw(2, 6, 11, 9, dtype=torch.float32)
+    torch.testing.assert_close(exported.module()(other), layer(other))
+    assert not [node for node in exported.graph.nodes if "kfde" in str(node.target)]  # plain mathematics, no operator
+
+
+def test_fused_refuses_what_would_fix_the_batch_size():
+    layer, x = MFDF(6, impl="fused"), draw(3, 6, 16, 15, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="would write the batch size into the traced graph"):
+        torch.export.export(layer, (x,))
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
+@each_layer
+def test_function_transforms(make):
+    layer = made(make).double()
+    x = next(x for seed in range(99) if away_from_the_step(layer, x := draw(3, 2, 6, 5, 4, seed=seed)[0]))
+    x = torch.stack((x, x.flip(1), 2 * x))
+    each = torch.stack([layer(sample) for sample in x])
+    torch.testing.assert_close(torch.vmap(layer)(x), each, rtol=1e-10, atol=1e-10)
+    _, tangent = torch.func.jvp(layer, (x[0],), (x[1],))
+    step = 1e-6
+    numeric = (layer(x[0] + step * x[1]) - layer(x[0] - step * x[1])) / (2 * step)
+    torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [CFE, SFE, CSFE, MFDF])
+def test_is_what_timm_takes_for_an_attention_layer(cls):
+    layer = create_attn(cls, 32)
+    assert type(layer) is cls
+    assert layer(torch.randn(2, 32, 5, 5)).shape == (2, 32, 5, 5)
+
+
+@pytest.mark.parametrize("cls", [CFE, CSFE, MFDF])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(8, 5, 5), ValueError, r"x must have shape \(N, C, H, W\), got 3 dimensions: \(8, 5, 5\)"),
+        (torch.zeros(2, 6, 5, 5), ValueError, "x must have 8 channels in dimension 1, got 6"),
+        (torch.zeros(2, 8, 5, 5).int(), TypeError, "x must be a floating-point tensor, got torch.int32"),
+    ],
+)
+def test_unfit_inputs_are_refused(cls, x, error, message):
+    with pytest.raises(error, match=message):
+        cls(8)(x)
+
+
+@pytest.mark.parametrize("cls", [CFE, CSFE, MFDF])
+def test_unfit_channels_are_refused(cls):
+    for channels, error in ((0, ValueError), (-2, ValueError), (6.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"channels must be .* got {channels}"):
+            cls(channels)
+
+
+@pytest.mark.parametrize("cls", [CFE, SFE, CSFE, MFDF])
+def test_an_unknown_implementation_is_refused_at_construction(cls):
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', 'fused', got 'cuda'"):
+        cls(8, impl="cuda")

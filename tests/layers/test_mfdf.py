@@ -1,0 +1,143 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kfde_layers import MFDF
+from kfde_layers.functional import mfdf
+from tests import oracle
+from tests.helpers import as_numpy, draw, relative_error, scatter_parameters
+
+
+def count(layer):
+    return sum(parameter.numel() for parameter in layer.parameters())
+
+
+def test_starts_near_the_identity():
+    for channels, size in ((64, 7), (96, 56), (768, 7)):
+        x = draw(2, channels, size, size, dtype=torch.float32)
+        y = MFDF(channels)(x)
+        assert F.cosine_similarity(x.flatten(), y.flatten(), dim=0) > 0.95
+        # torch's own start would not do
+        layer = MFDF(channels)
+        for branch in layer.branches:
+            branch.reset_parameters()
+        assert F.cosine_similarity(x.flatten(), layer(x).flatten(), dim=0) < 0.6
+
+
+def test_the_start_of_each_parameter():
+    layer = MFDF(64)
+    for branch, size in zip(layer.branches, (1, 3, 5, 7), strict=True):
+        noise = branch.weight.detach().clone()
+        noise[:, :, size // 2, size // 2] -= 1
+        assert abs(noise.std() - 0.02) < 0.005
+        assert branch.bias.abs().max() == 0
+    for fc in (layer.fc1, layer.fc2):
+        assert abs(fc.weight.std() - 0.02) < 0.002
+        assert fc.bias.abs().max() == 0
+    for branch in MFDF(64, groups=1, kernel_sizes=(1, 3)).branches:
+        assert abs(branch.weight.std() - 0.02) < 0.002
+
+
+def test_parameter_shapes_and_cost():
+    layer = MFDF(768)
+    assert layer.fc1.weight.shape == (48, 768)
+    assert layer.fc2.weight.shape == (4 * 768, 48)
+    assert [tuple(branch.weight.shape) for branch in layer.branches] == [(768, 1, k, k) for k in (1, 3, 5, 7)]
+    assert count(layer) == 255_024
+    assert count(MFDF(768, groups=1, norm_layer=nn.BatchNorm2d, device="meta")) == pytest.approx(49.7e6, rel=0.005)
+    assert MFDF(64).fc1.out_features == 32
+    assert MFDF(64, rd_channels=5).fc1.out_features == 5
+    assert MFDF(768, rd_ratio=1 / 8).fc1.out_features == 96
+
+
+def test_calls_the_function_with_its_own_parameters():
+    layer = scatter_parameters(MFDF(6, (3, 5), dilation=(2, 1), groups=3))
+    x = draw(2, 6, 5, 7, dtype=torch.float32)
+    weights, biases = [b.weight for b in layer.branches], [b.bias for b in layer.branches]
+    fc = (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    assert torch.equal(layer(x), mfdf(x, weights, biases, *fc, (2, 1), 3))
+
+
+def test_branch_weights_explain_the_output():
+    for kwargs in (
+        {},
+        {"dilation": 2},
+        {"groups": 1},
+        {"groups": 1, "norm_layer": nn.BatchNorm2d, "act_layer": nn.ReLU},
+    ):
+        layer = scatter_parameters(MFDF(6, **kwargs)).double().eval()
+        x = draw(2, 6, 9, 7)
+        alpha = layer.branch_weights(x)
+        assert alpha.shape == (2, 4, 6)
+        torch.testing.assert_close(alpha.sum(dim=1), torch.ones(2, 6).double())
+        assert alpha.std() > 0.01
+        maps = torch.stack([branch(x) for branch in layer.branches], dim=1)
+        torch.testing.assert_close(layer(x), (alpha[..., None, None] * maps).sum(dim=1), rtol=1e-10, atol=1e-10)
+
+
+def test_norm_and_activation_equal_the_paper_in_loops():
+    layer = scatter_parameters(MFDF(6, (1, 3), groups=1, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU)).double()
+    x = draw(3, 6, 5, 7)
+    layer.train()(x)  # moves the running statistics away from their start
+    layer.eval()
+
+    def behind(norm):
+        tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return lambda branch: oracle.relu(oracle.batch_norm(branch, *map(as_numpy, tensors), norm.eps))
+
+    expected = oracle.mfdf(
+        as_numpy(x),
+        [as_numpy(branch.conv.weight) for branch in layer.branches],
+        [as_numpy(branch.conv.bias) for branch in layer.branches],
+        *map(as_numpy, (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)),
+        [1, 1],
+        1,
+        [behind(branch.norm) for branch in layer.branches],
+    )
+    assert relative_error(layer(x), expected) < 1e-12
+
+
+def test_selective_kernel_is_the_same_mathematics():
+    """Two dense branches, batch norm and ReLU, no fc1 bias effect: the sum-softmax form of SK, written plainly."""
+    layer = MFDF(8, (3, 5), groups=1, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU).double().eval()
+    x = draw(2, 8, 9, 7)
+    u1, u2 = (branch(x) for branch in layer.branches)
+    z = layer.fc1((u1 + u2).mean(dim=(2, 3)))
+    a, b = layer.fc2(z).unflatten(1, (2, 8)).softmax(dim=1).unbind(dim=1)
+    torch.testing.assert_close(layer(x), a[..., None, None] * u1 + b[..., None, None] * u2, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"kernel_sizes": (3, 4)}, ValueError, "kernel_sizes must be odd, so that the map keeps its size, got 4"),
+        ({"kernel_sizes": ()}, ValueError, "kernel_sizes must have at least one entry, got none"),
+        ({"kernel_sizes": (3.0,)}, TypeError, "kernel_sizes must be an int, got 3.0"),
+        ({"dilation": (1, 2)}, ValueError, r"dilation must be an int or have 4 entries, one per branch, got \(1, 2\)"),
+        ({"dilation": (1, 1, 0, 1)}, ValueError, "dilation must be at least 1, got 0"),
+        ({"groups": 3}, ValueError, "groups must divide channels = 8, got 3"),
+        ({"groups": "grouped"}, ValueError, "groups must be an int or 'depthwise', got 'grouped'"),
+        ({"rd_channels": 0}, ValueError, "rd_channels must be at least 1, got 0"),
+        ({"rd_ratio": 0}, ValueError, "rd_ratio must lie strictly between 0 and inf, got 0"),
+        ({"impl": "fused", "groups": 1}, NotImplementedError, "impl='fused' needs depthwise branches .* groups=1"),
+        ({"impl": "fused", "act_layer": nn.ReLU}, NotImplementedError, "without norm and activation"),
+        ({"impl": "fused", "norm_layer": nn.BatchNorm2d}, NotImplementedError, "without norm and activation"),
+    ],
+)
+def test_refusals(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        MFDF(8, **kwargs)
+
+
+def test_unfit_inputs_are_refused_in_front_of_norms_too():
+    layer = MFDF(8, act_layer=nn.ReLU)
+    with pytest.raises(ValueError, match="x must have 8 channels in dimension 1, got 6"):
+        layer(torch.zeros(2, 6, 5, 5))
+    with pytest.raises(ValueError, match="x must have 8 channels in dimension 1, got 6"):
+        layer.branch_weights(torch.zeros(2, 6, 5, 5))
+
+
+def test_repr():
+    expected = "MFDF(\n  8, kernel_sizes=(1, 3, 5, 7), dilation=(1, 1, 1, 1), groups=8, impl='auto'\n"
+    assert repr(MFDF(8)).startswith(expected)
