@@ -1,0 +1,384 @@
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from kfde_layers import CSFE, MFDF
+from kfde_layers.layers import Blend
+from kfde_layers.models.kfde_convnextv2 import KFDEStage
+from tests.helpers import draw, scatter_parameters
+
+SIZES = ["atto", "base", "femto", "huge", "large", "nano", "pico", "small", "tiny"]
+SIDE = 96  # px: maps of 24, 12, 6 and 3
+
+
+def images(batch=2, channels=3):
+    return draw(batch, channels, SIDE, SIDE, dtype=torch.float32)
+
+
+def twins(identity_start=False, **kwargs):
+    """A bare ConvNeXt-V2 and its KFDE model, with the same backbone weights and KFDE away from its start."""
+    torch.manual_seed(0)
+    bare = timm.create_model("convnextv2_atto", **kwargs).eval()
+    kfde = timm.create_model("kfde_convnextv2_atto", identity_start=identity_start, **kwargs).eval()
+    result = kfde.load_state_dict(bare.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    if not identity_start:
+        scatter_parameters(kfde.stages[3].kfde)
+    return bare, kfde
+
+
+def saved(model, path, **changes):
+    """Write the state dict to a file; a change of None drops the key."""
+    state = {key: value for key, value in (model.state_dict() | changes).items() if value is not None}
+    torch.save(state, path)
+    return {"file": str(path)}
+
+
+def loaded(name, overlay, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# Registration
+
+
+def test_every_size_and_every_pretrained_tag_is_registered():
+    assert timm.list_models("kfde_*") == [f"kfde_convnextv2_{size}" for size in SIZES]
+    tags = timm.list_pretrained("convnextv2_*")
+    assert timm.list_pretrained("kfde_*") == [f"kfde_{tag}" for tag in tags]
+    for tag in tags:
+        backbone, kfde = timm.get_pretrained_cfg(tag).to_dict(), timm.get_pretrained_cfg(f"kfde_{tag}").to_dict()
+        assert kfde.pop("architecture") == "kfde_" + backbone.pop("architecture")
+        assert kfde == backbone  # among it where the weights lie, and their licence
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_backbone_is_timms(size):
+    bare = timm.create_model(f"convnextv2_{size}", device="meta")
+    kfde = timm.create_model(f"kfde_convnextv2_{size}", device="meta")
+    own = {key: tensor.shape for key, tensor in kfde.state_dict().items()}
+    theirs = {key: tensor.shape for key, tensor in bare.state_dict().items()}
+    assert {key: shape for key, shape in own.items() if ".kfde." not in key} == theirs
+    assert all(key.startswith("stages.3.kfde.") for key in own.keys() - theirs.keys())
+    for attribute in ("num_features", "head_hidden_size", "num_classes", "feature_info"):
+        assert getattr(kfde, attribute) == getattr(bare, attribute)
+
+
+def test_kfde_adds_less_than_300_000_parameters_to_tiny():
+    bare, kfde = (timm.create_model(name, device="meta") for name in ("convnextv2_tiny", "kfde_convnextv2_tiny"))
+    assert 0 < count(kfde) - count(bare) < 300_000
+
+
+# Options
+
+
+def test_csfe_then_mfdf_stand_behind_the_last_stage():
+    model = timm.create_model("kfde_convnextv2_atto")
+    assert [type(block) for block in model.stages[3].kfde] == [CSFE, MFDF]
+    assert not any(isinstance(stage, KFDEStage) for stage in model.stages[:3])
+
+
+@pytest.mark.parametrize(("csfe", "mfdf"), [(True, False), (False, True), (False, False)])
+def test_ablations(csfe, mfdf):
+    model = timm.create_model("kfde_convnextv2_atto", csfe=csfe, mfdf=mfdf)
+    assert any(isinstance(module, CSFE) for module in model.modules()) == csfe
+    assert any(isinstance(module, MFDF) for module in model.modules()) == mfdf
+    if not csfe and not mfdf:
+        assert model.state_dict().keys() == timm.create_model("convnextv2_atto").state_dict().keys()
+
+
+def test_layer_options_stages_and_identity_start():
+    model = timm.create_model(
+        "kfde_convnextv2_atto",
+        csfe={"arrangement": "cfe_sfe", "threshold": 0.4},
+        mfdf={"kernel_sizes": (3, 5), "groups": 1, "norm_layer": nn.BatchNorm2d},
+        kfde_stages=[2, 0],
+        identity_start=True,
+    )
+    assert [isinstance(stage, KFDEStage) for stage in model.stages] == [True, False, True, False]
+    for stage, channels in ((model.stages[0], 40), (model.stages[2], 160)):
+        csfe, mfdf = stage.kfde
+        assert type(csfe) is type(mfdf) is Blend
+        assert (csfe.block.arrangement, csfe.block.cfe.threshold, csfe.block.cfe.channels) == ("cfe_sfe", 0.4, channels)
+        assert (mfdf.block.kernel_sizes, mfdf.block.groups, mfdf.block.channels) == ((3, 5), 1, channels)
+    assert model(images()).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"csfe": "parallel"}, TypeError, "csfe must be a bool or a dict of layer options, got 'parallel' of type str"),
+        ({"mfdf": 4}, TypeError, "mfdf must be a bool or a dict of layer options, got 4 of type int"),
+        ({"kfde_stages": (4,)}, ValueError, r"kfde_stages must lie in 0 ... 3, got 4"),
+        ({"kfde_stages": (-1,)}, ValueError, r"kfde_stages must lie in 0 ... 3, got -1"),
+        ({"csfe": {"arrangement": "x"}}, ValueError, "arrangement must be one of"),
+        ({"mfdf": {"reduction": 4}}, TypeError, "reduction"),
+    ],
+)
+def test_refusals(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model("kfde_convnextv2_atto", **kwargs)
+
+
+def test_device_and_dtype():
+    model = timm.create_model("kfde_convnextv2_atto", device="cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(images().bfloat16()).dtype == torch.bfloat16
+
+
+# Behaviour, beside timm's own ConvNeXt
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"num_classes": 8},
+        {"num_classes": 0},
+        {"in_chans": 1},
+        {"global_pool": "max"},
+        {"global_pool": ""},
+        {"output_stride": 16},
+        {"output_stride": 8},
+        {"drop_rate": 0.3},
+        {"drop_path_rate": 0.3},
+        {"conv_mlp": False, "head_norm_first": True},
+    ],
+)
+def test_output_is_the_bare_models_with_kfde_before_the_head(kwargs):
+    bare, kfde = twins(**kwargs)
+    x = images(channels=kwargs.get("in_chans", 3))
+    features = bare.norm_pre(kfde.stages[3].kfde(bare.stages(bare.stem(x))))
+    torch.testing.assert_close(kfde.forward_features(x), features)
+    torch.testing.assert_close(kfde(x), bare.forward_head(features))
+    assert not torch.allclose(kfde(x), bare(x), rtol=1e-3)
+    drops = [[type(m) for m in model.modules() if "Drop" in type(m).__name__] for model in (bare, kfde)]
+    assert drops[0] == drops[1]
+
+
+def test_identity_start_leaves_the_backbone_as_it_is():
+    bare, kfde = twins(identity_start=True)
+    assert torch.equal(kfde(images()), bare(images()))
+    kfde.train()
+    optimizer = torch.optim.SGD(kfde.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        kfde(images()).square().mean().backward()
+        optimizer.step()
+    for name, parameter in kfde.named_parameters():  # behind the blend, from the second step on
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_every_parameter_gets_a_gradient():
+    model = timm.create_model("kfde_convnextv2_atto", kfde_stages=(0, 1, 2, 3)).train()
+    model(images()).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_features_come_with_kfde(tmp_path):
+    bare, kfde = twins()
+    x = images()
+    *early, last = bare.forward_intermediates(x, intermediates_only=True)
+    expected = [*early, kfde.stages[3].kfde(last)]
+    for given, wanted in zip(kfde.forward_intermediates(x, intermediates_only=True), expected, strict=True):
+        torch.testing.assert_close(given, wanted)
+    final, (given,) = kfde.forward_intermediates(x, indices=1, norm=True)
+    torch.testing.assert_close(given, expected[3])
+    torch.testing.assert_close(final, expected[3])
+
+    overlay = saved(kfde, tmp_path / "kfde.pth")
+    for options in (
+        {},
+        {"out_indices": (1, 3)},
+        {"out_indices": (-1,)},
+        *({"feature_cls": c} for c in ("getter", "fx")),
+    ):
+        model = loaded("kfde_convnextv2_atto", overlay, features_only=True, **options)
+        indices = options.get("out_indices", range(4))
+        assert model.feature_info.channels() == [(40, 80, 160, 320)[index] for index in indices]
+        for given, wanted in zip(model(x), [expected[index] for index in indices], strict=True):
+            torch.testing.assert_close(given, wanted)
+
+
+def test_pruning_keeps_kfde_where_it_keeps_the_stage():
+    model = timm.create_model("kfde_convnextv2_atto", kfde_stages=(1, 3)).eval()
+    x = images()
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    assert model.prune_intermediate_layers([1]) == [1]
+    assert [isinstance(stage, KFDEStage) for stage in model.stages] == [False, True]
+    torch.testing.assert_close(model.forward_features(x), expected[1])
+
+
+def test_reset_classifier():
+    _, model = twins()
+    features = model(images()), model.forward_features(images())
+    model.reset_classifier(0)
+    assert model(images()).shape == (2, 320)
+    model.reset_classifier(5, "max")
+    assert model(images()).shape == (2, 5)
+    assert model.get_classifier().out_features == 5
+    torch.testing.assert_close(model.forward_features(images()), features[1])
+
+
+def test_gradient_checkpointing_covers_kfde():
+    _, plain = twins()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    calls = []
+    for name, model in (("plain", plain), ("checkpointed", checkpointed)):
+        model.stages[3].kfde.mfdf.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        model.train()(images()).square().mean().backward()
+    assert calls == ["plain", "checkpointed", "checkpointed"]  # the second time in the backward pass
+    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+def test_layer_decay_gives_kfde_the_rate_of_the_head():
+    bare, kfde = twins()
+    scales = []
+    for model in (bare, kfde):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.7)
+        scales.append({names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]})
+    assert {name: scale for name, scale in scales[1].items() if ".kfde." not in name} == scales[0]
+    for name, (lr_scale, weight_decay) in scales[1].items():
+        if ".kfde." in name:
+            assert lr_scale == 1.0
+            assert weight_decay == (0.0 if kfde.get_parameter(name).ndim == 1 else 0.05)
+
+
+def test_tracers_give_the_same_numbers():
+    _, model = twins(num_classes=8)
+    x, expected = images(), model(images())
+    torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    torch.testing.assert_close(exported.module()(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
+
+
+# Checkpoints
+
+
+def test_a_backbone_checkpoint_leaves_only_kfde_fresh(tmp_path, caplog):
+    bare, _ = twins()
+    with caplog.at_level(logging.INFO, logger="kfde_layers"):
+        model = loaded("kfde_convnextv2_atto", saved(bare, tmp_path / "bare.pth"), identity_start=True)
+    assert torch.equal(model(images()), bare(images()))
+    (record,) = (record for record in caplog.records if record.name.startswith("kfde_layers"))
+    fresh = record.getMessage().split(": ")[1].split(", ")
+    assert fresh == [key for key in model.state_dict() if ".kfde." in key]
+
+
+def test_a_backbone_checkpoint_loads_for_other_classes_channels_and_features(tmp_path):
+    bare, _ = twins()
+    overlay = saved(bare, tmp_path / "bare.pth")
+    model = loaded("kfde_convnextv2_atto", overlay, num_classes=8, in_chans=1, identity_start=True)
+    assert model(images(channels=1)).shape == (2, 8)
+    state = bare.state_dict()
+    for key, value in model.state_dict().items():
+        if ".kfde." not in key and not key.startswith(("head.fc.", "stem.0.weight")):
+            assert torch.equal(value, state[key]), key
+    torch.testing.assert_close(model.stem[0].weight, bare.stem[0].weight.sum(dim=1, keepdim=True))
+    headless = loaded("kfde_convnextv2_atto", overlay, num_classes=0, identity_start=True)
+    torch.testing.assert_close(headless(images()), bare.forward_head(bare.forward_features(images()), pre_logits=True))
+    features = loaded("kfde_convnextv2_atto", overlay, features_only=True, identity_start=True)
+    torch.testing.assert_close(features(images())[-1], bare.forward_features(images()))
+
+
+def test_self_supervised_weights_have_no_head(tmp_path):
+    bare, _ = twins()
+    headless = {key: None for key in bare.state_dict() if key.startswith("head.")}
+    overlay = saved(bare, tmp_path / "fcmae.pth", **headless)
+    for kwargs in ({}, {"num_classes": 8}):
+        model = loaded("kfde_convnextv2_atto.fcmae", overlay, identity_start=True, **kwargs)
+        torch.testing.assert_close(model.forward_features(images()), bare.forward_features(images()))
+    with pytest.raises(RuntimeError, match=r"Missing keys: stem\.0\.weight\. Unexpected: none"):
+        loaded("kfde_convnextv2_atto.fcmae", saved(bare, tmp_path / "x.pth", **headless, **{"stem.0.weight": None}))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"num_classes": 8}, {"in_chans": 1}, {"num_classes": 0}, {"features_only": True}]
+)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"stages.2.blocks.1.norm.weight": None},
+            r"Missing keys: stages\.2\.blocks\.1\.norm\.weight\. Unexpected: none",
+        ),
+        (
+            {"stages.2.blocks.9.norm.weight": torch.ones(1)},
+            r"Missing keys: none\. Unexpected: stages\.2\.blocks\.9\.norm\.weight",
+        ),
+        ({"head.norm.bias": None}, r"Missing keys: head\.norm\.bias\. Unexpected: none"),
+    ],
+)
+def test_any_other_difference_is_refused_however_the_head_differs(tmp_path, kwargs, changes, message):
+    overlay = saved(twins()[0], tmp_path / "broken.pth", **changes)
+    with pytest.raises(RuntimeError, match=message):
+        loaded("kfde_convnextv2_atto", overlay, **kwargs)
+
+
+def test_a_missing_classifier_is_refused_where_it_would_be_used(tmp_path):
+    overlay = saved(twins()[0], tmp_path / "broken.pth", **{"head.fc.weight": None})
+    with pytest.raises(RuntimeError, match=r"Missing keys: head\.fc\.weight"):
+        loaded("kfde_convnextv2_atto", overlay)
+
+
+def test_a_kfde_checkpoint_must_be_whole(tmp_path):
+    _, kfde = twins()
+    model = loaded("kfde_convnextv2_atto", saved(kfde, tmp_path / "whole.pth"))
+    assert torch.equal(model(images()), kfde(images()))
+    lacking = saved(kfde, tmp_path / "lacking.pth", **{"stages.3.kfde.mfdf.fc1.weight": None})
+    for kwargs in ({}, {"num_classes": 8}):
+        with pytest.raises(RuntimeError, match=r"Missing keys: stages\.3\.kfde\.mfdf\.fc1\.weight\. Unexpected: none"):
+            loaded("kfde_convnextv2_atto", lacking, **kwargs)
+    with pytest.raises(RuntimeError, match=r"Unexpected: stages\.3\.kfde\.csfe\.cfe\.bias"):
+        loaded("kfde_convnextv2_atto", saved(kfde, tmp_path / "whole.pth"), csfe=False, num_classes=8)
+
+
+def test_weights_in_the_authors_own_naming_load(tmp_path):
+    bare, _ = twins()
+    renamed = {}
+    for key, value in bare.state_dict().items():
+        key = key.replace("stem.", "downsample_layers.0.").replace("conv_dw", "dwconv").replace("head.fc", "head")
+        key = key.replace("mlp.fc", "pwconv").replace("mlp.grn.weight", "grn.gamma").replace("mlp.grn.bias", "grn.beta")
+        key = key.replace("head.norm", "norm").replace(".blocks.", ".")
+        if ".downsample." in key:
+            _, stage, _, rest = key.split(".", 3)
+            key = f"downsample_layers.{stage}.{rest}"
+        renamed[key] = value
+    torch.save({"model": renamed}, tmp_path / "authors.pth")
+    model = loaded("kfde_convnextv2_atto", {"file": str(tmp_path / "authors.pth")}, identity_start=True)
+    assert torch.equal(model(images()), bare(images()))
+
+
+def test_checkpoint_path_takes_kfde_checkpoints_only(tmp_path):
+    bare, kfde = twins()
+    saved(kfde, tmp_path / "kfde.pth")
+    saved(bare, tmp_path / "bare.pth")
+    model = timm.create_model("kfde_convnextv2_atto", checkpoint_path=str(tmp_path / "kfde.pth")).eval()
+    assert torch.equal(model(images()), kfde(images()))
+    with pytest.raises(RuntimeError, match=r"stages\.3\.kfde"):
+        timm.create_model("kfde_convnextv2_atto", checkpoint_path=str(tmp_path / "bare.pth"))
+
+
+def test_round_trip_through_a_local_directory(tmp_path):
+    args = {"csfe": {"arrangement": "sfe_cfe"}, "kfde_stages": [2, 3], "identity_start": True}
+    model = scatter_parameters(timm.create_model("kfde_convnextv2_atto", num_classes=8, **args)).eval()
+    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images()), model(images()))
+    other_head = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2).eval()
+    torch.testing.assert_close(other_head.forward_features(images()), model.forward_features(images()))

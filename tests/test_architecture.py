@@ -1,0 +1,65 @@
+"""Who may import whom: read from the sources, not from what happens to be loaded."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# room -> what it may import of this project and of timm
+ALLOWED = {
+    "kfde_layers/__init__.py": tuple(f"kfde_layers.{room}" for room in ("layers", "functional", "insertion", "models")),
+    "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "timm"),
+    "kfde_layers/insertion.py": ("kfde_layers.layers",),
+    "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
+    "kfde_layers/functional.py": ("kfde_layers.ops",),
+    "kfde_layers/ops": ("kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
+    "kfde_layers/_impl.py": (),
+    "kfde_layers/_checks.py": (),
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def strangers(path: Path, allowed: tuple[str, ...]) -> set[str]:
+    governed = {name for name in imports(path) if name.split(".")[0] in ("kfde_layers", "timm", "triton")}
+    return {name for name in governed if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)}
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(ROOT).as_posix()
+    return next((room for room in ALLOWED if inside == room or inside.startswith(f"{room}/")), inside)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kfde_layers").rglob("*.py")), ids=lambda path: path.name)
+def test_the_package_keeps_to_its_rooms(path):
+    room = room_of(path)
+    assert room in ALLOWED, f"{room} has no rule"
+    assert not strangers(path, ALLOWED[room])
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_examples_and_benchmarks_use_public_names_only(folder):
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    public = ("kfde_layers.functional", "kfde_layers.insert", "kfde_layers.insertion_points", "kfde_layers.layers")
+    public += tuple(f"kfde_layers.{layer}" for layer in ("CFE", "SFE", "CSFE", "MFDF", "__version__"))
+    for path in paths:
+        private = {name for name in strangers(path, (*public, "timm", "triton")) if name != "kfde_layers"}
+        assert not private, path
+
+
+def test_a_forbidden_import_is_seen(tmp_path):
+    (tmp_path / "layer.py").write_text("import torch\nfrom timm.layers import Mlp\nfrom kfde_layers import models\n")
+    seen = strangers(tmp_path / "layer.py", ALLOWED["kfde_layers/layers"])
+    assert seen == {"timm.layers.Mlp", "kfde_layers.models"}
