@@ -1,0 +1,64 @@
+"""The equations as one would first write them in eager PyTorch: what the layers are measured against."""
+
+import torch
+from torch import Tensor, nn
+
+
+class CFE(nn.Module):
+    """Equations (1)-(5)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(16, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w_gamma = (self.norm.weight / self.norm.weight.sum()).view(1, -1, 1, 1)
+        r = torch.sigmoid(self.norm(x) * w_gamma)
+        w1 = torch.where(r > 0.5, torch.ones_like(r), r)
+        w2 = torch.where(r > 0.5, torch.zeros_like(r), r)
+        first, second = (w1 * x).chunk(2, dim=1)
+        weak_first, weak_second = (w2 * x).chunk(2, dim=1)
+        return torch.cat((first + weak_second, second + weak_first), dim=1)
+
+
+class SFE(nn.Module):
+    """Equations (6)-(9)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = (x - x.mean(dim=(2, 3), keepdim=True)).pow(2)
+        variance = d.mean(dim=(2, 3), keepdim=True)
+        return x * torch.sigmoid(d / (4 * (variance + 1e-4)) + 0.5)
+
+
+class CSFE(nn.Module):
+    """Both branches, summed."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.cfe = CFE(channels)
+        self.sfe = SFE(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cfe(x) + self.sfe(x)
+
+
+class MFDF(nn.Module):
+    """Equations (10)-(14), depthwise."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels) for size in (1, 3, 5, 7)
+        )
+        hidden = max(32, channels // 16)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, 4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.stack([branch(x) for branch in self.branches], dim=1)
+        p = maps.sum(dim=1).mean(dim=(2, 3))
+        alpha = self.fc2(self.fc1(p)).view(x.shape[0], 4, x.shape[1]).softmax(dim=1)
+        return (alpha[:, :, :, None, None] * maps).sum(dim=1)
