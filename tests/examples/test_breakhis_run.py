@@ -1,0 +1,192 @@
+"""Runs of the whole example, small."""
+
+import csv
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from breakhis.data import find_images
+from breakhis.splits import LEAK_WARNING
+from breakhis.synthetic import draw_tree
+from PIL import Image
+from train_breakhis import main, parse_args
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--img-size", "64", "--epochs", "2", "--batch-size", "8", "--num-workers", "0", "--folds", "3"]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def recompute(rows: list[dict[str, str]], classes: list[str]) -> dict[str, object]:
+    """The scores of `metrics.json` from the rows of `predictions.csv`, in plain Python."""
+    matrix = [[sum(r["target"] == t and r["prediction"] == p for r in rows) for p in classes] for t in classes]
+    diagonal = range(len(classes))
+    recalls = [matrix[i][i] / sum(matrix[i]) for i in diagonal if sum(matrix[i])]
+    f1 = []
+    for i in diagonal:
+        seen = sum(matrix[i]) + sum(matrix[j][i] for j in diagonal)
+        if seen:
+            f1.append(2 * matrix[i][i] / seen)
+    patients = defaultdict(list)
+    for r in rows:
+        patients[r["patient"]].append(r["target"] == r["prediction"])
+    return {
+        "image_accuracy": sum(matrix[i][i] for i in diagonal) / len(rows),
+        "patient_recognition_rate": sum(sum(hits) / len(hits) for hits in patients.values()) / len(patients),
+        "balanced_accuracy": sum(recalls) / len(recalls),
+        "macro_f1": sum(f1) / len(f1),
+        "confusion_matrix": matrix,
+    }
+
+
+def assert_consistent(out: Path, data_dir: Path, leak_checker) -> dict:
+    """Checks every file of a run against the others; returns `metrics.json`."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    rows, split = read(out / "predictions.csv"), read(out / "split.csv")
+    classes = metrics["classes"]
+    for key, value in recompute(rows, classes).items():
+        assert metrics[key] == (value if key == "confusion_matrix" else pytest.approx(value)), key
+    files = [row["file"] for row in split]
+    assert len(set(files)) == len(files) == len(find_images(data_dir, metrics["magnification"]))
+    assert all((data_dir / file).is_file() for file in files)
+    if metrics["protocol"] == "patient":
+        assert leak_checker((row["patient"], row["split"]) for row in split) == set()
+    for name in ("train", "val", "test"):
+        part = [row for row in split if row["split"] == name]
+        assert metrics["n_images"][name] == len(part)
+        assert metrics["n_patients"][name] == len({row["patient"] for row in part})
+    assert sorted(row["file"] for row in rows) == sorted(row["file"] for row in split if row["split"] == "test")
+    for row in rows:
+        probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(probabilities, key=probabilities.__getitem__)
+    for name in ("confusion_matrix.png", "curves.png"):
+        with Image.open(out / name) as figure:
+            assert min(figure.size) > 300
+    for name in ("best", "last"):
+        assert (out / name / "model.safetensors").is_file()
+        config = json.loads((out / name / "config.json").read_text())
+        assert config["num_classes"] == len(classes)
+        assert config["label_names"] == classes
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def run(synthetic_tree, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    main(["--data-dir", str(synthetic_tree), "--output-dir", str(out), "--task", "subtype", *SMALL])
+    return out
+
+
+def test_every_output_is_there_and_agrees(run, synthetic_tree, leak_checker):
+    metrics = assert_consistent(run, synthetic_tree, leak_checker)
+    assert metrics["protocol"] == "patient"
+    assert metrics["task"] == "subtype"
+    assert metrics["magnification"] == "100X"
+    assert metrics["classes"] == ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
+    assert (metrics["folds"], metrics["fold"], metrics["seed"]) == (3, 0, 0)
+    assert metrics["model"] == "kfde_convnextv2_atto"
+    assert metrics["img_size"] == 64
+    assert sum(metrics["n_images"].values()) == 48
+    assert metrics["absent_classes"]["train"] == []
+    assert len(metrics["history"]) == 2
+    assert {"torch", "timm", "kfde_layers", "python"} <= metrics["versions"].keys()
+
+
+def test_best_is_the_best_on_validation(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    ranks = [(row["val_balanced_accuracy"], -row["val_loss"]) for row in metrics["history"]]
+    assert metrics["best_epoch"] == ranks.index(max(ranks)) + 1
+
+
+def test_timm_alone_reproduces_the_predictions(run, synthetic_tree):
+    model = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    assert tuple(config["input_size"]) == (3, 64, 64)
+    assert (config["crop_pct"], config["crop_mode"]) == (1.0, "center")
+    assert model.pretrained_cfg["label_names"] == ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
+    transform = timm.data.create_transform(**config, is_training=False)
+    for row in read(run / "predictions.csv"):
+        with Image.open(synthetic_tree / row["file"]) as file, torch.inference_mode():
+            probabilities = model(transform(file.convert("RGB"))[None]).softmax(1)[0]
+        written = torch.tensor([float(row[f"prob_{name}"]) for name in model.pretrained_cfg["label_names"]])
+        torch.testing.assert_close(probabilities, written, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_repeats_itself(run, synthetic_tree, tmp_path):
+    main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), "--task", "subtype", *SMALL])
+    assert (tmp_path / "split.csv").read_text() == (run / "split.csv").read_text()
+    first, again = read(run / "predictions.csv"), read(tmp_path / "predictions.csv")
+    for before, after in zip(first, again, strict=True):
+        assert before["file"] == after["file"]
+        assert float(before["prob_A"]) == pytest.approx(float(after["prob_A"]), abs=1e-4)
+
+
+def test_the_image_protocol_warns_and_is_named_beside_its_numbers(
+    synthetic_tree, tmp_path, leak_checker, caplog, capsys
+):
+    arguments = ["--protocol", "image", *SMALL, "--epochs", "1"]
+    main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *arguments])
+    assert LEAK_WARNING in caplog.messages
+    assert "image protocol (70/30, patients leak), 100X, binary: image accuracy" in capsys.readouterr().out
+    metrics = assert_consistent(tmp_path, synthetic_tree, leak_checker)
+    assert (metrics["folds"], metrics["fold"]) == (None, None)
+
+
+def test_synthetic_draws_its_own_data_and_says_so(tmp_path, leak_checker, capsys, monkeypatch):
+    few = functools.partial(draw_tree, patients_per_subtype=2, images_per_patient=1)
+    monkeypatch.setattr("train_breakhis.draw_tree", few)
+    main(["--synthetic", "--magnification", "400X", "--output-dir", str(tmp_path), *SMALL, "--epochs", "1"])
+    metrics = assert_consistent(tmp_path, tmp_path / "synthetic", leak_checker)
+    assert sum(metrics["n_images"].values()) == 16
+    assert "synthetic images, patient protocol, fold 0 of 3, 400X, binary: image accuracy" in capsys.readouterr().out
+
+
+def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, leak_checker, caplog):
+    tree = tmp_path / "data"
+    tree.mkdir()
+    for name in ("SOB_B_A-14-1001-100-001.png", "SOB_M_DC-14-5001-100-001.png", "SOB_M_DC-14-5002-100-001.png"):
+        (tree / name).write_bytes(next(synthetic_tree.rglob(name)).read_bytes())
+    main(["--data-dir", str(tree), "--output-dir", str(tmp_path / "out"), *SMALL])
+    metrics = assert_consistent(tmp_path / "out", tree, leak_checker)
+    assert metrics["n_images"]["val"] == 0
+    assert metrics["best_epoch"] == 2
+    assert any("best = last epoch" in message for message in caplog.messages)
+
+
+def test_two_processes_predict_every_image_once(synthetic_tree, tmp_path, leak_checker):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += [str(ROOT / "examples" / "train_breakhis.py"), "--data-dir", str(synthetic_tree)]
+    command += ["--output-dir", str(tmp_path), *SMALL, "--epochs", "1", "--batch-size", "3"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("patient protocol, fold 0 of 3") == 1
+    metrics = assert_consistent(tmp_path, synthetic_tree, leak_checker)
+    assert sum(metrics["n_images"].values()) == 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output-dir", "out"], "one of the arguments --data-dir --synthetic is required"),
+        (["--output-dir", "out", "--synthetic", "--data-dir", "x"], "not allowed with argument"),
+        (["--output-dir", "out", "--synthetic", "--fold", "5"], "argument --fold: must be below --folds 5, got 5"),
+        (["--output-dir", "out", "--synthetic", "--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--output-dir", "out", "--synthetic", "--model", "nonesuch"], "a model that timm knows, got 'nonesuch'"),
+    ],
+)
+def test_wrong_arguments_are_named_with_their_values(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(arguments)
+    assert message in capsys.readouterr().err
