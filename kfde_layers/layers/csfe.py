@@ -15,8 +15,8 @@ class CSFE(nn.Module):
     \[ y = \begin{cases}
        \mathrm{CFE}(x) + \mathrm{SFE}(x) & \text{parallel, sum} \\
        \tfrac{1}{2}\,(\mathrm{CFE}(x) + \mathrm{SFE}(x)) & \text{parallel, mean} \\
-       \mathrm{SFE}(\mathrm{CFE}(x)) & \text{cfe\_sfe} \\
-       \mathrm{CFE}(\mathrm{SFE}(x)) & \text{sfe\_cfe}
+       \mathrm{SFE}(\mathrm{CFE}(x)) & \text{cfe_sfe} \\
+       \mathrm{CFE}(\mathrm{SFE}(x)) & \text{sfe_cfe}
        \end{cases} \]
 
     The branches are the submodules `cfe` and `sfe`, which hold parameters and hyper-parameters; the layer computes

@@ -28,6 +28,7 @@ def cfe(
     \[ w_\gamma = \frac{\gamma}{\sum_i \gamma_i}, \qquad
        r = \sigma(\hat{x}\, w_\gamma), \qquad
        (w_1, w_2) = \begin{cases} (1, 0) & r > T \\ (r, r) & r \le T \end{cases} \]
+
     \[ x_1 = w_1 x, \quad x_2 = w_2 x, \qquad
        y = [x_1^{(1)} + x_2^{(2)},\; x_1^{(2)} + x_2^{(1)}] \]
 

@@ -33,8 +33,8 @@ def csfe(
     \[ y = \begin{cases}
        \mathrm{CFE}(x) + \mathrm{SFE}(x) & \text{parallel, sum} \\
        \tfrac{1}{2}\,(\mathrm{CFE}(x) + \mathrm{SFE}(x)) & \text{parallel, mean} \\
-       \mathrm{SFE}(\mathrm{CFE}(x)) & \text{cfe\_sfe} \\
-       \mathrm{CFE}(\mathrm{SFE}(x)) & \text{sfe\_cfe}
+       \mathrm{SFE}(\mathrm{CFE}(x)) & \text{cfe_sfe} \\
+       \mathrm{CFE}(\mathrm{SFE}(x)) & \text{sfe_cfe}
        \end{cases} \]
 
     with CFE and SFE as in `kfde_layers.functional.cfe` and `kfde_layers.functional.sfe`, whose arguments these are.

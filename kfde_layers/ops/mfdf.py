@@ -31,6 +31,7 @@ def mfdf(
 
     \[ X_k = \mathrm{conv}_k(x), \qquad \hat{X} = \sum_k X_k, \qquad
        p_c = \frac{1}{HW}\sum_{ij}\hat{X}_{c,ij}, \qquad c = \mathrm{fc1}(p) \]
+
     \[ \alpha_k = \mathrm{softmax}_k(\mathrm{fc2}_k(c)), \qquad F_c = \sum_k \alpha_{kc} X_{kc} \]
 
     with \(\mathrm{conv}_k\) given by `branch_weights[k]` and `branch_biases[k]`, at stride 1 and "same" zero padding.

@@ -1,0 +1,142 @@
+"""The documentation is run: docstring examples, the code blocks of every page, and the site itself."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import kfde_layers
+
+ROOT = Path(__file__).parents[1]
+MODULES = [info.name for info in pkgutil.walk_packages(kfde_layers.__path__, "kfde_layers.")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def offline_weights(monkeypatch):
+    """Answer a download of pretrained weights with weights of the right shape."""
+
+    def answer(hub_id, *args, **kwargs):
+        return timm.create_model(hub_id.removeprefix("timm/").split(".")[0]).state_dict()
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", answer)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn})
+    assert result.failed == 0
+
+
+def test_docstring_examples_are_found_and_can_fail():
+    attempted = sum(
+        doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "nn": nn}).attempted
+        for name in MODULES
+    )
+    assert attempted > 15
+
+    def wrong():
+        """
+        >>> 1 + 1
+        3
+        """
+
+    runner = doctest.DocTestRunner(verbose=False)
+    for test in doctest.DocTestFinder().find(wrong, "wrong", globs={}):
+        assert runner.run(test, out=lambda text: None).failed == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run(page, offline_weights, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in BLOCK.findall(page.read_text()):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_readme_prints_what_it_says(offline_weights, capsys):
+    (block,) = BLOCK.findall((ROOT / "README.md").read_text())
+    exec(block, {})
+    said = re.findall(r"print\(.*\)  # (.*)", block)
+    assert capsys.readouterr().out.splitlines() == said
+    assert len(said) == 2
+
+
+def test_the_readme_counts_parameters_right():
+    text = (ROOT / "README.md").read_text()
+    for name in ("CFE", "SFE", "CSFE", "MFDF"):
+        layer = getattr(kfde_layers, name)(768)
+        (said,) = re.findall(rf"^\| `{name}` \|.*\| ([\d,]+) \|$", text, re.MULTILINE)
+        assert int(said.replace(",", "")) == sum(parameter.numel() for parameter in layer.parameters())
+
+
+def test_the_cost_table_is_right():
+    text = (ROOT / "docs/models.md").read_text()
+    rows = re.findall(
+        r"^\| (\w+) \| (\d+) \| ([\d.]+) M \| ([\d.]+) M \| ([\d.]+) M \| ([\d.]+) M \|$", text, re.MULTILINE
+    )
+    assert len(rows) == 9
+
+    def count(name, **kwargs):
+        model = timm.create_model(name, device="meta", **kwargs)
+        return sum(parameter.numel() for parameter in model.parameters()), model.num_features
+
+    likely = {"groups": 1, "norm_layer": nn.BatchNorm2d, "act_layer": nn.ReLU}
+    for size, channels, *said in rows:
+        bare, width = count(f"convnextv2_{size}")
+        kfde = [count(f"kfde_convnextv2_{size}", mfdf=mfdf)[0] - bare for mfdf in (True, {"groups": 32}, likely)]
+        assert int(channels) == width
+        for given, wanted, digits in zip(said, (bare, *kfde), (1, 2, 2, 1), strict=True):
+            assert given == f"{wanted / 1e6:.{digits}f}"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_builds_with_every_page(site):
+    for page in (ROOT / "docs").glob("*.md"):
+        built = site / "index.html" if page.stem == "index" else site / page.stem / "index.html"
+        assert built.exists(), page
+
+
+def test_mathematics_is_rendered_in_the_page(site):
+    layers, api = ((site / page / "index.html").read_text() for page in ("layers", "api"))
+    assert layers.count("<math") >= 8
+    assert api.count("<math") >= 20
+    for text in (layers, api):
+        assert "arithmatex" not in text
+        assert "\\frac" not in re.sub(r"<code>.*?</code>", "", text, flags=re.DOTALL)
+
+
+def test_a_page_asks_no_other_host_for_anything(site):
+    fetched = re.compile(r'<(?:script|img|iframe|source)[^>]*\ssrc="([^"]*)"|<link[^>]*\shref="([^"]*)"|url\(([^)]*)\)')
+    for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        for groups in fetched.findall(path.read_text()):
+            address = "".join(groups).strip("'\"")
+            assert not re.match(r"(https?:)?//", address), (path, address)
+
+
+def test_the_api_page_shows_every_public_name(site):
+    text = (site / "api/index.html").read_text()
+    for name in [*kfde_layers.__all__, *(f"functional.{name}" for name in kfde_layers.functional.__all__)]:
+        if name != "functional":
+            assert f'id="kfde_layers.{name}"' in text or f'id="kfde_layers.ops.{name}' in text, name
