@@ -1,13 +1,7 @@
-"""Use the installed wheel as a newcomer would, from an empty directory."""
+"""Use the installed wheel as a newcomer would."""
 
-import os
-import sys
-import tempfile
 from importlib.metadata import requires
 from pathlib import Path
-
-os.chdir(tempfile.mkdtemp())
-sys.path = [entry for entry in sys.path if entry and not (Path(entry) / "pyproject.toml").exists()]
 
 import timm
 import torch

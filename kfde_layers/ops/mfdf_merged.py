@@ -62,10 +62,12 @@ def merged_convolution(
 def merging_pays(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
     """Whether the merged convolution was measured to be no slower than the branches, forward and with backward.
 
-    Measured on CPU: the window sums want a map large enough and branches enough to repay them, and the merged kernel
-    wants no holes and clearly fewer taps than the branches have together.
+    Measured on CPU: the window sums want a map large enough and branches enough to repay them (channels_last, also
+    the two copies into the layout of the convolution), and the merged kernel wants no holes and clearly fewer taps
+    than the branches have together.
     """
-    large = x.shape[2] * x.shape[3] >= 14 * 14
+    smallest_side = 28 if x.is_contiguous() else 56
+    large = x.shape[2] * x.shape[3] >= smallest_side**2
     merged_taps = len(_offsets(weights, dilations)) ** 2
     branch_taps = sum(weight[0, 0].numel() for weight in weights)
     dense = _step(weights, dilations) == 1 and 3 * merged_taps <= 2 * branch_taps

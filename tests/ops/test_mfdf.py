@@ -168,13 +168,22 @@ def test_no_branch_map_is_made_by_the_fused_form():
 
 
 @pytest.mark.parametrize(
-    ("size", "kernel_sizes", "dilation", "merged"),
-    [(14, (1, 3, 5, 7), 1, True), (13, (1, 3, 5, 7), 1, False), (28, (1, 3, 5, 7), 2, False), (28, (1, 7), 1, False)],
+    ("size", "kernel_sizes", "dilation", "memory_format", "merged"),
+    [
+        (28, (1, 3, 5, 7), 1, torch.contiguous_format, True),
+        (27, (1, 3, 5, 7), 1, torch.contiguous_format, False),
+        (56, (1, 3, 5, 7), 1, torch.channels_last, True),
+        (55, (1, 3, 5, 7), 1, torch.channels_last, False),
+        (56, (1, 3, 5, 7), 2, torch.contiguous_format, False),
+        (56, (1, 3, 3, 7), 1, torch.contiguous_format, False),
+        (56, (3, 5, 7), 1, torch.contiguous_format, False),
+    ],
 )
-def test_auto_merges_where_that_was_measured_to_pay(monkeypatch, size, kernel_sizes, dilation, merged):
+def test_auto_merges_where_that_was_measured_to_pay(monkeypatch, size, kernel_sizes, dilation, memory_format, merged):
     calls = []
     monkeypatch.setattr(mfdf_ops, "merged_convolution", lambda x, *args: calls.append(1) or x)
-    Parameters.drawn(6, kernel_sizes, 6)(draw(2, 6, size, size), dilation, 6, "auto")
+    x = draw(2, 6, size, size, memory_format=memory_format)
+    Parameters.drawn(6, kernel_sizes, 6)(x, dilation, 6, "auto")
     assert bool(calls) == merged
 
 
