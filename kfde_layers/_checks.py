@@ -21,6 +21,12 @@ def check_real(name: str, value: object, above: float = float("-inf"), below: fl
         raise ValueError(f"{name} must lie strictly between {above} and {below}, got {value}")
 
 
+def check_sequence(name: str, value: object, entries: str) -> None:
+    """Refuse anything but a list, a tuple or the like; `entries` says of what."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence of {entries}, got {value!r} of type {type(value).__name__}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse anything but one of `choices`."""
     if value not in choices:
@@ -36,11 +42,17 @@ def check_floating(name: str, tensor: object) -> Tensor:
     return tensor
 
 
+def check_dims(name: str, tensor: object, dims: Sequence[str]) -> tuple[int, ...]:
+    """Return the shape of `tensor`; refuse anything but a floating-point tensor of these dimensions."""
+    shape = tuple(check_floating(name, tensor).shape)
+    if len(shape) != len(dims):
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {len(shape)} dimensions: {shape}")
+    return shape
+
+
 def check_map(name: str, tensor: object, channels: int | None = None) -> None:
     """Refuse anything but a floating-point feature map (N, C, H, W) with `channels` channels, if given."""
-    shape = tuple(check_floating(name, tensor).shape)
-    if len(shape) != 4:
-        raise ValueError(f"{name} must have shape (N, C, H, W), got {len(shape)} dimensions: {shape}")
+    shape = check_dims(name, tensor, ("N", "C", "H", "W"))
     if channels is not None and shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels in dimension 1, got {shape[1]}: {shape}")
 

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._checks import check_int, check_map, check_real
+from kfde_layers._checks import check_int, check_map, check_real, check_sequence
 from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.mfdf import attention, check_kernel_size, fuse, mfdf, pool, resolve_dilations, resolve_groups
 
@@ -76,6 +76,7 @@ class MFDF(nn.Module):
         check_real("rd_ratio", rd_ratio, above=0)
         hidden = max(32, int(channels * rd_ratio)) if rd_channels is None else rd_channels
         check_int("rd_channels", hidden, minimum=1)
+        check_sequence("kernel_sizes", kernel_sizes, "odd ints")
         self.channels = channels
         self.kernel_sizes = tuple(kernel_sizes)
         if not self.kernel_sizes:

@@ -84,6 +84,8 @@ class KFDEConvNeXt(convnext.ConvNeXt):
         # Before KFDE is attached, since ConvNeXt's initialiser would overwrite how the blocks start.
         super().__init__(**kwargs, device=device, dtype=dtype)
         blocks = {"csfe": (CSFE, _options("csfe", csfe)), "mfdf": (MFDF, _options("mfdf", mfdf))}
+        if isinstance(kfde_stages, int):
+            raise TypeError(f"kfde_stages must be a sequence of stages such as (3,), got {kfde_stages}")
         for index in sorted(set(kfde_stages)):
             if index not in range(len(self.stages)):
                 raise ValueError(f"kfde_stages must lie in 0 ... {len(self.stages) - 1}, got {index}")

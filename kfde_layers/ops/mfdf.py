@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kfde_layers._checks import check_floating, check_int, check_map, check_shape
+from kfde_layers._checks import check_dims, check_int, check_map, check_sequence, check_shape
 from kfde_layers._impl import Impl, select, tracing
 from kfde_layers.ops.formats import as_input, upcast, without_autocast
 from kfde_layers.ops.mfdf_merged import merged_convolution, merging_pays, pooled_branches
@@ -75,7 +75,8 @@ def mfdf(
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    channels = int(check_floating("fc1_weight", fc1_weight).shape[-1])  # torch.jit.trace has tensors for sizes
+    check_sequence("branch_weights", branch_weights, "tensors")
+    channels = int(check_dims("fc1_weight", fc1_weight, ("d", "C"))[1])  # torch.jit.trace has tensors for sizes
     check_map("x", x, channels)
     groups = resolve_groups(channels, groups)
     dilations = resolve_dilations(dilation, len(branch_weights))
@@ -129,7 +130,10 @@ def resolve_groups(channels: int, groups: int | str) -> int:
 
 def resolve_dilations(dilation: int | Sequence[int], num_branches: int) -> tuple[int, ...]:
     """Return one dilation per branch."""
-    dilations = (dilation,) * num_branches if isinstance(dilation, int) else tuple(dilation)
+    if isinstance(dilation, int):
+        dilation = (dilation,) * num_branches
+    check_sequence("dilation", dilation, "ints, or an int")
+    dilations = tuple(dilation)
     if len(dilations) != num_branches:
         raise ValueError(f"dilation must be an int or have {num_branches} entries, one per branch, got {dilation!r}")
     for value in dilations:
@@ -173,7 +177,7 @@ def _check_branches(channels: int, groups: int, weights: Sequence[Tensor], biase
     if not weights:
         raise ValueError("branch_weights must have at least one entry, got none")
     for k, weight in enumerate(weights):
-        size = int(check_floating(f"branch_weights[{k}]", weight).shape[-1])
+        size = int(check_dims(f"branch_weights[{k}]", weight, ("C", "C / groups", "k", "k"))[3])
         check_kernel_size(f"the kernel size of branch_weights[{k}]", size)
         check_shape(f"branch_weights[{k}]", weight, (channels, channels // groups, size, size))
     if biases is not None and len(biases) != len(weights):
@@ -185,8 +189,7 @@ def _check_branches(channels: int, groups: int, weights: Sequence[Tensor], biase
 def _check_attention(
     channels: int, num_branches: int, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
 ) -> None:
-    hidden = check_floating("fc1_weight", fc1_weight).shape[0]
-    check_shape("fc1_weight", fc1_weight, (hidden, channels))
+    hidden = fc1_weight.shape[0]
     check_shape("fc1_bias", fc1_bias, (hidden,))
     check_shape("fc2_weight", fc2_weight, (num_branches * channels, hidden))
     check_shape("fc2_bias", fc2_bias, (num_branches * channels,))

@@ -112,6 +112,8 @@ def test_selective_kernel_is_the_same_mathematics():
     ("kwargs", "error", "message"),
     [
         ({"kernel_sizes": (3, 4)}, ValueError, "kernel_sizes must be odd, so that the map keeps its size, got 4"),
+        ({"kernel_sizes": 3}, TypeError, "kernel_sizes must be a sequence of odd ints, got 3 of type int"),
+        ({"dilation": 1.5}, TypeError, "dilation must be a sequence of ints, or an int, got 1.5 of type float"),
         ({"kernel_sizes": ()}, ValueError, "kernel_sizes must have at least one entry, got none"),
         ({"kernel_sizes": (3.0,)}, TypeError, "kernel_sizes must be an int, got 3.0"),
         ({"dilation": (1, 2)}, ValueError, r"dilation must be an int or have 4 entries, one per branch, got \(1, 2\)"),

@@ -118,6 +118,7 @@ def test_layer_options_stages_and_identity_start():
     [
         ({"csfe": "parallel"}, TypeError, "csfe must be a bool or a dict of layer options, got 'parallel' of type str"),
         ({"mfdf": 4}, TypeError, "mfdf must be a bool or a dict of layer options, got 4 of type int"),
+        ({"kfde_stages": 3}, TypeError, r"kfde_stages must be a sequence of stages such as \(3,\), got 3"),
         ({"kfde_stages": (4,)}, ValueError, r"kfde_stages must lie in 0 ... 3, got 4"),
         ({"kfde_stages": (-1,)}, ValueError, r"kfde_stages must lie in 0 ... 3, got -1"),
         ({"csfe": {"arrangement": "x"}}, ValueError, "arrangement must be one of"),

@@ -200,6 +200,13 @@ def test_tracers_see_the_branches(monkeypatch):
         ({"x": torch.zeros(6, 5, 5)}, ValueError, r"x must have shape \(N, C, H, W\), got 3 dimensions"),
         ({"x": torch.zeros(2, 6, 5, 5).long()}, TypeError, "x must be a floating-point tensor, got torch.int64"),
         ({"x": torch.zeros(2, 8, 5, 5)}, ValueError, "x must have 6 channels in dimension 1, got 8"),
+        (
+            {"branch_weights": torch.zeros(2, 6, 1, 3, 3)},
+            TypeError,
+            "branch_weights must be a sequence of tensors, got",
+        ),
+        ({"branch_weights": [torch.zeros(6)] * 2}, ValueError, r"must have shape \(C, C / groups, k, k\), got 1 dim"),
+        ({"fc1_weight": torch.zeros(())}, ValueError, r"fc1_weight must have shape \(d, C\), got 0 dimensions: \(\)"),
         ({"branch_weights": []}, ValueError, "branch_weights must have at least one entry, got none"),
         ({"branch_weights": [torch.zeros(6, 1, 2, 2)] * 2}, ValueError, r"branch_weights\[0\] must be odd.*got 2"),
         (
