@@ -43,7 +43,7 @@ def insertion_points(model: nn.Module, *, example_input: Tensor | None = None) -
     Raises:
         ValueError: The model does not run on the example, or has no convolution to make one from.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Flatten(), nn.LazyLinear(10))
         >>> insertion_points(model)
         {'0': Point(channels=16, reduction=2, layout='NCHW')}
@@ -86,7 +86,7 @@ def insert(
         ValueError: A name is no submodule, or its module is not called once, returns no feature map or already holds
             a block. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> from kfde_layers import CSFE
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
         >>> sorted(insert(model, {"1": CSFE}).state_dict())

@@ -45,7 +45,7 @@ def test_signatures():
 def test_every_public_name_is_documented():
     for function in SIGNATURES:
         text = inspect.getdoc(function)
-        for section in ("Args:", "Raises:", "Example:"):
+        for section in ("Args:", "Raises:", "Examples:"):
             assert section in text, (function, section)
         for name in inspect.signature(function).parameters:
             assert f"    {name}:" in text, (function, name)

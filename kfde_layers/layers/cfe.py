@@ -39,7 +39,7 @@ class CFE(nn.Module):
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, such as an odd C or a `num_groups` that does not divide it.
 
-    Example:
+    Examples:
         >>> layer = CFE(64)
         >>> layer(torch.randn(2, 64, 7, 7)).shape
         torch.Size([2, 64, 7, 7])

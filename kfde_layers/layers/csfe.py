@@ -45,7 +45,7 @@ class CSFE(nn.Module):
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, such as an odd C or an unknown arrangement.
 
-    Example:
+    Examples:
         >>> CSFE(64, fusion="mean")(torch.randn(2, 64, 7, 7)).shape
         torch.Size([2, 64, 7, 7])
     """

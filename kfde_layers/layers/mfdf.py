@@ -46,7 +46,7 @@ class MFDF(nn.Module):
         ValueError: An argument is out of range, such as an even kernel or a wrong number of dilations.
         NotImplementedError: impl="fused" with branches that are not depthwise, or have a norm or an activation.
 
-    Example:
+    Examples:
         >>> layer = MFDF(64)
         >>> x = torch.randn(2, 64, 7, 7)
         >>> layer(x).shape, layer.branch_weights(x).shape

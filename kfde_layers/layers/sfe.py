@@ -33,7 +33,7 @@ class SFE(nn.Module):
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range.
 
-    Example:
+    Examples:
         >>> SFE()(torch.randn(2, 3, 7, 7)).shape
         torch.Size([2, 3, 7, 7])
     """

@@ -61,7 +61,7 @@ def cfe(
     Numerics: normalisation and gate in float32 (float64 for float64 input), also under autocast; the gate compares
     logits, since in bfloat16 a sigmoid this close to 0.5 rounds to 0.5 and every gate would close. Deterministic: yes.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([4.0, 2.0]).reshape(1, 2, 1, 1)  # normalised: 1, so open, and -1, so r = sigmoid(-0.5)
         >>> cfe(x, torch.ones(2), torch.zeros(2), num_groups=1).flatten()  # 4 + 2 r and 2 r
         tensor([4.7551, 0.7551])

@@ -68,7 +68,7 @@ def csfe(
     Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
     Deterministic: yes.
 
-    Example:
+    Examples:
         >>> x = torch.zeros(1, 2, 3, 3)
         >>> csfe(x, torch.ones(2), torch.zeros(2), num_groups=1).abs().max()  # every weight multiplies x
         tensor(0.)

@@ -68,7 +68,7 @@ def mfdf(
     Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
     Deterministic: yes.
 
-    Example:
+    Examples:
         >>> x, one = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)
         >>> fc1, fc2 = (torch.zeros(1, 1), torch.zeros(1)), (torch.zeros(2, 1), torch.zeros(2))
         >>> mfdf(x, [one, 3 * one], None, *fc1, *fc2)  # equal attention: (1 + 3) / 2

@@ -39,7 +39,7 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
 
     Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast. Deterministic: yes.
 
-    Example:
+    Examples:
         >>> sfe(torch.full((1, 1, 2, 2), 3.0), beta=0.0)  # nothing stands out: x * sigmoid(0)
         tensor([[[[1.5000, 1.5000],
                   [1.5000, 1.5000]]]])
