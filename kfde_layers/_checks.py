@@ -1,8 +1,11 @@
 """Refusals: each names the argument, the value given and the value wanted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
@@ -27,18 +30,37 @@ def check_sequence(name: str, value: object, entries: str) -> None:
         raise TypeError(f"{name} must be a sequence of {entries}, got {value!r} of type {type(value).__name__}")
 
 
+def check_mapping(name: str, value: object, entries: str) -> None:
+    """Refuse anything but a dict or the like; `entries` says of what."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict {entries}, got {value!r} of type {type(value).__name__}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse anything but one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Refuse anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+
+
+def check_factory(name: str, value: object) -> None:
+    """Refuse anything but None and what makes a module when it is called; a module itself is not one."""
+    if value is not None and (not callable(value) or isinstance(value, nn.Module)):
+        raise TypeError(f"{name} must be a class or function that makes a module, or None, got {value!r}")
+
+
 def check_floating(name: str, tensor: object) -> Tensor:
-    """Return `tensor`; refuse anything but a tensor of real floating-point numbers."""
+    """Return `tensor`; refuse anything but a tensor in a number format of the layers."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if tensor.dtype not in _DTYPES:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"{name} must be a floating-point tensor ({wanted}), got {tensor.dtype}")
     return tensor
 
 

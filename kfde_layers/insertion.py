@@ -1,13 +1,14 @@
 """Put attention blocks into a network that already exists."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from kfde_layers._checks import check_mapping
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,7 +22,7 @@ class Point(NamedTuple):
     channels: int
     """C of the map."""
     reduction: int
-    """Height of the input over height of the map, rounded."""
+    """Factor by which the image has shrunk to the map."""
     layout: str
     """Order of the map's dimensions, "NCHW" or "NHWC"."""
 
@@ -30,11 +31,11 @@ def insertion_points(model: nn.Module, *, example_input: Tensor | None = None) -
     """Find where `insert` can put a block.
 
     Args:
-        model: Left as it is. Of a timm model, the points are the modules in its `feature_info`; of any other, all
-            submodules.
+        model: Left as it is, but that lazy modules take their shapes. Of a timm model, the points are the modules in
+            its `feature_info`; of any other, all submodules.
         example_input: What to run the model on once, without gradient and in eval mode. None makes an image of zeros
-            of the size that the model's `pretrained_cfg` gives (else 224 px), with the channels, device and dtype of
-            the first convolution.
+            of the size that the model's `pretrained_cfg` gives (else 224 px), with the model's `in_chans` (else the
+            channels of the first convolution).
 
     Returns:
         The points by module name, in the order in which the forward pass meets them: those that it meets just once
@@ -44,7 +45,7 @@ def insertion_points(model: nn.Module, *, example_input: Tensor | None = None) -
         ValueError: The model does not run on the example, or has no convolution to make one from.
 
     Examples:
-        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Flatten(), nn.LazyLinear(10))
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Flatten())
         >>> insertion_points(model)
         {'0': Point(channels=16, reduction=2, layout='NCHW')}
     """
@@ -83,8 +84,9 @@ def insert(
         The same model.
 
     Raises:
+        TypeError: An argument has the wrong type.
         ValueError: A name is no submodule, or its module is not called once, returns no feature map or already holds
-            a block. The model is then unchanged.
+            a block; or the block does not keep the shape of the map. The model is then unchanged.
 
     Examples:
         >>> from kfde_layers import CSFE
@@ -92,6 +94,7 @@ def insert(
         >>> sorted(insert(model, {"1": CSFE}).state_dict())
         ['0.bias', '0.weight', '1.kfde.cfe.bias', '1.kfde.cfe.weight']
     """
+    check_mapping("blocks", blocks, "from module names to blocks")
     found = _probe(model, blocks, example_input)
     prepared: list[tuple[nn.Module, nn.Module]] = []
     for name, block in blocks.items():
@@ -100,12 +103,21 @@ def insert(
             raise ValueError(f"cannot insert at {name!r}: {point}")
         (channels, _, layout), output = point
         module = model.get_submodule(name)
+        if not callable(block):
+            raise TypeError(
+                f"the block at {name!r} must be a module or make one of a number of channels, got {block!r}"
+            )
         new = block if isinstance(block, nn.Module) else block(channels)
         if identity_start:
             new = Blend(new, channels)
         if layout == "NHWC":
             new = ChannelsFirst(new)
-        prepared.append((module, new.to(output.device, output.dtype).train(module.training)))
+        new = new.to(output.device, output.dtype).eval()
+        with torch.no_grad():
+            shape = tuple(new(output).shape)  # also: does the block run at all?
+        if shape != tuple(output.shape):
+            raise ValueError(f"the block at {name!r} must keep the shape {tuple(output.shape)} of its map, got {shape}")
+        prepared.append((module, new.train(module.training)))
 
     for module, new in prepared:  # nothing can fail from here on
         module.add_module(_CHILD, new)
@@ -122,15 +134,16 @@ class ChannelsFirst(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.block(rearrange(x, "n h w c -> n c h w")), "n c h w -> n h w c")
+        return self.block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _runs_its_children(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _run_child(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return module.get_submodule(_CHILD)(output)
+def _run_child(self: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    # TorchScript compiles a hook like a method; hence the attribute by name, and `self`
+    return self.kfde(output)  # pyright: ignore[reportCallIssue]
 
 
 def _probe(
@@ -138,7 +151,7 @@ def _probe(
 ) -> dict[str, tuple[Point, Tensor] | str]:
     """Run the model once: for each name, the point and its map, or why there is none; in order of the calls."""
     example = _example(model) if example_input is None else example_input
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     outputs: dict[str, list[Any]] = {}
     found: dict[str, tuple[Point, Tensor] | str] = {}
     handles: list[Any] = []
@@ -187,14 +200,30 @@ def _point(module: nn.Module, calls: list[Any], example: Tensor, usual_layout: s
         return f"it returns a {type(output).__name__}, not a tensor"
     if output.ndim != 4 or not output.is_floating_point():
         return f"it returns no feature map but {output.dtype} of shape {tuple(output.shape)}"
-    points: list[Point] = []
-    for layout, channel, row in (("NCHW", 1, 2), ("NHWC", 3, 1)):
-        reductions = {round(example.shape[-2 + side] / output.shape[row + side]) for side in (0, 1)}
-        if len(reductions) == 1:  # a feature map shrinks height and width alike
-            points.append(Point(output.shape[channel], reductions.pop(), layout))
+    image, shape = tuple(example.shape[-2:]), output.shape
+    candidates = {
+        "NCHW": (shape[1], _reduction(image, tuple(shape[2:]))),
+        "NHWC": (shape[3], _reduction(image, tuple(shape[1:3]))),
+    }
+    points = [Point(channels, reduction, layout) for layout, (channels, reduction) in candidates.items() if reduction]
     if not points:
-        return f"it returns neither (N, C, H, W) nor (N, H, W, C) of the input but shape {tuple(output.shape)}"
+        return f"it returns neither (N, C, H, W) nor (N, H, W, C) of the input but shape {tuple(shape)}"
     return next((point for point in points if point.layout == usual_layout), points[0]), output
+
+
+def _reduction(image: tuple[int, ...], side: tuple[int, ...]) -> int | None:
+    """By what factor an image has shrunk to a map, or None where height and width tell of different ones.
+
+    A side of n px becomes n / r rounded in either direction, so a side only tells r to within an interval. Of the
+    whole numbers that both sides allow, a power of two is the likeliest.
+    """
+    low = max(given / (left + 1) for given, left in zip(image, side, strict=True))
+    high = min(given / (left - 1) if left > 1 else math.inf for given, left in zip(image, side, strict=True))
+    if not low < high:
+        return None
+    mean = math.sqrt(math.prod(image) / math.prod(side))
+    power = 2 ** math.ceil(math.log2(low))
+    return power if low < power < high else max(1, round(mean))
 
 
 def _example(model: nn.Module) -> Tensor:
@@ -203,4 +232,5 @@ def _example(model: nn.Module) -> Tensor:
         raise ValueError("example_input is needed: the model has no nn.Conv2d from which to guess its input")
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     size = config.get("input_size", (3, 224, 224))[-2:]
-    return torch.zeros(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
+    channels = getattr(model, "in_chans", first.in_channels)
+    return torch.zeros(1, channels, *size, device=first.weight.device, dtype=first.weight.dtype)

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 # room -> what it may import of this project and of timm
 ALLOWED = {
     "kfde_layers/__init__.py": tuple(f"kfde_layers.{room}" for room in ("layers", "functional", "insertion", "models")),
-    "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "timm"),
-    "kfde_layers/insertion.py": ("kfde_layers.layers",),
+    "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "kfde_layers._checks", "timm"),
+    "kfde_layers/insertion.py": ("kfde_layers.layers", "kfde_layers._checks"),
     "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
     "kfde_layers/functional.py": ("kfde_layers.ops",),
     "kfde_layers/ops": ("kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),

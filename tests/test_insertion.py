@@ -113,6 +113,7 @@ def test_maps_in_either_layout_reach_the_block_as_nchw(make, points, side):
             return x
 
     model = insert(host(make), {name: Spy}, example_input=images(side))
+    seen.clear()  # of the trial on the probed map
     torch.testing.assert_close(model(images(side)), host(make)(images(side)))
     assert seen == [(channels, (2, channels, side // reduction, side // reduction))]
 
@@ -208,6 +209,28 @@ def test_the_example_is_guessed_from_the_first_convolution():
     assert insertion_points(timm.create_model("resnet18", in_chans=1))["layer1"] == Point(64, 4, "NCHW")
 
 
+@pytest.mark.parametrize(("height", "width"), [(460, 700), (230, 350), (100, 60), (65, 33), (224, 224), (32, 32)])
+def test_maps_of_any_image_are_recognised(height, width):
+    """A stride rounds each side of the map by itself, so that the two sides shrink by slightly different factors."""
+    found = insertion_points(timm.create_model("resnet18"), example_input=torch.zeros(1, 3, height, width))
+    assert [point.reduction for point in found.values()] == [2, 4, 8, 16, 32]
+    assert {point.layout for point in found.values()} == {"NCHW"}
+
+
+def test_torchscript_takes_an_inserted_model():
+    for name in ("convnextv2_atto", "resnet18"):
+        model = timm.create_model(name).eval()
+        insert(model, {list(insertion_points(model))[-1]: CSFE})
+        torch.testing.assert_close(torch.jit.script(model)(images(64)), model(images(64)), rtol=1e-4, atol=1e-5)
+
+
+def test_one_module_under_two_names():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    model.add_module("alias", model[0])
+    model.forward = lambda x: model[1](model[0](x))
+    assert insert(model, {"alias": SFE}).get_submodule("0.kfde") is not None
+
+
 def test_an_oblong_example_tells_the_layouts_apart():
     class Transposed(nn.Module):
         def forward(self, x):
@@ -240,6 +263,22 @@ class Odd(nn.Module):
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "message"),
+    [
+        (["1"], TypeError, r"blocks must be a dict from module names to blocks, got \['1'\] of type list"),
+        ({"1": 3}, TypeError, "the block at '1' must be a module or make one of a number of channels, got 3"),
+        ({"1": lambda channels: nn.Flatten()}, ValueError, r"the block at '1' must keep the shape \(1, 32, 56, 56\)"),
+        ({"1": CSFE(8)}, ValueError, "x must have 8 channels in dimension 1, got 32"),
+    ],
+)
+def test_unfit_blocks_are_refused(blocks, error, message):
+    model = plain_backbone()
+    with pytest.raises(error, match=message):
+        insert(model, blocks)
+    assert list(model.state_dict()) == list(plain_backbone().state_dict())
 
 
 @pytest.mark.parametrize(

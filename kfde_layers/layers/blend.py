@@ -38,4 +38,5 @@ class Blend(nn.Module):
         nn.init.zeros_(self.blend)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.lerp(x, self.block(x), self.blend.to(x.dtype)[:, None, None])
+        # under autocast a block may answer in another format than it was asked in
+        return torch.lerp(x, self.block(x).to(x.dtype), self.blend.to(x.dtype)[:, None, None])

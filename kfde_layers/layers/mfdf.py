@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._checks import check_int, check_map, check_real, check_sequence
+from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real, check_sequence
 from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.mfdf import attention, check_kernel_size, fuse, mfdf, pool, resolve_dilations, resolve_groups
 
@@ -77,6 +77,9 @@ class MFDF(nn.Module):
         hidden = max(32, int(channels * rd_ratio)) if rd_channels is None else rd_channels
         check_int("rd_channels", hidden, minimum=1)
         check_sequence("kernel_sizes", kernel_sizes, "odd ints")
+        check_bool("bias", bias)
+        check_factory("norm_layer", norm_layer)
+        check_factory("act_layer", act_layer)
         self.channels = channels
         self.kernel_sizes = tuple(kernel_sizes)
         if not self.kernel_sizes:

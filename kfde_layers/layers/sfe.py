@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kfde_layers._checks import check_int
 from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.sfe import check_sfe, sfe
 
@@ -50,6 +51,8 @@ class SFE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if channels is not None:
+            check_int("channels", channels, minimum=1)
         check_sfe(lambd, beta, correction)
         self.lambd = lambd
         self.beta = beta

@@ -5,7 +5,7 @@ The code of this project is Apache-2.0; the ConvNeXt-V2 weights that `pretrained
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, convnext, generate
 from timm.models import get_pretrained_cfg as backbone_cfg
 from torch import Tensor, nn
 
+from kfde_layers._checks import check_bool, check_int, check_sequence
 from kfde_layers.layers import CSFE, MFDF, Blend
 
 __all__ = ["KFDEConvNeXt", "KFDEStage"]  # register_model adds the factories
@@ -66,7 +67,7 @@ class KFDEConvNeXt(convnext.ConvNeXt):
         **kwargs: Those of timm's ConvNeXt, such as `depths`, `dims`, `num_classes`, `in_chans`, `drop_path_rate`.
 
     Raises:
-        TypeError: `csfe` or `mfdf` is neither a bool nor a dict.
+        TypeError: An argument has the wrong type, as where `csfe` or `mfdf` is neither a bool nor a dict.
         ValueError: `kfde_stages` names a stage that does not exist.
     """
 
@@ -74,19 +75,20 @@ class KFDEConvNeXt(convnext.ConvNeXt):
         self,
         csfe: bool | Mapping[str, Any] = True,
         mfdf: bool | Mapping[str, Any] = True,
-        kfde_stages: Iterable[int] = (3,),
+        kfde_stages: Sequence[int] = (3,),
         identity_start: bool = False,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        check_bool("identity_start", identity_start)
         # Before KFDE is attached, since ConvNeXt's initialiser would overwrite how the blocks start.
         super().__init__(**kwargs, device=device, dtype=dtype)
         blocks = {"csfe": (CSFE, _options("csfe", csfe)), "mfdf": (MFDF, _options("mfdf", mfdf))}
-        if isinstance(kfde_stages, int):
-            raise TypeError(f"kfde_stages must be a sequence of stages such as (3,), got {kfde_stages}")
+        check_sequence("kfde_stages", kfde_stages, "stages, such as (3,)")
         for index in sorted(set(kfde_stages)):
+            check_int("kfde_stages", index, minimum=0)
             if index not in range(len(self.stages)):
                 raise ValueError(f"kfde_stages must lie in 0 ... {len(self.stages) - 1}, got {index}")
             channels = self.feature_info[index]["num_chs"]

@@ -180,9 +180,12 @@ def _check_branches(channels: int, groups: int, weights: Sequence[Tensor], biase
         size = int(check_dims(f"branch_weights[{k}]", weight, ("C", "C / groups", "k", "k"))[3])
         check_kernel_size(f"the kernel size of branch_weights[{k}]", size)
         check_shape(f"branch_weights[{k}]", weight, (channels, channels // groups, size, size))
-    if biases is not None and len(biases) != len(weights):
+    if biases is None:
+        return
+    check_sequence("branch_biases", biases, "tensors")
+    if len(biases) != len(weights):
         raise ValueError(f"branch_biases must be None or have {len(weights)} entries, got {len(biases)}")
-    for k, bias in enumerate(biases or ()):
+    for k, bias in enumerate(biases):
         check_shape(f"branch_biases[{k}]", bias, (channels,))
 
 

@@ -37,7 +37,8 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
         ValueError: A shape or a value is out of range; the message names it.
         NotImplementedError: impl="fused": there is no fused form yet.
 
-    Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast. Deterministic: yes.
+    Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast; the square of what
+    stands out furthest must be finite there. Deterministic: yes.
 
     Examples:
         >>> sfe(torch.full((1, 1, 2, 2), 3.0), beta=0.0)  # nothing stands out: x * sigmoid(0)

@@ -44,19 +44,21 @@ def made(make, channels=6, **kwargs):
 
 @given(st.sampled_from(list(LAYERS.values())), batches, sides, sides, seeds, memory_formats, st.booleans())
 def test_shape_dtype_and_memory_format_are_kept(make, batch, height, width, seed, memory_format, requires_grad):
-    layer = made(make)
-    double = layer.double()(draw(batch, 6, height, width, seed=seed))
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        layer = made(make).to(dtype)
         x = draw(batch, 6, height, width, seed=seed, dtype=dtype, memory_format=memory_format)
-        y = layer.to(dtype)(x.requires_grad_(requires_grad))
+        y = layer(x.requires_grad_(requires_grad))
         assert y.shape == x.shape
         assert y.dtype == dtype
         assert y.device == x.device
         assert has_format(y, memory_format)
         assert y.requires_grad == (requires_grad or any(p.requires_grad for p in layer.parameters()))
-        # The input's own rounding may flip a gate, which moves one element by up to half of it, and not the mean.
-        difference = (y.double() - double).abs().mean() / double.abs().mean()
-        assert difference < bound
+        # The same rounded numbers in float64. In low precision all that is left is the rounding of the result; in
+        # float32 and float64 the steps before it round too, and so do norms and activations, which are modules that
+        # compute in the format of x.
+        in_double = layer.double()(x.double())
+        one_rounding = dtype in (torch.bfloat16, torch.float16) and getattr(layer, "bare", True)
+        assert relative_error(y, in_double) < (1 if one_rounding else 32) * torch.finfo(dtype).eps
 
 
 @each_layer
@@ -190,7 +192,7 @@ def test_is_what_timm_takes_for_an_attention_layer(cls):
     [
         (torch.zeros(8, 5, 5), ValueError, r"x must have shape \(N, C, H, W\), got 3 dimensions: \(8, 5, 5\)"),
         (torch.zeros(2, 6, 5, 5), ValueError, "x must have 8 channels in dimension 1, got 6"),
-        (torch.zeros(2, 8, 5, 5).int(), TypeError, "x must be a floating-point tensor, got torch.int32"),
+        (torch.zeros(2, 8, 5, 5).int(), TypeError, r"x must be a floating-point tensor \(.*\), got torch.int32"),
     ],
 )
 def test_unfit_inputs_are_refused(cls, x, error, message):

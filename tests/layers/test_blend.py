@@ -32,5 +32,12 @@ def test_the_block_learns_from_the_second_step_on():
     assert gradients[1] > 0
 
 
+def test_blocks_that_follow_autocast():
+    layer, x = Blend(nn.Conv2d(6, 6, 1), 6), draw(2, 6, 5, 7, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.block(x).dtype == torch.bfloat16
+        assert torch.equal(layer(x), x)
+
+
 def test_keys():
     assert list(Blend(CSFE(6), 6).state_dict()) == ["blend", "block.cfe.weight", "block.cfe.bias"]

@@ -116,6 +116,13 @@ def test_selective_kernel_is_the_same_mathematics():
         ({"dilation": 1.5}, TypeError, "dilation must be a sequence of ints, or an int, got 1.5 of type float"),
         ({"kernel_sizes": ()}, ValueError, "kernel_sizes must have at least one entry, got none"),
         ({"kernel_sizes": (3.0,)}, TypeError, "kernel_sizes must be an int, got 3.0"),
+        ({"bias": "no"}, TypeError, "bias must be a bool, got 'no' of type str"),
+        (
+            {"norm_layer": "bn"},
+            TypeError,
+            "norm_layer must be a class or function that makes a module, or None, got 'bn'",
+        ),
+        ({"act_layer": nn.ReLU()}, TypeError, r"act_layer must be a class or function .* got ReLU\(\)"),
         ({"dilation": (1, 2)}, ValueError, r"dilation must be an int or have 4 entries, one per branch, got \(1, 2\)"),
         ({"dilation": (1, 1, 0, 1)}, ValueError, "dilation must be at least 1, got 0"),
         ({"groups": 3}, ValueError, "groups must divide channels = 8, got 3"),

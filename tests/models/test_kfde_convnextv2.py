@@ -118,9 +118,11 @@ def test_layer_options_stages_and_identity_start():
     [
         ({"csfe": "parallel"}, TypeError, "csfe must be a bool or a dict of layer options, got 'parallel' of type str"),
         ({"mfdf": 4}, TypeError, "mfdf must be a bool or a dict of layer options, got 4 of type int"),
-        ({"kfde_stages": 3}, TypeError, r"kfde_stages must be a sequence of stages such as \(3,\), got 3"),
+        ({"kfde_stages": 3}, TypeError, r"kfde_stages must be a sequence of stages, such as \(3,\), got 3 of type int"),
         ({"kfde_stages": (4,)}, ValueError, r"kfde_stages must lie in 0 ... 3, got 4"),
-        ({"kfde_stages": (-1,)}, ValueError, r"kfde_stages must lie in 0 ... 3, got -1"),
+        ({"kfde_stages": (-1,)}, ValueError, r"kfde_stages must be at least 0, got -1"),
+        ({"kfde_stages": (True,)}, TypeError, "kfde_stages must be an int, got True of type bool"),
+        ({"identity_start": "no"}, TypeError, "identity_start must be a bool, got 'no' of type str"),
         ({"csfe": {"arrangement": "x"}}, ValueError, "arrangement must be one of"),
         ({"mfdf": {"reduction": 4}}, TypeError, "reduction"),
     ],

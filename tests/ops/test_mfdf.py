@@ -103,9 +103,9 @@ def test_fused_equals_reference_with_every_gradient(batch, height, width, seed, 
         outputs = [parameters(x, dilations, 6, impl) for impl in ("fused", "reference")]
         assert relative_error(*outputs) < bound
         fused, reference = (torch.autograd.grad(output, inputs, cotangent) for output in outputs)
-        scale = max(gradient.abs().max() for gradient in reference)
+        scale = max(gradient.abs().max() for gradient in reference)  # what cancels to zero is held against this
         for mine, theirs in zip(fused, reference, strict=True):
-            assert (mine - theirs).abs().max() <= bound * max(theirs.abs().max(), scale)
+            assert (mine - theirs).abs().max() <= bound * max(theirs.abs().max(), 1e-3 * scale)
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
@@ -198,7 +198,11 @@ def test_tracers_see_the_branches(monkeypatch):
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(6, 5, 5)}, ValueError, r"x must have shape \(N, C, H, W\), got 3 dimensions"),
-        ({"x": torch.zeros(2, 6, 5, 5).long()}, TypeError, "x must be a floating-point tensor, got torch.int64"),
+        (
+            {"x": torch.zeros(2, 6, 5, 5).long()},
+            TypeError,
+            r"x must be a floating-point tensor \(.*\), got torch.int64",
+        ),
         ({"x": torch.zeros(2, 8, 5, 5)}, ValueError, "x must have 6 channels in dimension 1, got 8"),
         (
             {"branch_weights": torch.zeros(2, 6, 1, 3, 3)},
@@ -219,6 +223,7 @@ def test_tracers_see_the_branches(monkeypatch):
             ValueError,
             r"must have shape \(6, 1, 3, 3\), got \(6, 6, 3, 3\)",
         ),
+        ({"branch_biases": torch.zeros(2, 6)}, TypeError, "branch_biases must be a sequence of tensors, got"),
         ({"branch_biases": [torch.zeros(6)]}, ValueError, "branch_biases must be None or have 2 entries, got 1"),
         ({"branch_biases": [torch.zeros(6), torch.zeros(5)]}, ValueError, r"branch_biases\[1\] must have shape \(6,\)"),
         ({"fc1_bias": torch.zeros(4)}, ValueError, r"fc1_bias must have shape \(5,\), got \(4,\)"),
