@@ -9,6 +9,7 @@ Several processes: `accelerate launch --num_processes 2 examples/train_breakhis.
 import argparse
 import json
 import logging
+import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,14 @@ def _at_least(minimum: int) -> Callable[[str], int]:
     return integer
 
 
+def _positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {value}")
+    return value
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `argv` stands for it in tests."""
     parser = argparse.ArgumentParser(
@@ -88,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=_at_least(1), default=10, help="passes over the training images")
     parser.add_argument("--batch-size", type=_at_least(1), default=8, help="images per step and process")
     parser.add_argument(
-        "--lr", type=float, default=5e-4, help="peak learning rate of AdamW, after one epoch of warm-up"
+        "--lr", type=_positive, default=5e-4, help="peak learning rate of AdamW, after one epoch of warm-up"
     )
     parser.add_argument("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
     parser.add_argument(
@@ -104,6 +113,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not timm.is_model(args.model):
         parser.error(f"argument --model: must be a model that timm knows, got {args.model!r}")
+    if "data_dir" in args and not args.data_dir.is_dir():
+        parser.error(f"argument --data-dir: must be a directory, got {str(args.data_dir)!r}")
     if args.protocol == "patient" and args.fold >= args.folds:
         parser.error(f"argument --fold: must be below --folds {args.folds}, got {args.fold}")
     return args
@@ -126,7 +137,7 @@ def find_split(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Path
     return data_dir, image_split(images, args.task, args.seed)
 
 
-def describe_run(args: argparse.Namespace, split: Split) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Split) -> dict[str, Any]:
     """What `metrics.json` says besides the scores."""
     parts = split.parts()
     return {
@@ -140,6 +151,12 @@ def describe_run(args: argparse.Namespace, split: Split) -> dict[str, Any]:
         "model": args.model,
         "pretrained": args.pretrained,
         "img_size": args.img_size,
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "num_processes": accelerator.num_processes,
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "mixed_precision": accelerator.mixed_precision,
         "classes": list(CLASSES[args.task]),
         "n_images": {name: len(images) for name, images in parts.items()},
         "n_patients": {name: len(patients(images)) for name, images in parts.items()},
@@ -218,21 +235,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.pretrained:
+    if args.pretrained and "convnextv2" in args.model:
         logger.info(PRETRAINED_NOTE)
 
     data_dir, split = find_split(args, accelerator)
     log_split(split, args.task)
     history, best_epoch = fit(args, accelerator, split)
 
-    # The test set is looked at here, for the first and only time, through the checkpoint as it was written.
-    model = load_model(args.output_dir / "best")
+    # The test set is looked at here, for the first and only time, through the checkpoint as it was written, and in
+    # float32 whatever the training ran in, so that whoever loads the checkpoint gets the same numbers.
+    model = load_model(args.output_dir / "best").to(accelerator.device)
     test_data = BreakHisDataset(split.test, args.task, eval_transform(model))
     loader = accelerator.prepare(DataLoader(test_data, batch_size=args.batch_size, num_workers=args.num_workers))
-    logits = predict(accelerator, accelerator.prepare_model(model, evaluation_mode=True), loader)
+    logits = predict(accelerator, model, loader)
 
     patient_ids = [image.patient_id for image in split.test]
-    metrics = describe_run(args, split) | {"best_epoch": best_epoch, "history": history}
+    metrics = describe_run(args, accelerator, split) | {"best_epoch": best_epoch, "history": history}
     metrics |= score(test_data.targets, logits.argmax(1).tolist(), patient_ids, len(metrics["classes"]))
     if accelerator.is_main_process:
         out, title = args.output_dir, describe_protocol(metrics)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -140,3 +141,15 @@ def test_the_api_page_shows_every_public_name(site):
     for name in [*kfde_layers.__all__, *(f"functional.{name}" for name in kfde_layers.functional.__all__)]:
         if name != "functional":
             assert f'id="kfde_layers.{name}"' in text or f'id="kfde_layers.ops.{name}' in text, name
+
+
+def test_the_benchmark_table_is_the_committed_result():
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    (path,) = re.findall(r"benchmarks/results/[\w.]+/[\w-]+\.json", text)
+    result = json.loads((ROOT / path).read_text())
+    said = re.findall(r"^\| ([\w ]+) \| \(([\d, ]+)\)" + r" \| ([\d.]+)" * 4 + r" \|$", text, re.MULTILINE)
+    written = {}
+    for row in result["rows"]:
+        key = (row["layer"], ", ".join(map(str, row["shape"])))
+        written.setdefault(key, []).append(f"{row['over_textbook']['median']:.2f}")
+    assert {(layer, shape): ratios for layer, shape, *ratios in said} == written

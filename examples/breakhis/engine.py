@@ -54,7 +54,7 @@ def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> T
 
     Args:
         accelerator: Holds the device, the precision and the other processes.
-        model: The model, prepared by `accelerator`.
+        model: The model, on the device of `accelerator`; prepared by it or not.
         loader: Batches of (image, target, index), prepared, in any order.
 
     Returns:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from breakhis.data import find_images
 from breakhis.splits import LEAK_WARNING
 from breakhis.synthetic import draw_tree
@@ -110,6 +111,25 @@ def test_best_is_the_best_on_validation(run):
 
 
 def test_timm_alone_reproduces_the_predictions(run, synthetic_tree):
+    assert_reproduced(run, synthetic_tree)
+
+
+@pytest.fixture
+def another_precision():
+    """Accelerate holds the precision for the life of a process, and this is one process for all tests."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_so_it_does_after_training_in_bf16(synthetic_tree, tmp_path, another_precision):
+    arguments = ["--task", "subtype", *SMALL, "--mixed-precision", "bf16"]
+    metrics = main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *arguments])
+    assert metrics["mixed_precision"] == "bf16"
+    assert_reproduced(tmp_path, synthetic_tree)
+
+
+def assert_reproduced(run, synthetic_tree):
     model = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     assert tuple(config["input_size"]) == (3, 64, 64)
@@ -183,6 +203,8 @@ def test_two_processes_predict_every_image_once(synthetic_tree, tmp_path, leak_c
         (["--output-dir", "out", "--synthetic", "--data-dir", "x"], "not allowed with argument"),
         (["--output-dir", "out", "--synthetic", "--fold", "5"], "argument --fold: must be below --folds 5, got 5"),
         (["--output-dir", "out", "--synthetic", "--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--output-dir", "out", "--synthetic", "--lr", "nan"], "argument --lr: must be a positive number, got nan"),
+        (["--output-dir", "out", "--data-dir", "none"], "argument --data-dir: must be a directory, got 'none'"),
         (["--output-dir", "out", "--synthetic", "--model", "nonesuch"], "a model that timm knows, got 'nonesuch'"),
     ],
 )
