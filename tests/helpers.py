@@ -1,9 +1,17 @@
 """What several tests need: drawing inputs and comparing results."""
 
 import numpy as np
+import pytest
+import timm
 import torch
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import Tensor, nn
+
+needs_local_dir = pytest.mark.skipif(
+    Version(timm.__version__) < Version("1.0.26"),
+    reason="timm before 1.0.26 reads the safetensors of a local directory with torch.load, which fails",
+)
 
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import kfde_layers
+from tests.helpers import needs_local_dir
 
 ROOT = Path(__file__).parents[1]
 MODULES = [info.name for info in pkgutil.walk_packages(kfde_layers.__path__, "kfde_layers.")]
@@ -58,7 +59,11 @@ def test_docstring_examples_are_found_and_can_fail():
         assert runner.run(test, out=lambda text: None).failed == 1
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[needs_local_dir] if "local-dir:" in page.read_text() else []) for page in PAGES],
+    ids=lambda page: page.name,
+)
 def test_code_blocks_run(page, offline_weights, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -6,6 +6,9 @@ import torch
 from breakhis.checkpoints import build_model, eval_transform, load_model, save_model, train_transform
 from PIL import Image
 
+from tests.helpers import needs_local_dir
+
+pytestmark = needs_local_dir
 CREATE = timm.create_model
 
 

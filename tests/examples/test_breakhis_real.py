@@ -11,10 +11,16 @@ from breakhis.data import BreakHisDataset, find_images, parse_name
 from breakhis.splits import patient_split, patients
 from train_breakhis import main
 
+from tests.helpers import needs_local_dir
+
 DATA = Path(os.environ.get("KFDE_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
-pytestmark = pytest.mark.skipif(
-    not (DATA / "breakhis-originals").is_dir(), reason=f"no BreakHis images in {DATA}; KFDE_DATA names another place"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (DATA / "breakhis-originals").is_dir(),
+        reason=f"no BreakHis images in {DATA}; KFDE_DATA names another place",
+    ),
+    needs_local_dir,
+]
 
 
 @pytest.mark.parametrize(("name", "count", "many"), [("breakhis-originals", 26, 21), ("breakhis-half", 471, 37)])

@@ -19,6 +19,9 @@ from breakhis.synthetic import draw_tree
 from PIL import Image
 from train_breakhis import main, parse_args
 
+from tests.helpers import needs_local_dir
+
+pytestmark = needs_local_dir
 ROOT = Path(__file__).parents[2]
 SMALL = ["--img-size", "64", "--epochs", "2", "--batch-size", "8", "--num-workers", "0", "--folds", "3"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from kfde_layers import CSFE, MFDF
 from kfde_layers.layers import Blend
 from kfde_layers.models.kfde_convnextv2 import KFDEStage
-from tests.helpers import draw, scatter_parameters
+from tests.helpers import draw, needs_local_dir, scatter_parameters
 
 SIZES = ["atto", "base", "femto", "huge", "large", "nano", "pico", "small", "tiny"]
 SIDE = 96  # px: maps of 24, 12, 6 and 3
@@ -377,6 +377,7 @@ def test_checkpoint_path_takes_kfde_checkpoints_only(tmp_path):
         timm.create_model("kfde_convnextv2_atto", checkpoint_path=str(tmp_path / "bare.pth"))
 
 
+@needs_local_dir
 def test_round_trip_through_a_local_directory(tmp_path):
     args = {"csfe": {"arrangement": "sfe_cfe"}, "kfde_stages": [2, 3], "identity_start": True}
     model = scatter_parameters(timm.create_model("kfde_convnextv2_atto", num_classes=8, **args)).eval()
