@@ -97,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=_at_least(1), default=10, help="passes over the training images")
     parser.add_argument("--batch-size", type=_at_least(1), default=8, help="images per step and process")
     parser.add_argument(
-        "--lr", type=_positive, default=5e-4, help="peak learning rate of AdamW, after one epoch of warm-up"
+        "--lr", type=_positive, default=1e-4, help="peak learning rate of AdamW, after one epoch of warm-up"
     )
     parser.add_argument("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
     parser.add_argument(
