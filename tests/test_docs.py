@@ -20,8 +20,8 @@ from tests.helpers import needs_local_dir
 
 ROOT = Path(__file__).parents[1]
 MODULES = [info.name for info in pkgutil.walk_packages(kfde_layers.__path__, "kfde_layers.")]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
 
 
 @pytest.fixture
@@ -68,7 +68,12 @@ def test_code_blocks_run(page, offline_weights, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in BLOCK.findall(page.read_text()):
-        exec(compile(block, str(page), "exec"), names)
+        exec(compile(block, str(page), "exec"), names)  # the blocks of a page build on each other
+    assert "kfde_layers" in {getattr(value, "__module__", "").split(".")[0] for value in names.values()}
+
+
+def test_every_page_that_should_have_code_has_some():
+    assert {page.stem for page in PAGES} >= {"README", "insertion", "layers", "models"}
 
 
 def test_the_readme_prints_what_it_says(offline_weights, capsys):

@@ -228,7 +228,10 @@ def test_one_module_under_two_names():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     model.add_module("alias", model[0])
     model.forward = lambda x: model[1](model[0](x))
-    assert insert(model, {"alias": SFE}).get_submodule("0.kfde") is not None
+    before = model(images(16))
+    insert(model, {"alias": SFE})
+    assert type(model[0].kfde) is SFE
+    assert not torch.allclose(model(images(16)), before)
 
 
 def test_an_oblong_example_tells_the_layouts_apart():
