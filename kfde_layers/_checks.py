@@ -27,7 +27,8 @@ def check_real(name: str, value: object, above: float = float("-inf"), below: fl
 def check_sequence(name: str, value: object, entries: str) -> None:
     """Refuse anything but a list, a tuple or the like; `entries` says of what."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{name} must be a sequence of {entries}, got {value!r} of type {type(value).__name__}")
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a sequence of {entries}, got {given} of type {type(value).__name__}")
 
 
 def check_mapping(name: str, value: object, entries: str) -> None:

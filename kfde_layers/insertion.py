@@ -1,5 +1,6 @@
 """Put attention blocks into a network that already exists."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._checks import check_mapping
+from kfde_layers._checks import check_bool, check_mapping
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,7 +87,7 @@ def insert(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: A name is no submodule, or its module is not called once, returns no feature map or already holds
-            a block; or the block does not keep the shape of the map. The model is then unchanged.
+            a block; or the block does not run on the map or does not keep its shape. The model is then unchanged.
 
     Examples:
         >>> from kfde_layers import CSFE
@@ -95,8 +96,9 @@ def insert(
         ['0.bias', '0.weight', '1.kfde.cfe.bias', '1.kfde.cfe.weight']
     """
     check_mapping("blocks", blocks, "from module names to blocks")
+    check_bool("identity_start", identity_start)
     found = _probe(model, blocks, example_input)
-    prepared: list[tuple[nn.Module, nn.Module]] = []
+    prepared: list[tuple[nn.Module, nn.Module, Tensor]] = []
     for name, block in blocks.items():
         point = found[name]
         if isinstance(point, str):
@@ -112,18 +114,28 @@ def insert(
             new = Blend(new, channels)
         if layout == "NHWC":
             new = ChannelsFirst(new)
-        new = new.to(output.device, output.dtype).eval()
-        with torch.no_grad():
-            shape = tuple(new(output).shape)  # also: does the block run at all?
-        if shape != tuple(output.shape):
-            raise ValueError(f"the block at {name!r} must keep the shape {tuple(output.shape)} of its map, got {shape}")
-        prepared.append((module, new.train(module.training)))
+        if any(module is other for other, _, _ in prepared):
+            raise ValueError(f"cannot insert at {name!r}: it is one module with another of the names")
+        _try(name, new, output)
+        prepared.append((module, new, output))
 
-    for module, new in prepared:  # nothing can fail from here on
-        module.add_module(_CHILD, new)
+    for module, new, output in prepared:  # nothing can fail from here on
+        module.add_module(_CHILD, new.to(output.device, output.dtype).train(module.training))
         if not _runs_its_children(module):
             module.register_forward_hook(_run_child)
     return model
+
+
+def _try(name: str, block: nn.Module, output: Tensor) -> None:
+    """Refuse a block that does not run on the map or changes its shape; neither it nor the model is touched."""
+    given = tuple(output.shape)
+    try:
+        with torch.no_grad():
+            shape = tuple(copy.deepcopy(block).to(output.device, output.dtype).eval()(output).shape)
+    except Exception as error:
+        raise ValueError(f"the block at {name!r} does not run on its map of shape {given}: {error}") from error
+    if shape != given:
+        raise ValueError(f"the block at {name!r} must keep the shape {given} of its map, got {shape}")
 
 
 class ChannelsFirst(nn.Module):

@@ -189,6 +189,8 @@ def test_blocks_by_class_partial_and_instance():
     model, shared = plain_backbone(), CFE(8)
     insert(model, {"0": SFE, "1": functools.partial(MFDF, kernel_sizes=(3,)), "2": shared})
     assert type(model[0].kfde) is SFE
+    with pytest.raises(ValueError, match="cannot insert at 'alias': it is one module with another of the names"):
+        insert(aliased(), {"0": SFE, "alias": CSFE})
     assert model[1].kfde.kernel_sizes == (3,)
     assert model[2].kfde is shared
 
@@ -224,13 +226,20 @@ def test_torchscript_takes_an_inserted_model():
         torch.testing.assert_close(torch.jit.script(model)(images(64)), model(images(64)), rtol=1e-4, atol=1e-5)
 
 
-def test_one_module_under_two_names():
+def aliased():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     model.add_module("alias", model[0])
     model.forward = lambda x: model[1](model[0](x))
+    return model
+
+
+def test_one_module_under_two_names():
+    model = aliased()
     before = model(images(16))
     insert(model, {"alias": SFE})
     assert type(model[0].kfde) is SFE
+    with pytest.raises(ValueError, match="cannot insert at 'alias': it is one module with another of the names"):
+        insert(aliased(), {"0": SFE, "alias": CSFE})
     assert not torch.allclose(model(images(16)), before)
 
 
@@ -274,7 +283,7 @@ class Pair(nn.Module):
         (["1"], TypeError, r"blocks must be a dict from module names to blocks, got \['1'\] of type list"),
         ({"1": 3}, TypeError, "the block at '1' must be a module or make one of a number of channels, got 3"),
         ({"1": lambda channels: nn.Flatten()}, ValueError, r"the block at '1' must keep the shape \(1, 32, 56, 56\)"),
-        ({"1": CSFE(8)}, ValueError, "x must have 8 channels in dimension 1, got 32"),
+        ({"1": CSFE(8)}, ValueError, "the block at '1' does not run .* x must have 8 channels in dimension 1, got 32"),
     ],
 )
 def test_unfit_blocks_are_refused(blocks, error, message):

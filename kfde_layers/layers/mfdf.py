@@ -2,14 +2,23 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real, check_sequence
 from kfde_layers._impl import Impl, resolve_impl
-from kfde_layers.ops.mfdf import attention, check_kernel_size, fuse, mfdf, pool, resolve_dilations, resolve_groups
+from kfde_layers.ops.mfdf import (
+    attention,
+    check_kernel_size,
+    convolve,
+    fuse,
+    mfdf,
+    pool,
+    resolve_dilations,
+    resolve_groups,
+)
 
 
 class MFDF(nn.Module):
@@ -155,7 +164,13 @@ class MFDF(nn.Module):
             alpha of eq. (13), (N, K, C), in float32 (float64 for float64 input); its sum over K is 1.
         """
         check_map("x", x, self.channels)
-        maps = [branch(x) for branch in self.branches]
+        if self.bare:
+            convolutions = [cast(nn.Conv2d, branch) for branch in self.branches]
+            biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
+            weights = [convolution.weight for convolution in convolutions]
+            maps = convolve(x, weights, biases or None, self.dilation, self.groups)
+        else:
+            maps = [branch(x) for branch in self.branches]
         return attention(pool(maps), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
     def extra_repr(self) -> str:

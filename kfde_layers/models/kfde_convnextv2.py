@@ -87,8 +87,9 @@ class KFDEConvNeXt(convnext.ConvNeXt):
         super().__init__(**kwargs, device=device, dtype=dtype)
         blocks = {"csfe": (CSFE, _options("csfe", csfe)), "mfdf": (MFDF, _options("mfdf", mfdf))}
         check_sequence("kfde_stages", kfde_stages, "stages, such as (3,)")
-        for index in sorted(set(kfde_stages)):
+        for index in kfde_stages:
             check_int("kfde_stages", index, minimum=0)
+        for index in sorted(set(kfde_stages)):
             if index not in range(len(self.stages)):
                 raise ValueError(f"kfde_stages must lie in 0 ... {len(self.stages) - 1}, got {index}")
             channels = self.feature_info[index]["num_chs"]

@@ -89,7 +89,7 @@ def mfdf(
     if select(impl, reason, auto) is Impl.FUSED:
         alpha = attention(pooled_branches(x, branch_weights, branch_biases, dilations), *fc)
         return as_input(merged_convolution(x, alpha, branch_weights, branch_biases, dilations), x)
-    return fuse(x, _convolve(x, branch_weights, branch_biases, dilations, groups), *fc)
+    return fuse(x, convolve(x, branch_weights, branch_biases, dilations, groups), *fc)
 
 
 def fuse(
@@ -156,9 +156,10 @@ def _unsupported(channels: int, groups: int) -> str | None:
     return None
 
 
-def _convolve(
+def convolve(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int], groups: int
 ) -> list[Tensor]:
+    """The branch maps X_k of eq. (10), in the format of the statistics."""
     h = upcast(x)
     maps: list[Tensor] = []
     with without_autocast(x):

@@ -76,6 +76,17 @@ def test_branch_weights_explain_the_output():
         torch.testing.assert_close(layer(x), (alpha[..., None, None] * maps).sum(dim=1), rtol=1e-10, atol=1e-10)
 
 
+def test_branch_weights_are_those_of_forward_in_every_format():
+    layer = scatter_parameters(MFDF(6))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x = draw(2, 6, 9, 7, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            alpha = layer.branch_weights(x)
+        assert alpha.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(alpha.double(), layer.double().branch_weights(x.double()), rtol=1e-5, atol=1e-5)
+        layer.float()
+
+
 def test_norm_and_activation_equal_the_paper_in_loops():
     layer = scatter_parameters(MFDF(6, (1, 3), groups=1, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU)).double()
     x = draw(3, 6, 5, 7)
