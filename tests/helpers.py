@@ -31,6 +31,11 @@ def draw(
     return values if memory_format is None else values.contiguous(memory_format=memory_format)
 
 
+def affine(channels: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """gamma and beta of a normalisation, away from one and zero."""
+    return 1 + 0.3 * draw(channels, seed=seed + 1, dtype=dtype), 0.3 * draw(channels, seed=seed + 2, dtype=dtype)
+
+
 def scatter_parameters(module: nn.Module, seed: int = 0) -> nn.Module:
     """Move every parameter away from its start, where too much is zero or one to tell mistakes apart."""
     generator = torch.Generator().manual_seed(seed)

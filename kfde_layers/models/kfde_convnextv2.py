@@ -83,7 +83,7 @@ class KFDEConvNeXt(convnext.ConvNeXt):
         **kwargs: Any,
     ) -> None:
         check_bool("identity_start", identity_start)
-        # Before KFDE is attached, since ConvNeXt's initialiser would overwrite how the blocks start.
+        # KFDE is attached afterwards, since ConvNeXt's initialiser would overwrite how the blocks start.
         super().__init__(**kwargs, device=device, dtype=dtype)
         blocks = {"csfe": (CSFE, _options("csfe", csfe)), "mfdf": (MFDF, _options("mfdf", mfdf))}
         check_sequence("kfde_stages", kfde_stages, "stages, such as (3,)")
@@ -132,7 +132,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dic
         _logger.info("No KFDE in the checkpoint, so these start fresh: %s", ", ".join(fresh))
 
     config: Any = model.pretrained_cfg
-    if config["num_classes"] == 0:
+    if config["num_classes"] == 0 and not any(key.startswith("head.") for key in state_dict):
         dropped = "head."
     elif config["num_classes"] != model.num_classes:
         dropped = config["classifier"] + "."

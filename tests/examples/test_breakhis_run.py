@@ -1,9 +1,11 @@
 """Runs of the whole example, small."""
 
+import ast
 import csv
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -115,6 +117,18 @@ def test_best_is_the_best_on_validation(run):
 
 def test_timm_alone_reproduces_the_predictions(run, synthetic_tree):
     assert_reproduced(run, synthetic_tree)
+
+
+def test_the_readme_shows_how_to_load_a_checkpoint(run, synthetic_tree, tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "examples/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/synthetic").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    row = read(run / "predictions.csv")[0]
+    exec(block, {"file": synthetic_tree / row["file"]})
+    printed = ast.literal_eval(capsys.readouterr().out)
+    assert printed == pytest.approx({name: float(row[f"prob_{name}"]) for name in printed}, abs=1e-5)
+    assert len(printed) == 8
 
 
 @pytest.fixture

@@ -45,8 +45,9 @@ def test_half_of_the_gates_are_open_in_low_precision(dtype):
     r, is_open = layer.gate(x)
     assert r.dtype == torch.float32
     assert abs(is_open.double().mean() - 0.5) < 0.01
-    # compared in its own format the gate would be shut, nearly or wholly: the fault this guards against
-    assert (r.to(dtype) > 0.5).double().mean() < 0.3
+    # compared in its own format the gate would be shut for most, in bfloat16 for all: the fault this guards against
+    naive = (r.to(dtype) > 0.5).double().mean()
+    assert naive == 0 if dtype == torch.bfloat16 else naive < 0.3
 
 
 @pytest.mark.parametrize(

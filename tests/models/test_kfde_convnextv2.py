@@ -310,6 +310,13 @@ def test_self_supervised_weights_have_no_head(tmp_path):
         loaded("kfde_convnextv2_atto.fcmae", saved(bare, tmp_path / "x.pth", **headless, **{"stem.0.weight": None}))
 
 
+def test_half_a_head_is_not_taken_for_none(tmp_path):
+    overlay = saved(twins()[0], tmp_path / "half.pth", **{"head.norm.bias": None})
+    for kwargs in ({}, {"num_classes": 8}):
+        with pytest.raises(RuntimeError, match=r"Missing keys: head\.norm\.bias"):
+            loaded("kfde_convnextv2_atto.fcmae", overlay, **kwargs)
+
+
 @pytest.mark.parametrize(
     "kwargs", [{}, {"num_classes": 8}, {"in_chans": 1}, {"num_classes": 0}, {"features_only": True}]
 )

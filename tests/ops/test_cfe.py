@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kfde_layers.functional import cfe
 from kfde_layers.ops.cfe import cfe_gate
 from tests import oracle
 from tests.helpers import (
     MEMORY_FORMATS,
+    affine,
     as_numpy,
     batches,
     draw,
@@ -21,10 +21,6 @@ from tests.helpers import (
     seeds,
     sides,
 )
-
-
-def affine(channels: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return 1 + 0.3 * draw(channels, seed=seed + 1, dtype=dtype), 0.3 * draw(channels, seed=seed + 2, dtype=dtype)
 
 
 def test_worked_example():

@@ -9,6 +9,7 @@ from kfde_layers.functional import cfe, csfe, sfe
 from kfde_layers.ops.csfe import ARRANGEMENTS, FUSIONS
 from tests import oracle
 from tests.helpers import (
+    affine,
     as_numpy,
     batches,
     draw,
@@ -34,7 +35,7 @@ from tests.helpers import (
 )
 def test_equals_the_paper_in_loops(batch, channels, height, width, seed, arrangement, fusion, threshold, memory_format):
     x = draw(batch, channels, height, width, seed=seed, memory_format=memory_format)
-    weight, bias = 1 + 0.3 * draw(channels, seed=seed + 1), 0.3 * draw(channels, seed=seed + 2)
+    weight, bias = affine(channels, seed)
     options = {"threshold": threshold, "lambd": 1e-3, "beta": 0.2, "eps": 1e-4}
     y = csfe(x, weight, bias, 2, **options, arrangement=arrangement, fusion=fusion)
     arrays = (as_numpy(tensor) for tensor in (x, weight, bias))
@@ -44,7 +45,7 @@ def test_equals_the_paper_in_loops(batch, channels, height, width, seed, arrange
 
 
 def test_is_made_of_its_branches():
-    x, weight, bias = draw(2, 6, 5, 7), 1 + 0.3 * draw(6, seed=1), draw(6, seed=2)
+    x, (weight, bias) = draw(2, 6, 5, 7), affine(6)
 
     def channel(x):
         return cfe(x, weight, bias, 3)
@@ -76,8 +77,7 @@ def test_nothing_is_rounded_between_the_branches(arrangement):
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_gradients(arrangement):
     x = draw(2, 6, 3, 5, seed=4).requires_grad_()
-    weight = (1 + 0.3 * draw(6, seed=5)).requires_grad_()
-    bias = (0.3 * draw(6, seed=6)).requires_grad_()
+    weight, bias = (parameter.requires_grad_() for parameter in affine(6, seed=4))
     gated = oracle.sfe(as_numpy(x)) if arrangement == "sfe_cfe" else as_numpy(x)
     z = oracle.cfe_logits(gated, as_numpy(weight), as_numpy(bias), 3)
     assert abs(z).min() > 1e-4  # so that no step of gradcheck crosses the threshold
