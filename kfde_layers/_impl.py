@@ -51,3 +51,17 @@ def select(impl: Impl | str, unsupported: str | None, auto: Impl = Impl.FUSED) -
 def tracing() -> bool:
     """Whether a compiler, an exporter or `torch.jit.trace` is recording the call and should see the mathematics."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def exporting() -> bool:
+    """Whether what is recorded will run elsewhere, where there are no operators but PyTorch's."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def transforming() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, to which an operator is a closed box."""
+    if torch.compiler.is_compiling():  # the compiler takes such transforms apart by itself
+        return False
+    functorch = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    forward_mode = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+    return functorch or forward_mode

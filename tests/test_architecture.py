@@ -1,6 +1,7 @@
 """Who may import whom: read from the sources, not from what happens to be loaded."""
 
 import ast
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,27 @@ ALLOWED = {
     "kfde_layers/insertion.py": ("kfde_layers.layers", "kfde_layers._checks"),
     "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
     "kfde_layers/functional.py": ("kfde_layers.ops",),
-    "kfde_layers/ops": ("kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
+    "kfde_layers/ops": ("kfde_layers.ops", "kfde_layers.kernels", "kfde_layers._impl", "kfde_layers._checks"),
+    "kfde_layers/kernels": ("kfde_layers.kernels", "triton"),  # never ops: a kernel must not lean on its oracle
+    "kfde_layers/testing.py": (),
     "kfde_layers/_impl.py": (),
     "kfde_layers/_checks.py": (),
 }
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, within: Callable[[ast.Module], Iterable[ast.AST]] = ast.walk) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in within(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def within_functions(module: ast.Module) -> Iterable[ast.AST]:
+    return (node for part in ast.walk(module) if isinstance(part, ast.FunctionDef) for node in ast.walk(part))
 
 
 def strangers(path: Path, allowed: tuple[str, ...]) -> set[str]:
@@ -48,11 +55,23 @@ def test_the_package_keeps_to_its_rooms(path):
     assert not strangers(path, ALLOWED[room])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "kfde_layers/ops").glob("*.py")), ids=lambda path: path.name)
+def test_operations_load_kernels_at_use_only(path):
+    kernels = {name for name in imports(path) if name.startswith("kfde_layers.kernels")}
+    assert kernels <= imports(path, within_functions)
+
+
 @pytest.mark.parametrize("folder", ["examples", "benchmarks"])
 def test_examples_and_benchmarks_use_public_names_only(folder):
     paths = sorted((ROOT / folder).rglob("*.py"))
     assert paths
-    public = ("kfde_layers.functional", "kfde_layers.insert", "kfde_layers.insertion_points", "kfde_layers.layers")
+    public = (
+        "kfde_layers.functional",
+        "kfde_layers.insert",
+        "kfde_layers.insertion_points",
+        "kfde_layers.layers",
+        "kfde_layers.testing",
+    )
     public += tuple(f"kfde_layers.{layer}" for layer in ("CFE", "SFE", "CSFE", "MFDF", "__version__"))
     for path in paths:
         private = {name for name in strangers(path, (*public, "timm", "triton")) if name != "kfde_layers"}

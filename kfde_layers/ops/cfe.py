@@ -8,9 +8,9 @@ from torch import Tensor
 
 from kfde_layers._checks import check_floating, check_int, check_map, check_real, check_shape
 from kfde_layers._impl import Impl, select
+from kfde_layers.ops.csfe_fused import fused, unsupported
+from kfde_layers.ops.csfe_moments import Enhancement, away_from_zero
 from kfde_layers.ops.formats import as_input, upcast
-
-_SMALLEST_SUM = 1e-6  # of gamma: nearer to zero, its inverse would swamp the gate
 
 
 def cfe(
@@ -56,7 +56,7 @@ def cfe(
     Raises:
         TypeError: An argument has the wrong type, or `x` is no floating-point tensor.
         ValueError: A shape or a value is out of range; the message names it.
-        NotImplementedError: impl="fused": there is no fused form yet.
+        NotImplementedError: impl="fused" cannot run here; the message says why.
 
     Numerics: normalisation and gate in float32 (float64 for float64 input), also under autocast; the gate compares
     logits, since in bfloat16 a sigmoid this close to 0.5 rounds to 0.5 and every gate would close. Deterministic: yes.
@@ -68,7 +68,8 @@ def cfe(
     """
     check_cfe_tensors(x, weight, bias)
     check_cfe(x.shape[1], num_groups, threshold, eps)
-    select(impl, "CFE has no fused form yet; use impl='auto' or 'reference'")
+    if select(impl, unsupported(x)) is Impl.FUSED:
+        return fused(x, weight, bias, Enhancement(num_groups, threshold, eps))
     return as_input(cfe_equations(upcast(x), weight, bias, num_groups, threshold, eps), x)
 
 
@@ -102,7 +103,7 @@ def cfe_gate(
 
     gamma, beta = weight.to(x.dtype), bias.to(x.dtype)
     x_hat = normalized * _per_channel(gamma) + _per_channel(beta)
-    w_gamma = gamma / _away_from_zero(gamma.sum())  # (1)
+    w_gamma = gamma / away_from_zero(gamma.sum())  # (1)
     z = x_hat * _per_channel(w_gamma)
     return z.sigmoid(), z > math.log(threshold / (1 - threshold))  # (2), and r > T said in logits
 
@@ -118,12 +119,6 @@ def cfe_equations(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, thre
 
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
-
-
-def _away_from_zero(total: Tensor) -> Tensor:
-    smallest = torch.full_like(total, _SMALLEST_SUM)
-    nearest = torch.where(total < 0, -smallest, smallest)
-    return torch.where(total.abs() < _SMALLEST_SUM, nearest, total)
 
 
 # The same function as an operator, for tracers that do not read Python: TorchScript keeps the call, everything else

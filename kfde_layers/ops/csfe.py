@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kfde_layers._checks import check_choice
-from kfde_layers._impl import Impl, select
+from kfde_layers._impl import Impl, select, tracing
 from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
+from kfde_layers.ops.csfe_fused import fused, unsupported
+from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.sfe import check_sfe, sfe_equations
 
@@ -63,7 +66,7 @@ def csfe(
     Raises:
         TypeError: An argument has the wrong type, or `x` is no floating-point tensor.
         ValueError: A shape or a value is out of range; the message names it.
-        NotImplementedError: impl="fused": there is no fused form yet.
+        NotImplementedError: impl="fused" cannot run here; the message says why.
 
     Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
     Deterministic: yes.
@@ -77,7 +80,10 @@ def csfe(
     check_cfe(x.shape[1], num_groups, threshold, eps)
     check_sfe(lambd, beta, correction)
     check_csfe(arrangement, fusion)
-    select(impl, "CSFE has no fused form yet; use impl='auto' or 'reference'")
+    if select(impl, unsupported(x)) is Impl.FUSED:
+        scale = 0.5 if fusion == "mean" else 1.0
+        options = Enhancement(num_groups, threshold, eps, True, lambd, beta, correction, scale)
+        return _fused(x, weight, bias, options, arrangement)
 
     def channel_branch(x: Tensor) -> Tensor:
         return cfe_equations(x, weight, bias, num_groups, threshold, eps)
@@ -94,6 +100,26 @@ def csfe(
         y = channel_branch(h) + spatial_branch(h)
         y = y / 2 if fusion == "mean" else y
     return as_input(y, x)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor, options: Enhancement, arrangement: str) -> Tensor:
+    if arrangement == "parallel":
+        return fused(x, weight, bias, options)
+    channel = options._replace(spatial=False, scale=1.0)
+    spatial = options._replace(num_groups=0, scale=1.0)
+
+    def in_turn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        h = upcast(x)
+        if arrangement == "cfe_sfe":
+            y = fused(fused(h, weight, bias, channel), None, None, spatial)
+        else:
+            y = fused(fused(h, None, None, spatial), weight, bias, channel)
+        return as_input(y, x)
+
+    if tracing() or not torch.is_grad_enabled():
+        return in_turn(x, weight, bias)
+    # What passes between the branches is computed again, not kept: the backward pass is given no more than x.
+    return checkpoint(in_turn, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_csfe(arrangement: str, fusion: str) -> None:

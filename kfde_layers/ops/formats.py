@@ -16,7 +16,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format in which the result for `x` is laid out."""
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return `x` laid out in that memory format, without gaps: itself wherever it is."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
 def as_input(y: Tensor, x: Tensor) -> Tensor:
     """Return the result `y` in dtype and memory format of the input `x`."""
-    channels_last = x.stride(1) == 1
-    return y.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return y.to(x.dtype, memory_format=memory_format(x))

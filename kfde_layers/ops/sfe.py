@@ -5,6 +5,8 @@ from torch import Tensor
 
 from kfde_layers._checks import check_int, check_map, check_real
 from kfde_layers._impl import Impl, select
+from kfde_layers.ops.csfe_fused import fused, unsupported
+from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.ops.formats import as_input, upcast
 
 
@@ -35,7 +37,7 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
     Raises:
         TypeError: An argument has the wrong type, or `x` is no floating-point tensor.
         ValueError: A shape or a value is out of range; the message names it.
-        NotImplementedError: impl="fused": there is no fused form yet.
+        NotImplementedError: impl="fused" cannot run here; the message says why.
 
     Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast; the square of what
     stands out furthest must be finite there. Deterministic: yes.
@@ -47,7 +49,8 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
     """
     check_map("x", x)
     check_sfe(lambd, beta, correction)
-    select(impl, "SFE has no fused form yet; use impl='auto' or 'reference'")
+    if select(impl, unsupported(x)) is Impl.FUSED:
+        return fused(x, None, None, Enhancement(spatial=True, lambd=lambd, beta=beta, correction=correction))
     return as_input(sfe_equations(upcast(x), lambd, beta, correction), x)
 
 

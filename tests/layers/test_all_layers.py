@@ -25,6 +25,7 @@ LAYERS = {
     "CSFE, mean": functools.partial(CSFE, fusion="mean"),
     "CSFE, cfe_sfe": functools.partial(CSFE, arrangement="cfe_sfe"),
     "CSFE, sfe_cfe": functools.partial(CSFE, arrangement="sfe_cfe", num_groups=2, correction=1),
+    "CSFE, reference": functools.partial(CSFE, impl="reference"),
     "MFDF": MFDF,
     "MFDF, fused": functools.partial(MFDF, impl="fused", dilation=(1, 2, 3, 1)),
     "MFDF, reference, no bias": functools.partial(MFDF, impl="reference", bias=False, kernel_sizes=(3, 5), dilation=2),

@@ -44,10 +44,5 @@ def test_refusals(kwargs, message):
         CSFE(**kwargs)
 
 
-def test_fused_is_refused_with_the_reason():
-    with pytest.raises(NotImplementedError, match="CSFE has no fused form yet"):
-        CSFE(8, impl="fused")(torch.zeros(1, 8, 2, 2))
-
-
 def test_repr():
     assert "arrangement='cfe_sfe', fusion='sum', impl='auto'" in repr(CSFE(8, arrangement="cfe_sfe"))

@@ -145,7 +145,6 @@ def test_a_large_mean_does_not_spoil_the_gate(memory_format):
         ({"threshold": "half"}, TypeError, "threshold must be a number, got 'half'"),
         ({"eps": 0.0}, ValueError, "eps must lie strictly between 0 and inf, got 0.0"),
         ({"impl": "quick"}, ValueError, "impl must be one of 'auto', 'reference', 'fused', got 'quick'"),
-        ({"impl": "fused"}, NotImplementedError, "CFE has no fused form yet"),
     ],
 )
 def test_refusals(change, error, message):

@@ -98,8 +98,3 @@ def test_refusals(change, message):
     arguments = {"x": torch.zeros(2, 6, 5, 5), "weight": torch.ones(6), "bias": torch.zeros(6), "num_groups": 2}
     with pytest.raises(ValueError, match=message):
         csfe(**(arguments | change))
-
-
-def test_fused_is_refused():
-    with pytest.raises(NotImplementedError, match="CSFE has no fused form yet"):
-        csfe(torch.zeros(2, 6, 5, 5), torch.ones(6), torch.zeros(6), 2, impl="fused")

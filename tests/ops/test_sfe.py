@@ -98,7 +98,6 @@ def test_a_sample_alone_equals_the_sample_in_a_batch():
         ({"beta": math.inf}, ValueError, "beta must lie strictly between -inf and inf, got inf"),
         ({"correction": -1}, ValueError, "correction must be at least 0, got -1"),
         ({"correction": 0.5}, TypeError, "correction must be an int, got 0.5"),
-        ({"impl": "fused"}, NotImplementedError, "SFE has no fused form yet"),
     ],
 )
 def test_refusals(change, error, message):

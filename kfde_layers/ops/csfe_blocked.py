@@ -1,0 +1,241 @@
+"""CFE and SFE on CPU: their fused form, scheduled in vectorised, in-place steps over blocks that stay in the cache.
+
+The steps are chosen by their cost per element. PyTorch's `where`, `masked_fill` and `var_mean` are not vectorised on
+CPU and cost as much as tens of multiplications each, so the choice in eq. (3) multiplies with a mask of 0 and 1, and
+the variance is taken in two steps. `sigmoid_backward` is the whole gradient of a sigmoid in one.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kfde_layers.ops.csfe_moments import Enhancement, Moments, away_from_zero, channel_gate, spatial_slope
+from kfde_layers.ops.formats import upcast
+
+_BLOCK = 2**19  # elements: 2 MiB a buffer in float32. Smaller ones leave more of the time to dispatching the steps.
+
+_Index = tuple[slice, ...]
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enhancement
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, with the strides of the dense `x`, and the moments (mean, m2) of x."""
+    y = torch.empty_like(x)
+    parts = 1 if weight is None else 2
+    values, results = _parted(x, parts), _parted(y, parts)
+    moments = _moments(values)
+    gates = _Gates(moments, weight, bias, options)
+    buffers = _Buffers(values, count=5)
+    for block in _blocks(values):
+        u, keep, is_open, x_buffer, y_buffer = buffers.shaped_as(values[block])
+        x_block = _upcast(values[block], x_buffer)
+        y_block = results[block] if y.dtype == u.dtype else y_buffer
+        torch.sub(x_block, gates.mean[_channels(block)], out=u)
+        if options.spatial:
+            gates.spatial(u, block, out=keep)
+        if weight is None:
+            torch.mul(x_block, keep, out=y_block)
+        else:
+            weak = gates.channel(u, block, is_open, out=u).mul_(x_block)
+            keep = keep.add_(is_open) if options.spatial else is_open
+            torch.addcmul(weak, x_block, keep, out=y_block)
+            y_block[:, 0].add_(weak[:, 1])
+            y_block[:, 1].add_(weak[:, 0])
+        if options.scale != 1:
+            y_block.mul_(options.scale)
+        if y_block is y_buffer:
+            results[block].copy_(y_block)
+    return y, moments.mean, moments.m2
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, options: Enhancement
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of `x`, `weight` and `bias`; `dy` has the strides of the dense `x`.
+
+    The first pass writes what reaches an element directly and sums up what reaches the moments; the second adds what
+    comes back from the moments, for each channel a line in the deviation from its mean.
+    """
+    dx = torch.empty_like(x, dtype=moments.mean.dtype)
+    parts = 1 if weight is None else 2
+    values, cotangents, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
+    gates = _Gates(moments, weight, bias, options)
+    buffers = _Buffers(values, count=8)
+    z_sum, zu_sum, eu_sum, euu_sum = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # of dz, dz u, de u, de u^2
+    for block in _blocks(values):
+        u, keep, weak, is_open, flow, scratch, x_buffer, dy_buffer = buffers.shaped_as(values[block])
+        channels = _channels(block)
+        x_block = _upcast(values[block], x_buffer)
+        dy_block = _upcast(cotangents[block], dy_buffer)
+        if options.scale != 1:
+            dy_block = torch.mul(dy_block, options.scale, out=dy_buffer)
+        dx_block = gradients[block].zero_()
+        torch.sub(x_block, gates.mean[channels], out=u)
+        keep.zero_()
+        if options.spatial:
+            gates.spatial(u, block, out=keep)
+            torch.mul(x_block, dy_block, out=flow)
+            _sigmoid_backward(flow, keep, grad_input=flow).mul_(u)  # de u
+            eu_sum[channels] += flow.sum(dim=3, keepdim=True)
+            dx_block.add_(torch.mul(flow, gates.spatial_slope[channels], out=scratch), alpha=2)
+            euu_sum[channels] += flow.mul_(u).sum(dim=3, keepdim=True)
+        if weight is not None:
+            gates.channel(u, block, is_open, out=weak)
+            keep.add_(weak).add_(is_open)
+            both = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
+            torch.mul(x_block, both[:, None], out=flow)
+            _sigmoid_backward(flow, weak, grad_input=flow)  # dz: where open, weak is 0 and stops it
+            z_sum[channels] += flow.sum(dim=3, keepdim=True)
+            dx_block.add_(torch.mul(flow, gates.slope[channels], out=scratch))
+            zu_sum[channels] += flow.mul_(u).sum(dim=3, keepdim=True)
+            dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
+            dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
+        dx_block.addcmul_(dy_block, keep)
+
+    u_slope, constant, dweight, dbias = _through_moments(z_sum, zu_sum, eu_sum, euu_sum, moments, weight, bias, options)
+    u_slope, constant = gates.parted(u_slope), gates.parted(constant)
+    for block in _blocks(values):
+        u, _, _, _, _, _, x_buffer, _ = buffers.shaped_as(values[block])
+        channels = _channels(block)
+        torch.sub(_upcast(values[block], x_buffer), gates.mean[channels], out=u)
+        gradients[block].add_(u.mul_(u_slope[channels]).add_(constant[channels]))
+    return dx.to(x.dtype), dweight, dbias
+
+
+def _through_moments(
+    z_sum: Tensor,
+    zu_sum: Tensor,
+    eu_sum: Tensor,
+    euu_sum: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Enhancement,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """From the sums over each channel: what u is multiplied with, what is added, and the parameters' gradients."""
+    n = moments.n
+    z_sum, zu_sum, eu_sum, euu_sum = (total.view_as(moments.mean) for total in (z_sum, zu_sum, eu_sum, euu_sum))
+    u_slope, constant, dweight, dbias = torch.zeros_like(z_sum), torch.zeros_like(z_sum), None, None
+    if options.spatial:
+        slope = spatial_slope(moments, options)
+        u_slope -= 8 * slope.square() * euu_sum / max(n - options.correction, 1)
+        constant -= 2 * slope * eu_sum / n
+    if weight is not None and bias is not None:
+        gamma, beta = weight.to(z_sum.dtype), bias.to(z_sum.dtype)
+        gate = channel_gate(moments, gamma, beta, options)
+        x_hat_sum = gate.inverse_std * (zu_sum + gate.offset * z_sum)  # of dz x_hat
+
+        def group_mean(total: Tensor) -> Tensor:
+            """Mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
+            grouped = (gamma * gate.w_gamma * total).unflatten(1, (options.num_groups, -1))
+            return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1) / n
+
+        pull = gate.inverse_std.square() * group_mean(x_hat_sum)
+        u_slope -= pull
+        constant -= gate.inverse_std * group_mean(z_sum) + pull * gate.offset
+        x_hat_total, z_total = x_hat_sum.sum(dim=0), z_sum.sum(dim=0)
+        dw_gamma = gamma * x_hat_total + beta * z_total
+        total = gamma.sum()
+        safe = away_from_zero(total)
+        dtotal = torch.where(safe == total, -(dw_gamma * gamma).sum() / safe.square(), 0.0)
+        dweight = (gate.w_gamma * x_hat_total + dw_gamma / safe + dtotal).to(weight.dtype)
+        dbias = (gate.w_gamma * z_total).to(bias.dtype)
+    return u_slope, constant, dweight, dbias
+
+
+class _Gates:
+    """Both gates on blocks of deviations u from the channels' means."""
+
+    def __init__(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: Enhancement) -> None:
+        self._parts = 1 if weight is None else 2
+        self.mean = self.parted(moments.mean)
+        self.beta = torch.tensor(options.beta, dtype=self.mean.dtype)
+        self.logit_threshold = options.logit_threshold
+        if options.spatial:
+            self.spatial_slope = self.parted(spatial_slope(moments, options))
+            self.root = self.spatial_slope.sqrt()
+        if weight is not None and bias is not None:
+            gate = channel_gate(moments, weight.to(self.mean.dtype), bias.to(self.mean.dtype), options)
+            self.slope, self.shift = self.parted(gate.slope), self.parted(gate.shift)
+
+    def parted(self, values: Tensor) -> Tensor:
+        """(N, C) seen as (N, parts, C / parts, 1), to be broadcast over the positions."""
+        return values.view(len(values), self._parts, -1, 1)
+
+    def spatial(self, u: Tensor, block: _Index, out: Tensor) -> Tensor:
+        """The gate of eq. (9)."""
+        root_score = torch.mul(u, self.root[_channels(block)], out=out)
+        return torch.addcmul(self.beta, root_score, root_score, out=out).sigmoid_()
+
+    def channel(self, u: Tensor, block: _Index, is_open: Tensor, out: Tensor) -> Tensor:
+        """w_2 of eq. (3), and in `is_open` the mask as 0 and 1; w_1 is their sum."""
+        channels = _channels(block)
+        z = torch.mul(u, self.slope[channels], out=out).add_(self.shift[channels])
+        torch.gt(z, self.logit_threshold, out=is_open)
+        r = z.sigmoid_()
+        return r.addcmul_(r, is_open, value=-1)
+
+
+class _Buffers:
+    """Room for intermediate blocks in the format of the statistics, made once and used by each block in turn."""
+
+    def __init__(self, values: Tensor, count: int) -> None:
+        largest = values[next(_blocks(values))]
+        self._buffers = [upcast(torch.empty_like(largest)) for _ in range(count)]
+
+    def shaped_as(self, block: Tensor) -> list[Tensor]:
+        if block.shape == self._buffers[0].shape:
+            return self._buffers
+        size = tuple(slice(length) for length in block.shape)
+        return [buffer[size] for buffer in self._buffers]
+
+
+def _upcast(block: Tensor, buffer: Tensor) -> Tensor:
+    """The block in the format of the statistics: itself, or its copy in the buffer."""
+    return block if block.dtype == buffer.dtype else buffer.copy_(block)
+
+
+def _parted(x: Tensor, parts: int) -> Tensor:
+    """(N, C, H, W) seen as (N, parts, C / parts, H W): CFE exchanges two halves, which is done along dimension 1."""
+    return x.flatten(2).unflatten(1, (parts, x.shape[1] // parts))
+
+
+def _blocks(values: Tensor) -> Iterator[_Index]:
+    """Cut (N, parts, C / parts, H W) into blocks: samples, or what is adjacent in one that is too large."""
+    cut = 2 if values.stride(3) == 1 else 3
+    sample = values[0].numel()
+    if sample <= _BLOCK:
+        pieces, parts = math.ceil(len(values) * sample / _BLOCK), 1
+    else:
+        pieces, parts = len(values), math.ceil(sample / _BLOCK)
+    samples, length = math.ceil(len(values) / pieces), math.ceil(values.shape[cut] / parts)
+    for i in range(0, len(values), samples):
+        for j in range(0, values.shape[cut], length):
+            index = [slice(i, i + samples), slice(None), slice(None), slice(None)]
+            index[cut] = slice(j, j + length)
+            yield tuple(index)
+
+
+def _channels(block: _Index) -> _Index:
+    """The same block of a tensor with one entry per channel."""
+    return (*block[:3], slice(None))
+
+
+def _moments(values: Tensor) -> Moments:
+    """Means first, so that a large one cancels before anything is squared."""
+    n = values.shape[3]
+    mean = upcast(torch.zeros_like(values[..., :1]))
+    m2 = torch.zeros_like(mean)
+    buffers = _Buffers(values, count=2)
+    for block in _blocks(values):
+        _, x_buffer = buffers.shaped_as(values[block])
+        mean[_channels(block)] += _upcast(values[block], x_buffer).sum(dim=3, keepdim=True) / n
+    for block in _blocks(values):
+        u, x_buffer = buffers.shaped_as(values[block])
+        torch.sub(_upcast(values[block], x_buffer), mean[_channels(block)], out=u)
+        m2[_channels(block)] += u.mul_(u).sum(dim=3, keepdim=True)
+    return Moments(mean.flatten(1), m2.flatten(1), n)

@@ -1,0 +1,100 @@
+"""CFE and SFE from one set of moments per channel: the mathematics of their fused forms."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+_SMALLEST_SUM = 1e-6  # of gamma: nearer to zero, its inverse would swamp the gate
+
+
+class Enhancement(NamedTuple):
+    """Which branches there are and their hyper-parameters: CFE, SFE, or the scaled sum of both."""
+
+    num_groups: int = 0
+    """Of CFE's normalisation; 0 leaves CFE out."""
+    threshold: float = 0.5
+    eps: float = 1e-5
+    spatial: bool = False
+    """Whether SFE is in."""
+    lambd: float = 1e-4
+    beta: float = 0.5
+    correction: int = 0
+    scale: float = 1.0
+
+    @property
+    def logit_threshold(self) -> float:
+        """The threshold on r, said on the logits z."""
+        return math.log(self.threshold / (1 - self.threshold))
+
+
+class Moments(NamedTuple):
+    """Of each channel of each sample, over its n positions; (N, C)."""
+
+    mean: Tensor
+    m2: Tensor
+    """The sum of the squared deviations from the mean."""
+    n: int
+
+
+class ChannelGate(NamedTuple):
+    """CFE's gate as a line in the deviation u from the channel's mean: z = slope u + shift."""
+
+    slope: Tensor
+    """gamma w_gamma over the deviation of the group, (N, C)."""
+    shift: Tensor
+    w_gamma: Tensor
+    """(C,)"""
+    inverse_std: Tensor
+    """Of the channel's group, (N, C)."""
+    offset: Tensor
+    """Mean of the channel less mean of its group, (N, C)."""
+
+
+def away_from_zero(total: Tensor) -> Tensor:
+    """The sum of gamma, or the nearest number that is safe to divide by; then a constant for the gradient."""
+    smallest = torch.full_like(total, _SMALLEST_SUM)
+    nearest = torch.where(total < 0, -smallest, smallest)
+    return torch.where(total.abs() < _SMALLEST_SUM, nearest, total)
+
+
+def channel_gate(moments: Moments, gamma: Tensor, beta: Tensor, options: Enhancement) -> ChannelGate:
+    """Equations (1)-(2), with the moments of the groups put together from those of their channels."""
+    mean, m2, n = moments
+    by_group = mean.unflatten(1, (options.num_groups, -1))
+    offset = by_group - by_group.mean(dim=2, keepdim=True)
+    variance = (m2.view_as(by_group) / n + offset.square()).mean(dim=2, keepdim=True)
+    inverse_std = (variance + options.eps).rsqrt().expand_as(by_group).flatten(1)
+    offset = offset.flatten(1)
+    w_gamma = gamma / away_from_zero(gamma.sum())  # (1)
+    slope = gamma * w_gamma * inverse_std
+    return ChannelGate(slope, w_gamma * beta + slope * offset, w_gamma, inverse_std, offset)
+
+
+def spatial_slope(moments: Moments, options: Enhancement) -> Tensor:
+    """Equation (8) without beta, (N, C): what multiplies the squared deviation."""
+    variance = moments.m2 / max(moments.n - options.correction, 1)  # (7)
+    return 0.25 / (variance + options.lambd)
+
+
+def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enhancement) -> Tensor:
+    """The scaled sum of the branches in the format of `x`, in operations that compilers fuse well."""
+    h = rearrange(x, "n c h w -> n c (h w)")
+    mean = h.mean(dim=2, keepdim=True)
+    u = h - mean
+    moments = Moments(mean[:, :, 0], u.square().sum(dim=2), h.shape[2])
+    own = 0.0
+    if options.spatial:
+        own = (spatial_slope(moments, options)[:, :, None] * u.square() + options.beta).sigmoid()
+    if weight is None or bias is None:
+        y = h * own
+    else:
+        gate = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
+        z = gate.slope[:, :, None] * u + gate.shift[:, :, None]
+        is_open, r = z > options.logit_threshold, z.sigmoid()
+        first, second = (h * (torch.where(is_open, 1.0, r) + own)).chunk(2, dim=1)
+        weak_first, weak_second = (h * torch.where(is_open, 0.0, r)).chunk(2, dim=1)
+        y = torch.cat((first + weak_second, second + weak_first), dim=1)
+    return rearrange(options.scale * y, "n c (h w) -> n c h w", h=x.shape[2])

@@ -1,0 +1,239 @@
+"""The fused forms of CFE, SFE and CSFE against their references, and the operator behind them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfde_layers.functional import cfe, csfe, sfe
+from kfde_layers.ops import csfe_blocked, csfe_fused
+from kfde_layers.ops.csfe_moments import Enhancement
+from tests import oracle
+from tests.helpers import (
+    MEMORY_FORMATS,
+    affine,
+    as_numpy,
+    batches,
+    draw,
+    has_format,
+    memory_formats,
+    relative_error,
+    seeds,
+    sides,
+)
+
+OPERATIONS = {
+    "CFE": lambda x, weight, bias, **kw: cfe(x, weight, bias, 5, 0.45, 1e-3, **kw),
+    "SFE": lambda x, *_, **kw: sfe(x, 1e-3, 0.2, **kw),
+    "SFE, SimAM": lambda x, *_, **kw: sfe(x, correction=1, **kw),
+    "CSFE": lambda x, weight, bias, **kw: csfe(x, weight, bias, 2, **kw),
+    "CSFE, one group": lambda x, weight, bias, **kw: csfe(x, weight, bias, 1, 0.55, **kw),
+    "CSFE, a channel a group": lambda x, weight, bias, **kw: csfe(x, weight, bias, 10, correction=1, **kw),
+    "CSFE, mean": lambda x, weight, bias, **kw: csfe(x, weight, bias, 5, fusion="mean", **kw),
+    "CSFE, cfe_sfe": lambda x, weight, bias, **kw: csfe(x, weight, bias, 5, arrangement="cfe_sfe", **kw),
+    "CSFE, sfe_cfe": lambda x, weight, bias, **kw: csfe(x, weight, bias, 5, arrangement="sfe_cfe", **kw),
+}
+each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+
+
+def inputs(*shape, seed=0, dtype=torch.float64, memory_format=None):
+    x = draw(*shape, seed=seed, dtype=dtype, memory_format=memory_format)
+    return [tensor.requires_grad_() for tensor in (x, *affine(shape[1], seed, dtype))]
+
+
+def with_gradients(operation, tensors, impl):
+    """The output and what a random cotangent makes of it for every input that matters."""
+    y = operation(*tensors, impl=impl)
+    cotangent = draw(*y.shape, seed=99, dtype=y.dtype)
+    gradients = torch.autograd.grad(y, tensors, cotangent, allow_unused=True)
+    return [y, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def assert_equal(actual, expected, bound):
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        scale = max(theirs.abs().max(), 1e-3 * expected[-1].abs().max())
+        assert (mine - theirs).abs().max() <= bound * scale
+
+
+@given(st.sampled_from(list(OPERATIONS.values())), batches, sides, sides, seeds, memory_formats, st.integers(1, 200))
+def test_fused_equals_reference_with_every_gradient(operation, batch, height, width, seed, memory_format, block):
+    tensors = inputs(batch, 10, height, width, seed=seed, memory_format=memory_format)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csfe_blocked, "_BLOCK", block)  # any way of cutting: within a sample, between samples, not at all
+        fused = with_gradients(operation, tensors, "fused")
+    assert_equal(fused, with_gradients(operation, tensors, "reference"), 1e-10)
+    assert has_format(fused[0], memory_format)
+    assert has_format(fused[1], memory_format)
+
+
+@each_operation
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_number_format_is_computed_in_float32(operation, memory_format, dtype):
+    tensors = inputs(2, 10, 17, 19, seed=3, dtype=dtype, memory_format=memory_format)
+    exact = with_gradients(operation, [tensor.detach().double().requires_grad_() for tensor in tensors], "reference")
+    for impl in ("fused", "reference"):
+        for y, expected in zip(with_gradients(operation, tensors, impl), exact, strict=True):
+            assert y.dtype == dtype
+            assert relative_error(y, expected) < {torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
+
+
+@each_operation
+def test_auto_is_the_fused_form(operation):
+    tensors = inputs(2, 10, 5, 7)
+    assert torch.equal(operation(*tensors), operation(*tensors, impl="fused"))
+
+
+def test_many_blocks_lose_nothing(monkeypatch):
+    tensors = inputs(1, 2, 211, 199, dtype=torch.float32)
+    exact = with_gradients(OPERATIONS["CSFE"], [t.detach().double().requires_grad_() for t in tensors], "reference")
+    for memory_format in MEMORY_FORMATS:
+        monkeypatch.setattr(csfe_blocked, "_BLOCK", 1000)
+        x = tensors[0].detach().contiguous(memory_format=memory_format).requires_grad_()
+        fused = with_gradients(OPERATIONS["CSFE"], [x, *tensors[1:]], "fused")
+        for mine, theirs in zip(fused, exact, strict=True):
+            assert relative_error(mine, theirs) < 5e-6
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_a_large_mean_cancels_before_it_is_squared(memory_format):
+    x = draw(2, 16, 23, 29, dtype=torch.float32, memory_format=memory_format) + 1e4
+    _, mean, m2 = torch.ops.kfde.csfe_fused(x, None, None, *Enhancement(spatial=True))
+    exact = x.double().flatten(2)
+    assert relative_error(mean, exact.mean(2)) < 1e-6
+    assert relative_error(m2, exact.var(2, correction=0) * 23 * 29) < 1e-5
+
+
+@each_operation
+def test_empty_batches_and_gaps_between_elements(operation):
+    empty = inputs(0, 10, 4, 5)
+    y, *gradients = with_gradients(operation, empty, "fused")
+    assert y.shape == (0, 10, 4, 5)
+    assert all(gradient.abs().sum() == 0 for gradient in gradients)
+    sliced = draw(3, 20, 9, 11)[:, ::2, 1::2, ::3].requires_grad_()
+    tensors = [sliced, *inputs(1, 10, 1, 1)[1:]]
+    assert_equal(*(with_gradients(operation, tensors, impl) for impl in ("fused", "reference")), 1e-10)
+
+
+@each_operation
+def test_gradients_of_the_fused_form_and_of_these(operation):
+    tensors = inputs(2, 10, 2, 3, seed=5)
+    logits = oracle.cfe_logits(*map(as_numpy, tensors), 5, 1e-3)
+    assert abs(logits).min() > 1e-4  # so that no step of the check crosses the threshold
+    wanted = tensors if len(with_gradients(operation, tensors, "fused")) == 4 else tensors[:1]
+
+    def call(x, weight=tensors[1], bias=tensors[2]):
+        return operation(x, weight, bias, impl="fused")
+
+    assert torch.autograd.gradcheck(call, wanted)
+    assert torch.autograd.gradgradcheck(call, wanted)
+
+
+def test_frozen_parameters_get_no_gradient():
+    x, weight, bias = inputs(2, 10, 3, 5)
+    for create_graph in (False, True):
+        y = csfe(x, weight.detach(), bias, 5, impl="fused")
+        gradients = torch.autograd.grad(y, (x, bias), torch.ones_like(y), create_graph=create_graph)
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("operation", ["CFE", "SFE", "CSFE", "CSFE, cfe_sfe", "CSFE, sfe_cfe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_is_saved_than_the_input_and_its_moments(operation, dtype):
+    tensors = inputs(2, 10, 7, 7, dtype=dtype)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = OPERATIONS[operation](*tensors, impl="fused")
+    for parameter in tensors[1:]:
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    assert y.requires_grad
+    assert sum(saved.values()) <= 1.1 * tensors[0].untyped_storage().nbytes()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_the_operator_keeps_its_contract(memory_format):
+    x, weight, bias = inputs(2, 10, 5, 7, dtype=torch.float32, memory_format=memory_format)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for parameters, options in (
+        ((weight, bias), Enhancement(5, spatial=True)),
+        ((weight, bias), Enhancement(5)),
+        ((None, None), Enhancement(spatial=True)),
+    ):
+        torch.library.opcheck(torch.ops.kfde.csfe_fused, (x, *parameters, *options), test_utils=tests)
+
+
+@each_operation
+def test_compiled_in_one_graph_it_is_the_same(operation):
+    torch.compiler.reset()
+    tensors = inputs(2, 10, 5, 7, dtype=torch.float32)
+    for impl in ("auto", "fused"):
+        compiled = torch.compile(
+            lambda *args, impl=impl: operation(*args, impl=impl), fullgraph=True, backend="aot_eager"
+        )
+        eager = with_gradients(operation, tensors, "reference")
+        assert_equal(with_gradients(lambda *args, impl, compiled=compiled: compiled(*args), tensors, impl), eager, 1e-5)
+
+
+def test_a_graph_can_hold_the_operator_itself():
+    x, weight, bias = inputs(2, 10, 5, 7, dtype=torch.float32)
+    options = Enhancement(5, spatial=True)
+
+    def call(x, weight, bias):
+        return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_equal(*([f(x, weight, bias)] for f in (compiled, call)), 1e-6)
+    gradients = [torch.autograd.grad(f(x, weight, bias).sum(), (x, weight, bias)) for f in (compiled, call)]
+    assert_equal(*gradients, 1e-6)
+
+
+@each_operation
+def test_transforms_see_the_mathematics_and_fused_says_why_it_cannot(operation):
+    x, weight, bias = (tensor.detach() for tensor in inputs(3, 10, 4, 5))
+
+    def one(sample, impl="auto"):
+        return operation(sample[None], weight, bias, impl=impl)[0]
+
+    torch.testing.assert_close(torch.func.vmap(one)(x), operation(x, weight, bias, impl="reference"))
+    _, tangent = torch.func.jvp(one, (x[0],), (torch.ones_like(x[0]),))
+    assert tangent.abs().max() > 0
+    with pytest.raises(
+        NotImplementedError, match=r"impl='fused' cannot run: it has no rule for the transforms of torch.f"
+    ):
+        torch.func.vmap(lambda sample: one(sample, "fused"))(x)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "triton", "reason"),
+    [
+        ("mps", torch.float32, True, "it is written for CPU and CUDA, got x on mps"),
+        ("cuda", torch.float32, False, "on CUDA it needs Triton, which is not installed"),
+        ("cuda", torch.float64, True, "on CUDA it computes in float32, got x in torch.float64"),
+        ("cuda", torch.bfloat16, True, None),
+        ("cpu", torch.float64, False, None),
+    ],
+)
+def test_where_it_runs(monkeypatch, device, dtype, triton, reason):
+    class Elsewhere:
+        is_cuda = device == "cuda"
+
+    x = Elsewhere()
+    x.device, x.dtype = torch.device(device), dtype
+    monkeypatch.setattr(csfe_fused, "_HAS_TRITON", triton)
+    assert csfe_fused.unsupported(x) == reason
+
+
+def test_the_comparison_can_fail(monkeypatch):
+    right = csfe_blocked.spatial_slope
+    monkeypatch.setattr(csfe_blocked, "spatial_slope", lambda *args: 1.001 * right(*args))
+    tensors = inputs(2, 10, 5, 7)
+    fused, reference = (with_gradients(OPERATIONS["CSFE"], tensors, impl) for impl in ("fused", "reference"))
+    with pytest.raises(AssertionError):
+        assert_equal(fused, reference, 1e-6)
