@@ -1,8 +1,12 @@
 """Which implementation of an operation runs: named by the caller, never switched behind the caller's back."""
 
 from enum import StrEnum
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Impl(StrEnum):
@@ -27,6 +31,19 @@ def resolve_impl(impl: Impl | str) -> Impl:
     except ValueError:
         wanted = ", ".join(repr(member.value) for member in Impl)
         raise ValueError(f"impl must be one of {wanted}, got {impl!r}") from None
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why no fused form can run on `x`, or None."""
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        return f"it is written for CPU and CUDA, got x on {x.device}"
+    if x.is_cuda and not _HAS_TRITON:
+        return "on CUDA it needs Triton, which is not installed"
+    if x.is_cuda and x.dtype == torch.float64:
+        return "on CUDA it computes in float32, got x in torch.float64"
+    if transforming():
+        return "it has no rule for the transforms of torch.func and for forward-mode differentiation"
+    return None
 
 
 def select(impl: Impl | str, unsupported: str | None, auto: Impl = Impl.FUSED) -> Impl:

@@ -1,5 +1,7 @@
 import pytest
+import torch
 
+from kfde_layers import _impl
 from kfde_layers._impl import Impl, resolve_impl, select, tracing
 
 
@@ -31,3 +33,23 @@ def test_fused_never_falls_back():
 
 def test_eager_calls_are_not_traced():
     assert not tracing()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "triton", "reason"),
+    [
+        ("mps", torch.float32, True, "it is written for CPU and CUDA, got x on mps"),
+        ("cuda", torch.float32, False, "on CUDA it needs Triton, which is not installed"),
+        ("cuda", torch.float64, True, "on CUDA it computes in float32, got x in torch.float64"),
+        ("cuda", torch.bfloat16, True, None),
+        ("cpu", torch.float64, False, None),
+    ],
+)
+def test_where_it_runs(monkeypatch, device, dtype, triton, reason):
+    class Elsewhere:
+        is_cuda = device == "cuda"
+
+    x = Elsewhere()
+    x.device, x.dtype = torch.device(device), dtype
+    monkeypatch.setattr(_impl, "_HAS_TRITON", triton)
+    assert _impl.unsupported(x) == reason

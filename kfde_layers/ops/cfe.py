@@ -7,8 +7,8 @@ from einops import rearrange
 from torch import Tensor
 
 from kfde_layers._checks import check_floating, check_int, check_map, check_real, check_shape
-from kfde_layers._impl import Impl, select
-from kfde_layers.ops.csfe_fused import fused, unsupported
+from kfde_layers._impl import Impl, select, unsupported
+from kfde_layers.ops.csfe_fused import fused
 from kfde_layers.ops.csfe_moments import Enhancement, away_from_zero
 from kfde_layers.ops.formats import as_input, upcast
 

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kfde_layers._checks import check_choice
-from kfde_layers._impl import Impl, select, tracing
+from kfde_layers._impl import Impl, select, tracing, unsupported
 from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
-from kfde_layers.ops.csfe_fused import fused, unsupported
+from kfde_layers.ops.csfe_fused import fused
 from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.sfe import check_sfe, sfe_equations

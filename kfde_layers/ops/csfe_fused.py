@@ -4,31 +4,16 @@ Each of them is the scaled sum of the branches that the options leave in. The ba
 moments per channel, and computes everything else again.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfde_layers._impl import exporting, tracing, transforming
+from kfde_layers._impl import exporting, tracing
 from kfde_layers.ops import csfe_blocked
 from kfde_layers.ops.csfe_moments import Enhancement, Moments, enhance
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast
-
-_HAS_TRITON = find_spec("triton") is not None
-
-
-def unsupported(x: Tensor) -> str | None:
-    """Why the fused form cannot run on `x`, or None."""
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        return f"it is written for CPU and CUDA, got x on {x.device}"
-    if x.is_cuda and not _HAS_TRITON:
-        return "on CUDA it needs Triton, which is not installed"
-    if x.is_cuda and x.dtype == torch.float64:
-        return "on CUDA it computes in float32, got x in torch.float64"
-    if transforming():
-        return "it has no rule for the transforms of torch.func and for forward-mode differentiation"
-    return None
+from kfde_layers.ops.second_order import differentiable_gradients
 
 
 def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enhancement) -> Tensor:
@@ -129,15 +114,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, m2 = ctx.saved_tensors
-    inputs = [tensor for tensor in (x, weight, bias) if tensor is not None]
     if torch.is_grad_enabled():  # these gradients are to be differentiated in turn: the mathematics can be
-        y = as_input(enhance(upcast(x), weight, bias, ctx.options), x)
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-        gradients = [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+        def mathematics(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return as_input(enhance(upcast(x), weight, bias, ctx.options), x)
+
+        gradients = differentiable_gradients(mathematics, (x, weight, bias), dy)
     else:
         gradients = torch.ops.kfde.csfe_fused_backward(dy, x, weight, bias, mean, m2, *ctx.options)
-    return *gradients, *(None for _ in range(3 - len(inputs))), *(None for _ in ctx.options)
+        gradients += [None] * (3 - len(gradients))
+    return *gradients, *(None for _ in ctx.options)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

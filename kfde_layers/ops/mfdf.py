@@ -9,9 +9,10 @@ from einops import rearrange
 from torch import Tensor
 
 from kfde_layers._checks import check_dims, check_int, check_map, check_sequence, check_shape
-from kfde_layers._impl import Impl, select, tracing
+from kfde_layers._impl import Impl, exporting, select, unsupported
 from kfde_layers.ops.formats import as_input, upcast, without_autocast
-from kfde_layers.ops.mfdf_merged import merged_convolution, merging_pays, pooled_branches
+from kfde_layers.ops.mfdf_fused import merged_depthwise, pooled_depthwise
+from kfde_layers.ops.mfdf_merged import common_grid, merging_pays
 
 
 def mfdf(
@@ -84,11 +85,10 @@ def mfdf(
     fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _check_attention(channels, len(branch_weights), *fc)
 
-    reason = _unsupported(channels, groups)
-    auto = Impl.FUSED if reason is None and merging_pays(x, branch_weights, dilations) else Impl.REFERENCE
+    reason = _unsupported(x, groups)
+    auto = Impl.FUSED if reason is None and merging_pays(branch_weights, dilations) else Impl.REFERENCE
     if select(impl, reason, auto) is Impl.FUSED:
-        alpha = attention(pooled_branches(x, branch_weights, branch_biases, dilations), *fc)
-        return as_input(merged_convolution(x, alpha, branch_weights, branch_biases, dilations), x)
+        return _fused(x, branch_weights, branch_biases, fc, dilations)
     return fuse(x, convolve(x, branch_weights, branch_biases, dilations, groups), *fc)
 
 
@@ -148,12 +148,32 @@ def check_kernel_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be odd, so that the map keeps its size, got {size}")
 
 
-def _unsupported(channels: int, groups: int) -> str | None:
-    if groups != channels:
-        return f"the branches must be depthwise, groups = {channels}, got {groups}"
-    if tracing():
-        return "merging the samples' kernels would write the batch size into the traced graph"
-    return None
+def _unsupported(x: Tensor, groups: int) -> str | None:
+    if groups != x.shape[1]:
+        return f"the branches must be depthwise, groups = {x.shape[1]}, got {groups}"
+    if exporting():
+        return "an exporter must be shown operations that other software has"
+    return unsupported(x)
+
+
+def _fused(
+    x: Tensor,
+    branch_weights: Sequence[Tensor],
+    branch_biases: Sequence[Tensor] | None,
+    fc: tuple[Tensor, Tensor, Tensor, Tensor],
+    dilations: Sequence[int],
+) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    grid, step = common_grid(branch_weights, dilations, compute)
+    p = pooled_depthwise(x, grid.sum(dim=0), step)
+    if branch_biases is None:
+        alpha = attention(p, *fc)
+        shifts = torch.zeros_like(p)
+    else:
+        biases = torch.stack(list(branch_biases)).to(compute)
+        alpha = attention(p + biases.sum(dim=0), *fc)
+        shifts = (alpha * biases).sum(dim=1)
+    return merged_depthwise(x, alpha, grid, shifts, step)
 
 
 def convolve(

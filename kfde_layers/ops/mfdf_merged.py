@@ -8,98 +8,86 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from kfde_layers.ops.formats import upcast, without_autocast
+
+def common_grid(weights: Sequence[Tensor], dilations: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, int]:
+    """The branches' depthwise kernels as one tensor (K, C, k, k), and the spacing of its taps in px."""
+    step, reaches = _spacing_and_reaches(weights, dilations)
+    radius = max(reaches)
+    grid = weights[0].new_zeros((len(weights), len(weights[0]), 2 * radius + 1, 2 * radius + 1), dtype=dtype)
+    for k, (weight, dilation, reach) in enumerate(zip(weights, dilations, reaches, strict=True)):
+        taps = slice(radius - reach, radius + reach + 1, max(1, dilation // step))
+        grid[k, :, taps, taps] = weight[:, 0]
+    return grid, step
 
 
-def pooled_branches(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int]
-) -> Tensor:
-    r"""Equations (10)-(11): p, (N, C), from the sums of x over windows.
+def merging_pays(weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
+    """Whether the merged convolution can be expected to beat the branches.
 
-    A filter tap at offset (u, v) meets just the window of x that a shift by (u, v) leaves inside the map, so that
-
-    \[ p_c = \frac{1}{HW} \sum_{uv} \Big(\sum_k W_{kc,uv}\Big) \sum_{ij \in \mathrm{window}(u, v)} x_{c,ij}
-       + \sum_k b_{kc} \]
+    Measured on CPU, forward and with backward: it wants branches enough to repay what it does besides, and a merged
+    kernel that is not mostly holes.
     """
-    h = upcast(x)
-    height, width = h.shape[2:]
-    offsets = _offsets(weights, dilations).to(h.device)
-    rows, columns = _windows(offsets, height).to(h.dtype), _windows(offsets, width).to(h.dtype)
-    with without_autocast(x):
-        sums = einsum(rows, h, columns, "u h, n c h w, v w -> n c u v")
-        kernel = _on_grid(weights, dilations, offsets, h.dtype).sum(dim=0)
-        p = einsum(kernel, sums, "c u v, n c u v -> n c") / (height * width)
-    return p if biases is None else p + torch.stack(list(biases)).to(h.dtype).sum(dim=0)
+    _, reaches = _spacing_and_reaches(weights, dilations)
+    merged_taps = (2 * max(reaches) + 1) ** 2
+    return len(weights) >= 3 and merged_taps <= 3 * sum(weight.shape[-1] ** 2 for weight in weights)
 
 
-def merged_convolution(
-    x: Tensor, alpha: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int]
-) -> Tensor:
-    """Equation (14): one depthwise convolution, by the kernel sum_k alpha_kc W_kc of each sample and channel."""
-    h = upcast(x)
-    offsets = _offsets(weights, dilations).to(h.device)
-    step = _step(weights, dilations)
-    with without_autocast(x):
-        grid = _on_grid(weights, dilations, offsets, h.dtype)
-        kernels = einsum(alpha, grid, "n k c, k c u v -> n c u v")
-        if biases is None:
-            shifts = torch.zeros_like(alpha[:, 0])
-        else:
-            shifts = einsum(alpha, torch.stack(list(biases)).to(h.dtype), "n k c, k c -> n c")
-        if len(x) == 0:  # no group to convolve in, yet the parameters stay in the graph
-            return h + kernels.sum() + shifts.sum()
-        y = F.conv2d(
-            rearrange(h, "n c h w -> 1 (n c) h w"),
-            rearrange(kernels, "n c u v -> (n c) 1 u v"),
-            rearrange(shifts, "n c -> (n c)"),
-            padding=step * (len(offsets) // 2),
-            dilation=step,
-            groups=h.shape[0] * h.shape[1],
-        )
-        return rearrange(y, "1 (n c) h w -> n c h w", n=h.shape[0])
+def _spacing_and_reaches(weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[int, list[int]]:
+    """The widest spacing that holds every tap of every branch, in px, and how far each branch reaches, in these."""
+    sizes = [weight.shape[-1] for weight in weights]
+    step = math.gcd(*(dilation for size, dilation in zip(sizes, dilations, strict=True) if size > 1)) or 1
+    return step, [size // 2 * dilation // step for size, dilation in zip(sizes, dilations, strict=True)]
 
 
-def merging_pays(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
-    """Whether the merged convolution was measured to be no slower than the branches, forward and with backward.
+def coverage(kernel: Tensor, step: int, height: int, width: int) -> Tensor:
+    r"""How much each position of a map adds to the sum over its depthwise convolution: (C, k, k) to (C, H, W).
 
-    Measured on CPU: the window sums want a map large enough and branches enough to repay them (channels_last, also
-    the two copies into the layout of the convolution), and the merged kernel wants no holes and clearly fewer taps
-    than the branches have together.
+    A tap at offset (u, v) meets just the positions that it reaches from inside the map.
     """
-    smallest_side = 28 if x.is_contiguous() else 56
-    large = x.shape[2] * x.shape[3] >= smallest_side**2
-    merged_taps = len(_offsets(weights, dilations)) ** 2
-    branch_taps = sum(weight[0, 0].numel() for weight in weights)
-    dense = _step(weights, dilations) == 1 and 3 * merged_taps <= 2 * branch_taps
-    return x.device.type == "cpu" and large and len(weights) >= 4 and dense
+    rows, columns = (_met(kernel.shape[-1], step, length).to(kernel) for length in (height, width))
+    return einsum(kernel, rows, columns, "c u v, u h, v w -> c h w")
 
 
-def _step(weights: Sequence[Tensor], dilations: Sequence[int]) -> int:
-    """The widest spacing, in px, of a grid that holds the taps of every branch."""
-    spaced = [dilation for weight, dilation in zip(weights, dilations, strict=True) if weight.shape[-1] > 1]
-    return math.gcd(*spaced) or 1
+def coverage_transposed(maps: Tensor, step: int, size: int) -> Tensor:
+    """The gradient of `coverage`: (C, H, W) to (C, k, k)."""
+    rows, columns = (_met(size, step, length).to(maps) for length in maps.shape[1:])
+    return einsum(maps, rows, columns, "c h w, u h, v w -> c u v")
 
 
-def _offsets(weights: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
-    """The positions of the taps along one side of that grid, in px from its centre."""
-    step = _step(weights, dilations)
-    reaches = [dilation * (weight.shape[-1] // 2) for weight, dilation in zip(weights, dilations, strict=True)]
-    radius = max(reaches) // step
-    return step * torch.arange(-radius, radius + 1)
-
-
-def _windows(offsets: Tensor, length: int) -> Tensor:
-    """Which positions a tap at each offset meets as it slides along a map of `length`: (offsets, length) of 0 and 1."""
-    slid_by = torch.arange(length, device=offsets.device) - offsets[:, None]
+def _met(size: int, step: int, length: int) -> Tensor:
+    """Which positions the taps along one side of a kernel meet as it slides along a map: (k, length) of 0 and 1."""
+    offsets = step * torch.arange(-(size // 2), size // 2 + 1)
+    slid_by = torch.arange(length) - offsets[:, None]
     return (slid_by >= 0) & (slid_by < length)
 
 
-def _on_grid(weights: Sequence[Tensor], dilations: Sequence[int], offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """The branches' kernels on their common grid: (K, C, offsets, offsets)."""
-    grids: list[Tensor] = []
-    for weight, dilation in zip(weights, dilations, strict=True):
-        size = weight.shape[-1]
-        taps = dilation * (torch.arange(size, device=offsets.device) - size // 2)
-        place = (offsets[:, None] == taps).to(dtype)
-        grids.append(einsum(place, weight.to(dtype), place, "u i, c one i j, v j -> c u v"))
-    return torch.stack(grids)
+def pooled(x: Tensor, kernel: Tensor, step: int) -> Tensor:
+    r"""The mean over all positions of x convolved with `kernel`, (N, C), without the convolution.
+
+    \[ p_c = \frac{1}{HW} \sum_{ij} x_{c,ij} \sum_{uv \text{ reaching } ij} W_{c,uv} \]
+    """
+    height, width = x.shape[2:]
+    cover = coverage(kernel, step, height, width)
+    return einsum(x, cover, "n c h w, c h w -> n c") / (height * width)
+
+
+def merged(x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tensor, step: int) -> Tensor:
+    """Equation (14): one depthwise convolution of x, by the kernel sum_k alpha_kc W_kc of each sample and channel."""
+    return convolve_each(x, merge(alpha, grid), shifts, step)
+
+
+def convolve_each(x: Tensor, kernels: Tensor, shifts: Tensor | None, step: int) -> Tensor:
+    """Each sample convolved by its own depthwise kernels, (N, C, k, k), and shifted by (N, C)."""
+    y = F.conv2d(
+        rearrange(x, "n c h w -> 1 (n c) h w"),
+        rearrange(kernels, "n c u v -> (n c) 1 u v"),
+        None if shifts is None else rearrange(shifts, "n c -> (n c)"),
+        padding=step * (kernels.shape[-1] // 2),
+        dilation=step,
+        groups=x.shape[0] * x.shape[1],
+    )
+    return rearrange(y, "1 (n c) h w -> n c h w", n=x.shape[0])
+
+
+def merge(alpha: Tensor, grid: Tensor) -> Tensor:
+    """The kernel of each sample and channel, (N, C, k, k), from alpha (N, K, C) and the branches' (K, C, k, k)."""
+    return einsum(alpha, grid, "n k c, k c u v -> n c u v")

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from kfde_layers._checks import check_int, check_map, check_real
-from kfde_layers._impl import Impl, select
-from kfde_layers.ops.csfe_fused import fused, unsupported
+from kfde_layers._impl import Impl, select, unsupported
+from kfde_layers.ops.csfe_fused import fused
 from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.ops.formats import as_input, upcast
 

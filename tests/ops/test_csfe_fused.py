@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfde_layers.functional import cfe, csfe, sfe
-from kfde_layers.ops import csfe_blocked, csfe_fused
+from kfde_layers.ops import csfe_blocked
 from kfde_layers.ops.csfe_moments import Enhancement
 from tests import oracle
 from tests.helpers import (
@@ -208,26 +208,6 @@ def test_transforms_see_the_mathematics_and_fused_says_why_it_cannot(operation):
         NotImplementedError, match=r"impl='fused' cannot run: it has no rule for the transforms of torch.f"
     ):
         torch.func.vmap(lambda sample: one(sample, "fused"))(x)
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "triton", "reason"),
-    [
-        ("mps", torch.float32, True, "it is written for CPU and CUDA, got x on mps"),
-        ("cuda", torch.float32, False, "on CUDA it needs Triton, which is not installed"),
-        ("cuda", torch.float64, True, "on CUDA it computes in float32, got x in torch.float64"),
-        ("cuda", torch.bfloat16, True, None),
-        ("cpu", torch.float64, False, None),
-    ],
-)
-def test_where_it_runs(monkeypatch, device, dtype, triton, reason):
-    class Elsewhere:
-        is_cuda = device == "cuda"
-
-    x = Elsewhere()
-    x.device, x.dtype = torch.device(device), dtype
-    monkeypatch.setattr(csfe_fused, "_HAS_TRITON", triton)
-    assert csfe_fused.unsupported(x) == reason
 
 
 def test_the_comparison_can_fail(monkeypatch):

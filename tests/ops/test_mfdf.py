@@ -119,6 +119,7 @@ def test_gradients(impl, height, width):
         return mfdf(x, [w1, w2], [b1, b2], *fc, (1, 2), impl=impl)
 
     assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
@@ -168,30 +169,67 @@ def test_no_branch_map_is_made_by_the_fused_form():
 
 
 @pytest.mark.parametrize(
-    ("size", "kernel_sizes", "dilation", "memory_format", "merged"),
+    ("kernel_sizes", "dilation", "merged"),
     [
-        (28, (1, 3, 5, 7), 1, torch.contiguous_format, True),
-        (27, (1, 3, 5, 7), 1, torch.contiguous_format, False),
-        (56, (1, 3, 5, 7), 1, torch.channels_last, True),
-        (55, (1, 3, 5, 7), 1, torch.channels_last, False),
-        (56, (1, 3, 5, 7), 2, torch.contiguous_format, False),
-        (56, (1, 3, 3, 7), 1, torch.contiguous_format, False),
-        (56, (3, 5, 7), 1, torch.contiguous_format, False),
+        ((1, 3, 5, 7), 1, True),
+        ((1, 3, 5, 7), 2, True),
+        ((1, 3, 5, 7), (1, 2, 3, 1), True),
+        ((3, 3, 3), (1, 2, 6), False),
+        ((3, 5), 1, False),
     ],
 )
-def test_auto_merges_where_that_was_measured_to_pay(monkeypatch, size, kernel_sizes, dilation, memory_format, merged):
-    calls = []
-    monkeypatch.setattr(mfdf_ops, "merged_convolution", lambda x, *args: calls.append(1) or x)
-    x = draw(2, 6, size, size, memory_format=memory_format)
-    Parameters.drawn(6, kernel_sizes, 6)(x, dilation, 6, "auto")
-    assert bool(calls) == merged
+def test_auto_merges_where_that_was_measured_to_pay(kernel_sizes, dilation, merged):
+    parameters, x = Parameters.drawn(6, kernel_sizes, 6), draw(2, 6, 11, 13)
+    y = parameters(x, dilation, 6, "auto")
+    assert torch.equal(y, parameters(x, dilation, 6, "fused")) == merged
+    assert torch.equal(y, parameters(x, dilation, 6, "reference")) == (not merged)
 
 
-def test_tracers_see_the_branches(monkeypatch):
-    monkeypatch.setattr(mfdf_ops, "tracing", lambda: True)
-    monkeypatch.setattr(mfdf_ops, "merged_convolution", None)  # to call it would fail
+def test_exporters_see_the_branches(monkeypatch):
+    monkeypatch.setattr(mfdf_ops, "exporting", lambda: True)
     parameters, x = Parameters.drawn(6, (1, 3, 5, 7), 6), draw(2, 6, 28, 28)
     assert relative_error(parameters(x, 1, 6, "auto"), parameters(x, 1, 6, "reference")) == 0
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_compiled_in_one_graph_fused_is_the_same(memory_format):
+    torch.compiler.reset()
+    x = draw(2, 6, 9, 8, dtype=torch.float32, memory_format=memory_format).requires_grad_()
+    parameters = Parameters.drawn(6, (1, 3, 5, 7), 6, dtype=torch.float32)
+    inputs = [x, *(tensor.requires_grad_() for tensor in parameters.tensors())]
+    compiled = torch.compile(lambda: parameters(x, 1, 6, "fused"), fullgraph=True, backend="aot_eager")
+    outputs = [compiled(), parameters(x, 1, 6, "reference")]
+    assert relative_error(*outputs) < 1e-5
+    gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert relative_error(mine, theirs) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_the_operators_keep_their_contracts(memory_format):
+    x = draw(3, 6, 5, 7, dtype=torch.float32, memory_format=memory_format).requires_grad_()
+    alpha, grid, shifts, kernel = (
+        draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((3, 4, 6), (4, 6, 3, 3), (3, 6), (6, 3, 3))
+    )
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.kfde.pooled_depthwise, (x, kernel, 2), test_utils=tests)
+    torch.library.opcheck(torch.ops.kfde.merged_depthwise, (x, alpha, grid, shifts, 2), test_utils=tests)
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_the_fused_form_makes_no_copy_in_another_layout(memory_format):
+    x = draw(2, 16, 56, 56, dtype=torch.float32, memory_format=memory_format)
+    parameters = Parameters.drawn(16, (1, 3, 5, 7), 16, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        parameters(x, 1, 16, "fused")
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    size = x.untyped_storage().nbytes()
+    assert size <= peak <= 2.5 * size  # the result, and at most 1.5 times the input beside it
 
 
 @pytest.mark.parametrize(
@@ -259,12 +297,12 @@ def test_fused_refuses_dense_branches():
 
 def test_the_comparison_of_fused_and_reference_can_fail(monkeypatch):
     """A kernel that forgets one branch's bias must not pass for right."""
-    right = mfdf_ops.merged_convolution
+    right = mfdf_ops.merged_depthwise
 
-    def wrong(x, alpha, weights, biases, dilations):
-        return right(x, alpha, weights, [*biases[:-1], 0.99 * biases[-1]], dilations)
+    def wrong(x, alpha, grid, shifts, step):
+        return right(x, alpha, grid, 0.99 * shifts, step)
 
     x = draw(2, 6, 5, 7, dtype=torch.float32)
     parameters = Parameters.drawn(6, (1, 3), 6, dtype=torch.float32)
-    monkeypatch.setattr(mfdf_ops, "merged_convolution", wrong)
+    monkeypatch.setattr(mfdf_ops, "merged_depthwise", wrong)
     assert relative_error(parameters(x, 1, 6, "fused"), parameters(x, 1, 6, "reference")) > 1e-4
