@@ -1,147 +1,143 @@
-"""Time the layers beside the textbook form of their equations and beside a copy of the input.
+"""Time the layers beside the textbook form of their equations, their peers and a copy of the input.
 
     python benchmarks/bench_layers.py --output layers.json
 
-Prints a table of ratios and writes the measurements as JSON. The method is described in benchmarks/README.md.
+Prints ratios and writes the measurements as JSON. The method is described in benchmarks/README.md.
 """
 
-import argparse
-import json
-import platform
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
-import textbook
-import timm
+import common
 import torch
+from candidates import Candidate, candidates
+from checks import agree, draw_input, forward, forward_and_backward, in_float64
+from common import LAYOUTS, Problems, Settings
+from memory import peak_bytes, saved_bytes
+from schema import Row
+from timing import clocks, interleaved
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
-import kfde_layers
-
-SHAPES = [(8, 96, 56, 56), (8, 192, 28, 28), (8, 384, 14, 14), (32, 768, 7, 7)]
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-LAYERS: dict[str, tuple[Callable[[int], nn.Module], type[nn.Module]]] = {
-    "CFE": (kfde_layers.CFE, textbook.CFE),
-    "SFE": (kfde_layers.SFE, textbook.SFE),
-    "CSFE": (kfde_layers.CSFE, textbook.CSFE),
-    "MFDF auto": (kfde_layers.MFDF, textbook.MFDF),
-    "MFDF fused": (lambda channels: kfde_layers.MFDF(channels, impl="fused"), textbook.MFDF),
-    "MFDF reference": (lambda channels: kfde_layers.MFDF(channels, impl="reference"), textbook.MFDF),
+SHAPES = {
+    "cpu": [(8, 96, 56, 56), (8, 192, 28, 28), (8, 384, 14, 14), (32, 768, 7, 7)],
+    "cuda": [(64, 96, 56, 56), (64, 192, 28, 28), (64, 384, 14, 14), (256, 768, 7, 7)],
 }
+QUICK_SHAPE = (2, 64, 14, 14)
+WORK = ("forward", "forward+backward")
+
+SWEEP_BASE = (8, 256, 28, 28)
+SWEEP_SIDES = (7, 14, 28, 56, 112)
+SWEEP_CHANNELS = (64, 128, 256, 512, 1024)
+SWEEP_BATCHES = (1, 2, 4, 8, 16, 32)
+SWEPT = {("CSFE", "auto"), ("CSFE", "textbook")}
+
+Call = Callable[[], tuple[Tensor, ...]]
+Shape = tuple[int, int, int, int]
 
 
-def same_parameters(layer: nn.Module, plain: nn.Module) -> None:
-    """Give the textbook form the layer's parameters; both register them in the order of the equations."""
-    with torch.no_grad():
-        for theirs, ours in zip(plain.parameters(), layer.parameters(), strict=True):
-            theirs.copy_(ours)
+def sweep_shapes() -> list[Shape]:
+    """Map size, channels and batch, each varied alone."""
+    batch, channels, side, _ = SWEEP_BASE
+    varied = [(batch, channels, size, size) for size in SWEEP_SIDES]
+    varied += [(batch, count, side, side) for count in SWEEP_CHANNELS]
+    varied += [(count, channels, side, side) for count in SWEEP_BATCHES]
+    return sorted(set(varied))
 
 
-def agree(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs are the same, but for the few gates that rounding puts on the other side of the threshold."""
-    far = (actual - expected).abs() > 1e-4 * (1 + expected.abs())
-    return far.double().mean().item() < 1e-3
+def measure(
+    shape: Shape,
+    layout: str,
+    work: str,
+    settings: Settings,
+    problems: Problems,
+    wanted: Callable[[Candidate], bool] = lambda candidate: True,
+) -> Iterator[Row]:
+    """Time every candidate at one piece of work in the same rounds; who fails the check is named in `problems`."""
+    torch.compiler.reset()  # what was compiled for another shape would only count against the limit
+    torch.manual_seed(settings.seed)
+    x = draw_input(shape, settings.device, settings.dtype, LAYOUTS[layout])
+    cotangent = draw_input(shape, settings.device, settings.dtype, LAYOUTS[layout])
+
+    def call_of(module: nn.Module, x: Tensor, cotangent: Tensor) -> Call:
+        return forward(module, x) if work == "forward" else forward_and_backward(module, x, cotangent)
+
+    calls: dict[tuple[str, str], Call] = {("floor", "copy"): lambda: (x.clone(),)}
+    if settings.device == "cpu":
+        calls["floor", "sigmoid"] = lambda: (x.sigmoid(),)
+    saved: dict[tuple[str, str], int] = {}
+    judged: dict[str, tuple[Tensor, ...]] = {}
+    for subject, name, module, plain in filter(
+        wanted, candidates(shape[1], settings.device, settings.dtype, settings.compiled)
+    ):
+        call = call_of(module.train(work != "forward"), x, cotangent)
+        where = f"{subject} {name}, {shape} {layout} {work}"
+        try:
+            results = call()
+        except (NotImplementedError, torch.OutOfMemoryError) as error:
+            problems.skipped.append(f"{where}: {common.reason(error)}")
+            continue
+        except Exception as error:  # one candidate that breaks must not cost the others their numbers
+            problems.failures.append(f"{where}: {common.reason(error)}")
+            continue
+        if plain is not None:
+            if subject not in judged:
+                exact = call_of(in_float64(plain), x.double(), cotangent.double())
+                judged[subject] = exact()[:2]  # the output and, with backward, the gradient of x
+            if not all(map(agree, results, judged[subject])):
+                problems.failures.append(f"{where}: WRONG beside the textbook form in float64, so there is no number")
+                continue
+        calls[subject, name] = call
+        if work != "forward":
+            leaf = x.clone().requires_grad_()
+            saved[subject, name] = saved_bytes(lambda module=module, leaf=leaf: module(leaf), module.parameters())
+    del judged
+
+    peaks = {key: peak_bytes(call, settings.device) for key, call in calls.items()}
+    baselines = {key: _baselines(key[0], calls) for key in calls}
+    timed = interleaved(clocks(calls, settings.device, settings.run_time), baselines, settings.rounds, settings.repeats)
+    for (subject, name), (method, ms, over) in timed.items():
+        yield {
+            "subject": subject,
+            "candidate": name,
+            "shape": list(shape),
+            "layout": layout,
+            "work": work,
+            "method": method,
+            "ms": ms,
+            "over": over,
+            "input_bytes": x.numel() * x.element_size(),
+            "peak_bytes": peaks[subject, name],
+            "saved_bytes": saved.get((subject, name)),
+        }
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, min_run_time: float) -> dict[str, list[float]]:
-    """Seconds per call, by name: in each round each call once, so that a disturbance meets all alike."""
-    timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        for name, call in calls.items()
-    }
-    loops = {}
-    for name, timer in timers.items():  # also the warm-up
-        loops[name] = max(1, round(min_run_time / timer.timeit(3).median))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(loops[name]).median)
-    return seconds
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "q1": low, "q3": high}
-
-
-def measure(name: str, shape: tuple[int, ...], layout: str, backward: bool, rounds: int, run_time: float) -> dict:
-    """One row: a layer on one shape, as ratios to the textbook form and to a copy, taken round by round."""
-    torch.manual_seed(0)
-    x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
-    cotangent = torch.randn_like(x)
-    make, make_plain = LAYERS[name]
-    layer, plain = make(shape[1]), make_plain(shape[1])
-    same_parameters(layer, plain)
-    if not agree(layer(x), plain(x)):
-        raise SystemExit(f"{name} on {shape} differs from the textbook form: there is no number to print")
-
-    def run(module: nn.Module) -> Callable[[], object]:
-        def forward() -> Tensor:
-            with torch.inference_mode():
-                return module(x)
-
-        inputs = [x.clone().requires_grad_(), *module.parameters()]
-
-        def forward_and_backward() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(module(inputs[0]), inputs, cotangent)
-
-        return forward_and_backward if backward else forward
-
-    seconds = interleaved({"layer": run(layer), "textbook": run(plain), "copy": x.clone}, rounds, run_time)
-    return {
-        "layer": name,
-        "shape": shape,
-        "layout": layout,
-        "pass": "forward+backward" if backward else "forward",
-        "layer_ms": spread([1e3 * value for value in seconds["layer"]]),
-        "over_textbook": spread([a / b for a, b in zip(seconds["layer"], seconds["textbook"], strict=True)]),
-        "over_copy": spread([a / b for a, b in zip(seconds["layer"], seconds["copy"], strict=True)]),
-    }
-
-
-def processor() -> str:
-    """The processor by its market name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+def _baselines(subject: str, calls: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """What a subject's times are divided by: label and key, of those that are there."""
+    found = {name: (subject, name) for name in ("textbook", "textbook compiled")} | {"copy": ("floor", "copy")}
+    if subject == "MFDF":
+        found["depthwise 7x7"] = ("peer", "depthwise 7x7")
+    return {label: key for label, key in found.items() if key in calls}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds (default: 21)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="three rounds on the smallest shape, to see that it runs")
-    parser.add_argument("--output", type=Path, help="where to write the measurements as JSON")
+    parser = common.parser(__doc__)
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to compile")
+    parser.add_argument("--sweep", action="store_true", help="CSFE over map sizes, channels and batches instead")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rounds, run_time, shapes = (3, 0.001, SHAPES[-1:]) if args.quick else (args.rounds, 0.02, SHAPES)
+    settings = common.start(args, compiled=not (args.no_compile or args.sweep))
 
-    rows = []
-    print(f"{'layer':<16}{'shape':<20}{'layout':<15}{'pass':<18}{'/ textbook':>12}{'/ copy':>10}")
-    for name in LAYERS:
-        for shape in shapes:
-            for layout in LAYOUTS:
-                for backward in (False, True):
-                    row = measure(name, shape, layout, backward, rounds, run_time)
-                    rows.append(row)
-                    ratios = f"{row['over_textbook']['median']:>12.2f}{row['over_copy']['median']:>10.1f}"
-                    print(f"{name:<16}{shape!s:<20}{layout:<15}{row['pass']:<18}{ratios}", flush=True)
-    result = {
-        "kfde_layers": kfde_layers.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "device": f"{processor()}, {args.threads} threads",
-        "dtype": "float32",
-        "rounds": rounds,
-        "rows": rows,
-    }
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    problems, rows = Problems(), []
+    shapes = sweep_shapes() if args.sweep else SHAPES[args.device]
+    layouts = ["contiguous"] if args.sweep else list(LAYOUTS)
+
+    def wanted(candidate: Candidate) -> bool:
+        return not args.sweep or candidate[:2] in SWEPT
+
+    for shape, layout, work in itertools.product([QUICK_SHAPE] if args.quick else shapes, layouts, WORK):
+        found = list(measure(shape, layout, work, settings, problems, wanted))
+        common.show(found)
+        rows += found
+    common.finish("sweep" if args.sweep else "layers", args, settings, rows, problems)
 
 
 if __name__ == "__main__":

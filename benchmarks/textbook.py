@@ -34,15 +34,22 @@ class SFE(nn.Module):
 
 
 class CSFE(nn.Module):
-    """Both branches, summed."""
+    """Both branches, summed or one behind the other."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, arrangement: str = "parallel", fusion: str = "sum") -> None:
         super().__init__()
         self.cfe = CFE(channels)
         self.sfe = SFE(channels)
+        self.arrangement = arrangement
+        self.fusion = fusion
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.cfe(x) + self.sfe(x)
+        if self.arrangement == "cfe_sfe":
+            return self.sfe(self.cfe(x))
+        if self.arrangement == "sfe_cfe":
+            return self.cfe(self.sfe(x))
+        y = self.cfe(x) + self.sfe(x)
+        return y / 2 if self.fusion == "mean" else y
 
 
 class MFDF(nn.Module):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from torch import nn
 
 import kfde_layers
@@ -153,13 +154,25 @@ def test_the_api_page_shows_every_public_name(site):
             assert f'id="kfde_layers.{name}"' in text or f'id="kfde_layers.ops.{name}' in text, name
 
 
-def test_the_benchmark_table_is_the_committed_result():
-    text = (ROOT / "docs/benchmarks.md").read_text()
-    (path,) = re.findall(r"benchmarks/results/[\w.]+/[\w-]+\.json", text)
-    result = json.loads((ROOT / path).read_text())
-    said = re.findall(r"^\| ([\w ]+) \| \(([\d, ]+)\)" + r" \| ([\d.]+)" * 4 + r" \|$", text, re.MULTILINE)
-    written = {}
-    for row in result["rows"]:
-        key = (row["layer"], ", ".join(map(str, row["shape"])))
-        written.setdefault(key, []).append(f"{row['over_textbook']['median']:.2f}")
-    assert {(layer, shape): ratios for layer, shape, *ratios in said} == written
+def test_the_benchmarks_page_holds_the_committed_figures(site):
+    page = (site / "benchmarks/index.html").read_text()
+    paths = sorted((ROOT / "benchmarks/results").glob("*/*.json"))
+    newest = max((Version(path.parent.name) for path in paths), default=None)
+    assert ("No figures of this version are there yet." in page) == (newest is None)
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    drawings = 0
+    for path in paths:
+        if Version(path.parent.name) != newest:
+            continue
+        result = json.loads(path.read_text())
+        drawings += result["suite"] != "models"
+        assert result["machine"]["name"] in page
+        for row in result["rows"]:
+            label = "backbone" if result["suite"] == "models" else "copy"
+            medians = [spread["median"] for spread in row["over"].get(label, [])]
+            said = [cells for cells in lines if cells[:2] == [row["subject"], row["candidate"]]]
+            assert said, row
+            assert not medians or any(cell.startswith(f"{min(medians):.2f}") for cells in said for cell in cells), row
+    figures = re.findall(r'<img[^>]* src="\.\./(figures/[^"]*)"', page)
+    assert len(figures) == drawings
+    assert all((site / figure).exists() for figure in figures)

@@ -1,7 +1,5 @@
 """Channel-level feature enhancement, equations (1)-(5)."""
 
-import math
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from kfde_layers._checks import check_floating, check_int, check_map, check_real, check_shape
 from kfde_layers._impl import Impl, select, unsupported
 from kfde_layers.ops.csfe_fused import fused
-from kfde_layers.ops.csfe_moments import Enhancement, away_from_zero
+from kfde_layers.ops.csfe_moments import Enhancement, away_from_zero, logit
 from kfde_layers.ops.formats import as_input, upcast
 
 
@@ -105,7 +103,7 @@ def cfe_gate(
     x_hat = normalized * _per_channel(gamma) + _per_channel(beta)
     w_gamma = gamma / away_from_zero(gamma.sum())  # (1)
     z = x_hat * _per_channel(w_gamma)
-    return z.sigmoid(), z > math.log(threshold / (1 - threshold))  # (2), and r > T said in logits
+    return z.sigmoid(), z > logit(threshold)  # (2), and r > T said in logits
 
 
 def cfe_equations(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, eps: float) -> Tensor:

@@ -81,9 +81,12 @@ def csfe(
     check_sfe(lambd, beta, correction)
     check_csfe(arrangement, fusion)
     if select(impl, unsupported(x)) is Impl.FUSED:
-        scale = 0.5 if fusion == "mean" else 1.0
-        options = Enhancement(num_groups, threshold, eps, True, lambd, beta, correction, scale)
-        return _fused(x, weight, bias, options, arrangement)
+        if arrangement == "parallel":
+            scale = 0.5 if fusion == "mean" else 1.0
+            return fused(x, weight, bias, Enhancement(num_groups, threshold, eps, True, lambd, beta, correction, scale))
+        channel = Enhancement(num_groups, threshold, eps)
+        spatial = Enhancement(spatial=True, lambd=lambd, beta=beta, correction=correction)
+        return _in_turn(x, weight, bias, channel, spatial, arrangement)
 
     def channel_branch(x: Tensor) -> Tensor:
         return cfe_equations(x, weight, bias, num_groups, threshold, eps)
@@ -102,13 +105,10 @@ def csfe(
     return as_input(y, x)
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor, options: Enhancement, arrangement: str) -> Tensor:
-    if arrangement == "parallel":
-        return fused(x, weight, bias, options)
-    channel = options._replace(spatial=False, scale=1.0)
-    spatial = options._replace(num_groups=0, scale=1.0)
-
-    def in_turn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _in_turn(
+    x: Tensor, weight: Tensor, bias: Tensor, channel: Enhancement, spatial: Enhancement, arrangement: str
+) -> Tensor:
+    def both(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         h = upcast(x)
         if arrangement == "cfe_sfe":
             y = fused(fused(h, weight, bias, channel), None, None, spatial)
@@ -117,9 +117,9 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor, options: Enhancement, arrang
         return as_input(y, x)
 
     if tracing() or not torch.is_grad_enabled():
-        return in_turn(x, weight, bias)
+        return both(x, weight, bias)
     # What passes between the branches is computed again, not kept: the backward pass is given no more than x.
-    return checkpoint(in_turn, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(both, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_csfe(arrangement: str, fusion: str) -> None:

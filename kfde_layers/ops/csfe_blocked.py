@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfde_layers.ops.csfe_moments import Enhancement, Moments, away_from_zero, channel_gate, spatial_slope
+from kfde_layers.ops.csfe_moments import Enhancement, Moments, away_from_zero, channel_gate, logit, spatial_slope
 from kfde_layers.ops.formats import upcast
 
 _BLOCK = 2**19  # elements: 2 MiB a buffer in float32. Smaller ones leave more of the time to dispatching the steps.
@@ -154,7 +154,7 @@ class _Gates:
         self._parts = 1 if weight is None else 2
         self.mean = self.parted(moments.mean)
         self.beta = torch.tensor(options.beta, dtype=self.mean.dtype)
-        self.logit_threshold = options.logit_threshold
+        self.logit_threshold = logit(options.threshold)
         if options.spatial:
             self.spatial_slope = self.parted(spatial_slope(moments, options))
             self.root = self.spatial_slope.sqrt()

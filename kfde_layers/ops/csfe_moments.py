@@ -24,11 +24,6 @@ class Enhancement(NamedTuple):
     correction: int = 0
     scale: float = 1.0
 
-    @property
-    def logit_threshold(self) -> float:
-        """The threshold on r, said on the logits z."""
-        return math.log(self.threshold / (1 - self.threshold))
-
 
 class Moments(NamedTuple):
     """Of each channel of each sample, over its n positions; (N, C)."""
@@ -51,6 +46,11 @@ class ChannelGate(NamedTuple):
     """Of the channel's group, (N, C)."""
     offset: Tensor
     """Mean of the channel less mean of its group, (N, C)."""
+
+
+def logit(probability: float) -> float:
+    """Where the sigmoid takes the value `probability`: the threshold on r, said of z."""
+    return math.log(probability / (1 - probability))
 
 
 def away_from_zero(total: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enha
     else:
         gate = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
         z = gate.slope[:, :, None] * u + gate.shift[:, :, None]
-        is_open, r = z > options.logit_threshold, z.sigmoid()
+        is_open, r = z > logit(options.threshold), z.sigmoid()
         first, second = (h * (torch.where(is_open, 1.0, r) + own)).chunk(2, dim=1)
         weak_first, weak_second = (h * torch.where(is_open, 0.0, r)).chunk(2, dim=1)
         y = torch.cat((first + weak_second, second + weak_first), dim=1)

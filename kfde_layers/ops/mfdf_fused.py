@@ -43,7 +43,7 @@ def _pool_backward(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> tuple[Te
         for n, share in enumerate(dp[:, :, None, None] / (height * width)):
             torch.mul(cover, share, out=dx[n])
             dcover += x[n] * share
-        return dx, coverage_transposed(dcover, step, kernel.shape[-1])
+        return dx, coverage_transposed(dcover, step, kernel.shape[-1]).contiguous()
 
 
 @torch.library.custom_op("kfde::merged_depthwise", mutates_args=(), device_types="cpu")
@@ -60,8 +60,8 @@ def _merge_backward(
     with without_autocast(x):
         dx = _convolve(dh, merge(alpha, grid).flip(-2, -1), None, step)
         dkernels = _correlate(h, dh, grid.shape[-1], step)
-        dalpha = einsum(dkernels, grid, "n c u v, k c u v -> n k c")
-        dgrid = einsum(dkernels, alpha, "n c u v, n k c -> k c u v")
+        dalpha = einsum(dkernels, grid, "n c u v, k c u v -> n k c").contiguous()
+        dgrid = einsum(dkernels, alpha, "n c u v, n k c -> k c u v").contiguous()
     return as_input(dx, x), dalpha, dgrid, dh.sum(dim=(2, 3))
 
 
@@ -138,7 +138,7 @@ def _fake_pool(x: Tensor, kernel: Tensor, step: int) -> Tensor:
 
 @_pool_backward.register_fake
 def _fake_pool_backward(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    return _fake_map(x), torch.empty_like(kernel)
+    return _fake_map(x), kernel.new_empty(kernel.shape)
 
 
 @merged_depthwise.register_fake
@@ -150,7 +150,7 @@ def _fake_merge(x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tensor, step: in
 def _fake_merge_backward(
     dy: Tensor, x: Tensor, alpha: Tensor, grid: Tensor, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_map(x), torch.empty_like(alpha), torch.empty_like(grid), alpha.new_empty(x.shape[:2])
+    return _fake_map(x), alpha.new_empty(alpha.shape), grid.new_empty(grid.shape), alpha.new_empty(x.shape[:2])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,47 +1,160 @@
-import json
-import runpy
 import sys
-from pathlib import Path
 
+import bench_layers
+import candidates
+import common
 import pytest
+import schema
+import textbook
 import torch
+from checks import agree, far_share, same_parameters
+from torch import nn
 
-ROOT = Path(__file__).parents[2]
+SETTINGS = common.Settings("cpu", torch.float32, 3, 1, 1e-4, 0, False)
+SHAPE = (2, 32, 5, 5)
+
+
+class Wrong(nn.Module):
+    """A layer that is right but for one thing."""
+
+    def __init__(self, channels, impl="auto", output=1.0, gradient=1.0):
+        super().__init__()
+        self.plain = textbook.SFE(channels)
+        self.output, self.gradient = output, gradient
+
+    def forward(self, x):
+        y = self.plain(x)
+        return self.output * (self.gradient * y + (1 - self.gradient) * y.detach())
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    threads = torch.get_num_threads()
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    yield runpy.run_path(str(ROOT / "benchmarks/bench_layers.py"))
-    torch.set_num_threads(threads)
+def plant(monkeypatch):
+    def replace(make):
+        monkeypatch.setitem(candidates.LAYERS, "SFE", (make, textbook.SFE))
+
+    return replace
 
 
-def test_the_textbook_forms_are_what_the_layers_compute(bench):
-    for make, make_plain in bench["LAYERS"].values():
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench_layers.py", "--threads", "1", *map(str, arguments)])
+    bench_layers.main()
+
+
+def measured(work, **kwargs):
+    problems = common.Problems()
+    rows = list(bench_layers.measure(SHAPE, "contiguous", work, SETTINGS, problems, **kwargs))
+    return rows, problems
+
+
+def test_the_textbook_forms_are_what_the_layers_compute():
+    for make, make_plain in candidates.LAYERS.values():
         layer, plain = make(32), make_plain(32)
-        bench["same_parameters"](layer, plain)
+        same_parameters(layer, plain)
         x = torch.randn(2, 32, 9, 7)
-        assert bench["agree"](plain(x), layer(x))
-        assert not bench["agree"](1.01 * plain(x), layer(x))
+        assert agree(plain(x), layer(x))
+        assert not agree(1.01 * plain(x), layer(x))
 
 
-def test_a_quick_run_writes_its_rows(bench, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["bench_layers.py", "--quick", "--threads", "1", "--output", str(tmp_path / "a/b.json")]
+def test_agreement_allows_a_few_gates_and_no_nan():
+    expected = torch.ones(10_000)
+    actual = expected.clone()
+    actual[:9] = 2
+    assert agree(actual, expected)
+    actual[9:11] = torch.nan
+    assert far_share(actual, expected, 1e-4) == pytest.approx(0.0011)
+    assert not agree(actual, expected)
+    assert not agree(expected[:1], expected)
+
+
+def test_a_quick_run_writes_its_rows(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "--quick", "--no-compile", "--targets", "--output", tmp_path / "a/b.json")
+    result = schema.load(tmp_path / "a/b.json")
+    assert result["suite"] == "layers"
+    assert not result["failures"]
+    pieces = {(row["layout"], row["work"]) for row in result["rows"]}
+    assert pieces == {(layout, work) for layout in common.LAYOUTS for work in bench_layers.WORK}
+    said = capsys.readouterr().out
+    for layout, work in sorted(pieces):
+        rows = [row for row in result["rows"] if (row["layout"], row["work"]) == (layout, work)]
+        names = {(row["subject"], row["candidate"]) for row in rows}
+        assert names >= {(layer, form) for layer in candidates.LAYERS for form in ("auto", "reference", "textbook")}
+        assert names >= {("peer", peer) for peer in candidates.PEERS} | {("floor", "copy"), ("floor", "sigmoid")}
+        assert f"{bench_layers.QUICK_SHAPE} {layout} {work}" in said
+        for row in rows:
+            assert "copy" in row["over"]
+            assert ("textbook" in row["over"]) == (row["subject"] in candidates.LAYERS)
+            assert ("depthwise 7x7" in row["over"]) == (row["subject"] == "MFDF")
+            assert (row["saved_bytes"] is not None) == (work != "forward" and row["subject"] != "floor")
+    assert "| CSFE forward / textbook |" in said
+
+
+def test_compiled_forms_are_timed_too():
+    problems = common.Problems()
+    settings = common.Settings("cpu", torch.float32, 3, 2, 1e-4, 0, True)
+    rows = bench_layers.measure(
+        SHAPE, "contiguous", "forward", settings, problems, lambda candidate: candidate.subject == "CSFE"
     )
-    bench["main"]()
-    result = json.loads((tmp_path / "a/b.json").read_text())
-    assert {"kfde_layers", "torch", "timm", "python", "device", "dtype", "rounds", "rows"} == set(result)
-    assert len(result["rows"]) == len(bench["LAYERS"]) * 2 * 2
-    for row in result["rows"]:
-        for ratio in ("over_textbook", "over_copy"):
-            assert 0 < row[ratio]["q1"] <= row[ratio]["median"] <= row[ratio]["q3"]
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(result["rows"])
+    by_name = {row["candidate"]: row for row in rows}
+    assert not problems.failures
+    assert by_name.keys() >= {"auto", "auto compiled", "textbook compiled"}
+    assert len(by_name["auto"]["over"]["textbook compiled"]) == settings.repeats
 
 
-def test_a_wrong_layer_gets_no_number(bench, monkeypatch):
-    wrong = torch.nn.GroupNorm
-    monkeypatch.setitem(bench["LAYERS"], "CFE", (lambda channels: wrong(16, channels), bench["LAYERS"]["CFE"][1]))
-    with pytest.raises(SystemExit, match=r"CFE on .* differs from the textbook form"):
-        bench["measure"]("CFE", (2, 32, 5, 5), "contiguous", False, 3, 0.001)
+def test_a_sweep_varies_one_thing_alone(monkeypatch, tmp_path):
+    shapes = bench_layers.sweep_shapes()
+    for shape in shapes:
+        batch, channels, side, width = shape
+        assert side == width
+        base = bench_layers.SWEEP_BASE[:3]
+        assert sum(a != b for a, b in zip((batch, channels, side), base, strict=True)) <= 1
+    assert {shape[0] for shape in shapes} == set(bench_layers.SWEEP_BATCHES)
+    assert {shape[1] for shape in shapes} == set(bench_layers.SWEEP_CHANNELS)
+    assert {shape[2] for shape in shapes} == set(bench_layers.SWEEP_SIDES)
+    run(monkeypatch, "--quick", "--sweep", "--output", tmp_path / "sweep.json")
+    result = schema.load(tmp_path / "sweep.json")
+    assert result["suite"] == "sweep"
+    assert {row["candidate"] for row in result["rows"]} == {"auto", "textbook", "copy", "sigmoid"}
+
+
+def test_a_wrong_layer_gets_no_number_and_fails_the_run(plant, monkeypatch, tmp_path, capsys):
+    plant(lambda channels, impl: Wrong(channels, output=1.01))
+    with pytest.raises(SystemExit, match="1"):
+        run(monkeypatch, "--quick", "--no-compile", "--output", tmp_path / "a.json")
+    result = schema.load(tmp_path / "a.json")
+    forms = {row["candidate"] for row in result["rows"] if row["subject"] == "SFE"}
+    assert forms == {"textbook"}
+    assert any(row["subject"] == "CSFE" for row in result["rows"])
+    assert len(result["failures"]) == len(candidates.IMPLS) * 4
+    assert result["failures"][0] in capsys.readouterr().out
+    assert "WRONG" in result["failures"][0]
+
+
+def test_a_wrong_gradient_gets_no_number(plant):
+    plant(lambda channels, impl: Wrong(channels, gradient=1.01))
+    rows, problems = measured("forward", wanted=lambda candidate: candidate.subject == "SFE")
+    assert not problems.failures
+    rows, problems = measured("forward+backward", wanted=lambda candidate: candidate.subject == "SFE")
+    assert len(problems.failures) == len(candidates.IMPLS)
+    assert {row["candidate"] for row in rows if row["subject"] == "SFE"} == {"textbook"}
+
+
+@pytest.mark.parametrize(("error", "list_of"), [(NotImplementedError, "skipped"), (RuntimeError, "failures")])
+def test_what_cannot_run_is_named_and_costs_no_other_its_number(plant, error, list_of):
+    class Refusing(Wrong):
+        def forward(self, x):
+            raise error("not on a Tuesday\nnor on any other day")
+
+    plant(lambda channels, impl: Refusing(channels) if impl == "fused" else Wrong(channels))
+    rows, problems = measured("forward", wanted=lambda candidate: candidate.subject == "SFE")
+    said = [f"SFE fused, {SHAPE} contiguous forward: not on a Tuesday"]
+    assert vars(problems) == {"skipped": [], "failures": []} | {list_of: said}
+    assert {row["candidate"] for row in rows if row["subject"] == "SFE"} == {"textbook", "auto", "reference"}
+
+
+def test_in_16_bits_ours_is_still_checked(plant):
+    problems = common.Problems()
+    settings = common.Settings("cpu", torch.bfloat16, 3, 1, 1e-4, 0, False)
+    plant(lambda channels, impl: Wrong(channels, output=1.1))
+    rows = list(bench_layers.measure(SHAPE, "channels_last", "forward", settings, problems))
+    assert {failure.split(",")[0] for failure in problems.failures} == {f"SFE {impl}" for impl in candidates.IMPLS}
+    assert {row["candidate"] for row in rows if row["subject"] == "CSFE"} >= {"auto", "reference", "textbook"}

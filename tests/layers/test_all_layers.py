@@ -169,6 +169,27 @@ def test_a_layer_asked_to_be_fused_says_why_it_cannot_be_exported():
 
 
 @each_layer
+def test_gradients_with_a_graph_are_the_same_and_can_be_differentiated(make):
+    """One tensor is made of another inside a layer: what reaches each must be told apart, not counted twice."""
+    layer = made(make).double()
+    inputs = [draw(2, 6, 5, 4).requires_grad_(), *layer.parameters()]
+    cotangent = draw(2, 6, 5, 4, seed=1)
+    plain = torch.autograd.grad(layer(inputs[0]), inputs, cotangent)
+    graphed = torch.autograd.grad(layer(inputs[0]), inputs, cotangent, create_graph=True)
+    for theirs, mine in zip(plain, graphed, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    reference = copy.deepcopy(layer)
+    for module in reference.modules():
+        if hasattr(module, "impl"):
+            module.impl = "reference"
+    expected = torch.autograd.grad(
+        reference(inputs[0]), [inputs[0], *reference.parameters()], cotangent, create_graph=True
+    )
+    seconds = [torch.autograd.grad(gradients[0].square().sum(), inputs[0])[0] for gradients in (graphed, expected)]
+    torch.testing.assert_close(*seconds, rtol=1e-9, atol=1e-9)
+
+
+@each_layer
 def test_function_transforms(make):
     layer = made(make).double()
     if getattr(layer, "impl", None) == "fused":

@@ -1,0 +1,183 @@
+"""Turn results into Markdown, and into the figures of plots.py.
+
+python benchmarks/report.py benchmarks/results/0.1.0/*.json --output report
+"""
+
+import argparse
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import plots
+from schema import Result, Row, best, load
+from targets import verdicts
+
+MODELS = ("kfde", "backbone", "kfde compiled", "backbone compiled")
+OURS = ("auto", "fused", "reference", "auto compiled", "kfde", "kfde compiled")
+RIVALS = ("textbook", "textbook compiled", "backbone", "backbone compiled")
+MIB = 2**20
+
+
+def page(results: Sequence[Result]) -> str:
+    """All results, as the part of a page below a heading of the second level."""
+    if not results:
+        return "No figures of this version are there yet."
+    parts = ["### What was asked", targets_table(results)]
+    for result in results:
+        parts += section(result)
+    return "\n\n".join(parts)
+
+
+def section(result: Result) -> list[str]:
+    """One result: how it was taken, its summary, its figure and every row."""
+    titles = {"layers": "Layers", "sweep": "Cost of CSFE", "models": "Models"}
+    machine, versions = result["machine"], result["versions"]
+    used = ", ".join(f"{name} {number}" for name, number in versions.items() if number is not None)
+    drivers = [f"{name} {machine[name]}" for name in ("driver", "cuda") if machine[name] is not None]
+    parts = [
+        f"### {titles[result['suite']]} on {machine['name']}, {result['dtype']}",
+        f"{result['date']}; {result['rounds']} rounds, best of {result['repeats']}, seed {result['seed']}; "
+        + ", ".join([f"{machine['threads']} threads", *drivers, used])
+        + ".",
+    ]
+    if result["suite"] == "layers":
+        parts.append('Time of `impl="auto"` over that of the textbook form:')
+        parts.append(summary(result["rows"]))
+    if result["suite"] != "models":
+        parts.append(f"![{titles[result['suite']]}, plotted](figures/{stem(result)}.svg)")
+    for work, rows in pieces_of_work(result["rows"]):
+        parts += [f"**{work}**", models_table(rows) if result["suite"] == "models" else layers_table(rows)]
+    for heading, lines in (("No number, for a wrong result", "failures"), ("Not run", "skipped")):
+        if result[lines]:
+            parts += [f"{heading}:", "\n".join(f"- {line}" for line in result[lines])]
+    return parts
+
+
+def stem(result: Result) -> str:
+    """A name for the files of a result."""
+    machine = re.sub(r"\W+", "-", result["machine"]["name"].lower()).strip("-")
+    return f"{result['suite']}-{machine}-{result['dtype']}"
+
+
+def figures(results: Sequence[Result]) -> dict[str, bytes]:
+    """SVG by file name."""
+    draw = {"layers": plots.bandwidth, "sweep": plots.cost}
+    return {f"{stem(result)}.svg": draw[result["suite"]](result) for result in results if result["suite"] in draw}
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int) -> str:
+    """A Markdown table whose first columns are text and whose others are numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def targets_table(results: Sequence[Result]) -> str:
+    """What was asked beside what was measured."""
+    lines = []
+    for verdict in verdicts(results):
+        target, measured, where = verdict
+        asked = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
+        lines.append((target.what, where, asked, "" if measured is None else f"{measured:.2f}", verdict.word))
+    return table(("target", "at its worst", "asked", "measured", "verdict"), lines, 2)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The ratio to the textbook form of each layer's "auto", a line per shape."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["candidate"] == "auto" and "textbook" in row["over"]:
+            line = cells.setdefault((row["subject"], str(tuple(row["shape"]))), {})
+            line[f"{row['layout']}, {row['work']}"] = ratio(row, "textbook")
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(cells.values())))
+    lines = [(*key, *(line.get(column, "") for column in columns)) for key, line in sorted(cells.items())]
+    return table(("layer", "shape", *columns), lines, 2)
+
+
+def pieces_of_work(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows that were timed together, under the name of what they did."""
+
+    def work(row: Row) -> str:
+        return f"{tuple(row['shape'])}, {row['layout']}, {row['work']}"
+
+    return [(name, list(group)) for name, group in itertools.groupby(rows, work)]
+
+
+def layers_table(rows: Sequence[Row]) -> str:
+    labels = [label for label in ("textbook", "textbook compiled", "copy") if any(label in row["over"] for row in rows)]
+    lines = [
+        (
+            row["subject"],
+            row["candidate"],
+            milliseconds(row),
+            *(ratio(row, label) for label in labels),
+            f"{row['peak_bytes'] / row['input_bytes']:.2f}",
+            "" if row["saved_bytes"] is None else f"{row['saved_bytes'] / row['input_bytes']:.2f}",
+        )
+        for row in rows
+    ]
+    header = ("layer", "form", "ms (quartiles)", *(f"/ {label}" for label in labels), "peak / input", "saved / input")
+    return table(header, lines, 2)
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        label = "backbone compiled" if row["candidate"].endswith("compiled") else "backbone"
+        images_per_second = row["shape"][0] / best(row["ms"])["median"] * 1e3
+        lines.append(
+            (
+                row["subject"],
+                row["candidate"],
+                milliseconds(row),
+                f"{images_per_second:.1f}",
+                ratio(row, label),
+                f"{row['peak_bytes'] / MIB:.0f}",
+            )
+        )
+    header = ("size", "model", "ms (quartiles)", "img/s", "time / backbone", "peak, MiB")
+    return table(header, lines, 2)
+
+
+def milliseconds(row: Row) -> str:
+    ms = best(row["ms"])
+    return f"{ms['median']:.3g} ({ms['q1']:.3g}-{ms['q3']:.3g})"
+
+
+def ratio(row: Row, label: str) -> str:
+    """Time over that of the baseline, a loss said in words."""
+    if label not in row["over"]:
+        return ""
+    return f"{best(row['over'][label])['median']:.2f}" + (" loss" if is_loss(row, label) else "")
+
+
+def is_loss(row: Row, label: str) -> bool:
+    """Whether a form of ours took longer than what it is measured against."""
+    return row["candidate"] in OURS and label in RIVALS and best(row["over"][label])["median"] > 1
+
+
+def row_line(row: Row) -> str:
+    """A row for the terminal."""
+    ratios = [f"{ratio(row, label)} / {label}" for label in row["over"] if label != row["candidate"]]
+    unit, name = (MIB, "MiB") if row["candidate"] in MODELS else (row["input_bytes"], "of x")
+    memory = [f"peak {row['peak_bytes'] / unit:.2f} {name}"]
+    if row["saved_bytes"] is not None:
+        memory.append(f"saved {row['saved_bytes'] / unit:.2f} {name}")
+    parts = [f"{milliseconds(row)} ms", *ratios, *memory]
+    return f"{row['subject']:<6}{row['candidate']:<19}" + ", ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True, help="folder for report.md and figures/")
+    args = parser.parse_args()
+    results = [load(path) for path in args.results]
+    (args.output / "figures").mkdir(parents=True, exist_ok=True)
+    (args.output / "report.md").write_text(f"## Results\n\n{page(results)}\n")
+    for name, svg in figures(results).items():
+        (args.output / "figures" / name).write_bytes(svg)
+
+
+if __name__ == "__main__":
+    main()
