@@ -1,12 +1,12 @@
 """How long calls take beside each other: interleaved rounds, and ratios taken within a round."""
 
 import statistics
+import timeit
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from schema import Spread
-from torch.utils.benchmark import Timer
 
 Call = Callable[[], object]
 Key = tuple[str, str]  # subject and candidate
@@ -37,11 +37,12 @@ class CpuClock:
     method = "timer"
 
     def __init__(self, call: Call, run_time: float) -> None:
-        self.timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        self.loops = max(1, round(run_time / self.timer.timeit(3).median))
+        self.timer = timeit.Timer(call)
+        call()  # what is done once, as the making of a plan
+        self.loops = max(1, round(run_time * 3 / self.timer.timeit(3)))
 
     def seconds(self) -> float:
-        return self.timer.timeit(self.loops).median
+        return self.timer.timeit(self.loops) / self.loops
 
 
 class GpuClock:

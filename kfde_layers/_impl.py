@@ -72,7 +72,9 @@ def tracing() -> bool:
 
 def exporting() -> bool:
     """Whether what is recorded will run elsewhere, where there are no operators but PyTorch's."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # Not is_exporting(): up to torch 2.8 the compiler takes that to be true of everything it traces.
+    flag: bool = torch.compiler._is_exporting_flag  # pyright: ignore[reportPrivateUsage]
+    return flag or torch.jit.is_tracing()
 
 
 def transforming() -> bool:

@@ -1,10 +1,10 @@
 """MFDF, the multi-scale feature dynamic fusion."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real, check_sequence
@@ -62,7 +62,9 @@ class MFDF(nn.Module):
         (torch.Size([2, 64, 7, 7]), torch.Size([2, 4, 64]))
     """
 
-    bare: Final[bool]  # TorchScript compiles only the branch of forward that applies
+    # TorchScript compiles only the branches of forward that apply.
+    bare: Final[bool]  # nothing but convolutions: the operation runs them itself, and is free to merge them
+    linear: Final[bool]  # the same can be had outside training, by folding each batch norm into its convolution
 
     def __init__(
         self,
@@ -98,7 +100,6 @@ class MFDF(nn.Module):
         self.dilation = list(resolve_dilations(dilation, len(self.kernel_sizes)))
         self.groups = resolve_groups(channels, groups)
         self.impl = resolve_impl(impl).value
-        # Nothing but convolutions: the operation runs them itself, and is free to merge them.
         self.bare = norm_layer is None and act_layer is None
         if self.impl == Impl.FUSED and (self.groups != channels or not self.bare):
             raise NotImplementedError(
@@ -111,14 +112,17 @@ class MFDF(nn.Module):
             convolution = nn.Conv2d(
                 channels, channels, size, 1, padding, spacing, self.groups, bias, device=device, dtype=dtype
             )
-            parts: OrderedDict[str, nn.Module] = OrderedDict(conv=convolution)
-            if norm_layer is not None:
-                parts["norm"] = norm_layer(channels).to(device=device, dtype=dtype)
-            if act_layer is not None:
-                parts["act"] = act_layer()
-            return convolution if self.bare else nn.Sequential(parts)
+            if self.bare:
+                return convolution
+            norm = nn.Identity() if norm_layer is None else norm_layer(channels).to(device=device, dtype=dtype)
+            return ConvNormAct(convolution, norm, nn.Identity() if act_layer is None else act_layer())
 
         self.branches = nn.ModuleList(map(branch, self.kernel_sizes, self.dilation))
+        self.linear = (
+            act_layer is None
+            and self.groups == channels
+            and all(isinstance(branch, ConvNormAct) and branch.foldable for branch in self.branches)
+        )
         self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, len(self.kernel_sizes) * channels, device=device, dtype=dtype)
         self.reset_parameters()
@@ -151,6 +155,28 @@ class MFDF(nn.Module):
             return _mfdf(
                 x, weights, biases, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.dilation, self.groups, self.impl
             )
+        if self.linear:
+            folding = True
+            weights: list[Tensor] = []
+            biases: list[Tensor] = []
+            for branch in self.branches:
+                folding = folding and not branch.norm.training  # pyright: ignore[reportAttributeAccessIssue]
+                weight, bias = branch.folded()  # pyright: ignore[reportCallIssue]
+                weights.append(weight)
+                biases.append(bias)
+            if folding:
+                return _mfdf(
+                    x,
+                    weights,
+                    biases,
+                    fc1.weight,
+                    fc1.bias,
+                    fc2.weight,
+                    fc2.bias,
+                    self.dilation,
+                    self.groups,
+                    self.impl,
+                )
         x = _checked(x, self.channels)
         maps: list[Tensor] = []
         for branch in self.branches:
@@ -178,6 +204,52 @@ class MFDF(nn.Module):
             f"{self.channels}, kernel_sizes={self.kernel_sizes}, dilation={tuple(self.dilation)}, "
             f"groups={self.groups}, impl={self.impl!r}"
         )
+
+
+class ConvNormAct(nn.Module):
+    """A branch with a norm or an activation.
+
+    Outside training a batch norm is a line in its input: its convolution takes it over, and one pass is saved.
+    """
+
+    foldable: Final[bool]
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm: Any = norm
+        self.act = act
+        self.norm_eps = float(getattr(norm, "eps", 0.0))  # within reach of TorchScript
+        self.foldable = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.foldable:  # noqa: SIM102 -- a constant, by which TorchScript leaves the rest out or in
+            if not self.norm.training:
+                weight, bias = self.folded()
+                conv = self.conv
+                return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+        return self.act(self.norm(self.conv(x)))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that equals convolution and norm."""
+        conv, norm = self.conv, self.norm
+        return _fold(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, self.norm_eps)
+
+
+def _fold(
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    scale = weight * torch.rsqrt(variance + eps)
+    shift = bias - mean * scale
+    if conv_bias is not None:
+        shift = shift + conv_bias * scale
+    return conv_weight * scale[:, None, None, None], shift
 
 
 @torch.fx.wrap

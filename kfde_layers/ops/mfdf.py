@@ -98,14 +98,17 @@ def fuse(
     """Equations (10)-(14) behind the convolutions: the branch maps \\(X_k\\) of `x` become F."""
     for k, branch_map in enumerate(maps):
         check_shape(f"the output of branch {k}", branch_map, tuple(x.shape))
-    alpha = attention(pool(maps), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    weighted = [alpha[:, k, :, None, None] * upcast(branch_map) for k, branch_map in enumerate(maps)]
-    return as_input(_total(weighted), x)  # (14)
+    alpha = attention(pool(maps), fc1_weight, fc1_bias, fc2_weight, fc2_bias)[..., None, None]
+    y = alpha[:, 0] * maps[0]
+    for k, branch_map in enumerate(maps[1:], start=1):
+        y = torch.addcmul(y, alpha[:, k], branch_map)  # (14), where neither a stack nor a product stays
+    return as_input(y, x)
 
 
 def pool(maps: Sequence[Tensor]) -> Tensor:
     """Equations (10)-(11): p, (N, C), from the branch maps."""
-    return _total([upcast(branch_map) for branch_map in maps]).mean(dim=(2, 3))
+    means = [upcast(branch_map).mean(dim=(2, 3)) for branch_map in maps]
+    return functools.reduce(torch.add, means)  # the mean of the sum, without the map of the sum
 
 
 def attention(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
@@ -188,10 +191,6 @@ def convolve(
             padding = dilations[k] * (weight.shape[-1] // 2)
             maps.append(F.conv2d(h, weight.to(h.dtype), bias, 1, padding, dilations[k], groups))
     return maps
-
-
-def _total(maps: Sequence[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, maps)
 
 
 def _check_branches(channels: int, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:

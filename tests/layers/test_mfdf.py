@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,7 @@ from torch import nn
 
 from kfde_layers import MFDF
 from kfde_layers.functional import mfdf
+from kfde_layers.ops.mfdf import attention, pool
 from tests import oracle
 from tests.helpers import as_numpy, draw, relative_error, scatter_parameters
 
@@ -107,6 +110,65 @@ def test_norm_and_activation_equal_the_paper_in_loops():
         [behind(branch.norm) for branch in layer.branches],
     )
     assert relative_error(layer(x), expected) < 1e-12
+
+
+def trained(**kwargs):
+    """A layer with batch norms whose statistics have moved away from their start."""
+    layer = scatter_parameters(MFDF(6, (1, 3), norm_layer=nn.BatchNorm2d, **kwargs)).double()
+    layer.train()(draw(3, 6, 5, 7, seed=7))
+    return layer.eval()
+
+
+def operations(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return Counter(event.name for event in profile.events())
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"groups": 1}, {"act_layer": nn.GELU}, {"bias": False}, {"groups": 2, "dilation": 2}]
+)
+def test_batch_norms_are_folded_outside_training(kwargs):
+    layer, x = trained(**kwargs), draw(2, 6, 5, 7, seed=8)
+    maps = [branch.act(branch.norm(branch.conv(x))) for branch in layer.branches]
+    alpha = attention(pool(maps), layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    expected = (alpha[..., None, None] * torch.stack(maps, dim=1)).sum(dim=1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    for gradient, wanted in zip(
+        torch.autograd.grad(layer(x).square().sum(), layer.parameters()),
+        torch.autograd.grad(expected.square().sum(), layer.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9)
+    assert operations(lambda: layer(x))["aten::batch_norm"] == 0
+    assert operations(lambda: layer.train()(x))["aten::batch_norm"] == 2
+
+
+def test_a_norm_kept_in_training_is_not_folded():
+    layer, x = trained(), draw(2, 6, 5, 7, seed=8)
+    folded = layer(x)
+    layer.branches[1].norm.train()
+    assert (layer(x) - folded).abs().max() > 1e-3
+    layer.eval()
+    assert (layer(x) - folded).abs().max() > 0  # the statistics have moved
+
+
+def test_linear_branches_are_merged_outside_training():
+    layer, x = trained(), draw(2, 6, 5, 7, seed=8)
+    assert layer.linear
+    assert not trained(act_layer=nn.ReLU).linear
+    assert not trained(groups=1).linear
+    assert operations(lambda: layer(x))["aten::conv2d"] == 2
+    layer.impl = "fused"
+    assert operations(lambda: layer(x))["aten::conv2d"] == 1
+
+
+def test_branch_maps_are_summed_as_they_come():
+    layer, x = MFDF(6, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU), draw(2, 6, 9, 8, dtype=torch.float32)
+    for mode in (True, False):
+        seen = operations(lambda mode=mode: layer.train(mode)(x))
+        assert seen["aten::stack"] == 0
+        assert seen["aten::addcmul"] == 3
 
 
 def test_selective_kernel_is_the_same_mathematics():
