@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; imported by the operators when they run."""

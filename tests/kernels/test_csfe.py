@@ -1,0 +1,339 @@
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+
+from kfde_layers.functional import cfe, csfe, sfe
+from kfde_layers.kernels import csfe as kernels
+from kfde_layers.ops.cfe import cfe_gate
+from kfde_layers.testing import assert_error_budget, random_affine, random_map
+from tests.kernels.compiling import recorded
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+OPERATORS = ("cfe", "sfe", "csfe")
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+LAMBD, BETA, EPS = 1e-3, 0.2, 1e-4
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels do not see what a test replaces")
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 from the start"
+    ),
+    # The sigmoid is made for exp2 to overflow.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+    # The interpreter of older Tritons.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """Deterministic algorithms fill what torch.empty and its kin return, so that what nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def settle(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, margin: float) -> Tensor:
+    """Move the elements whose logit is so near to the threshold that rounding may flip their gate."""
+    x = x.clone(memory_format=torch.preserve_format)
+    cut = torch.tensor(threshold, dtype=torch.float64, device=x.device).logit()
+    for _ in range(100):
+        r, _ = cfe_gate(x.double(), weight.double(), bias.double(), num_groups, threshold, EPS)
+        near = (r.logit() - cut).abs() < margin
+        if not near.any():
+            return x
+        x[near] += 0.1
+    raise AssertionError("no input without gates near the threshold found")
+
+
+def run_reference(
+    operator: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    threshold: float,
+    correction: int,
+    scale: float,
+) -> list[Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in ((x,) if operator == "sfe" else (x, weight, bias))]
+    if operator == "sfe":
+        y = sfe(*inputs, LAMBD, BETA, correction, impl="reference")
+    elif operator == "cfe":
+        y = cfe(*inputs, num_groups, threshold, EPS, impl="reference")
+    else:
+        fusion = {1.0: "sum", 0.5: "mean"}[scale]
+        y = csfe(*inputs, num_groups, threshold, LAMBD, BETA, correction, EPS, fusion=fusion, impl="reference")
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+def run_kernels(
+    operator: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    threshold: float,
+    correction: int,
+    scale: float,
+) -> list[Tensor]:
+    affine = (None, None) if operator == "sfe" else (weight, bias)
+    options = (num_groups, threshold, EPS, operator != "cfe", LAMBD, BETA, correction, scale)
+    y, mean, m2 = kernels.launch_forward(x, *affine, *options)
+    gradients = kernels.launch_backward(dy, x, *affine, mean, m2, *options)
+    return [y, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def check(
+    operator: str,
+    x: Tensor,
+    num_groups: int = 1,
+    *,
+    threshold: float = 0.5,
+    correction: int = 0,
+    scale: float = 1.0,
+    affine: tuple[Tensor, Tensor] | None = None,
+    dy: Tensor | None = None,
+    margin: float = 1e-5,
+    factor: float = 4.0,
+) -> None:
+    """Compare the result and every gradient with the reference in float64, by the reference's error in the dtype of x.
+
+    Before that, elements near the threshold are moved, where `x` is dense; others are not to have any.
+    """
+    x = x.to(DEVICE)
+    weight, bias = (p.to(DEVICE) for p in (affine or random_affine(x.shape[1], seed=1)))
+    dy = random_map(*x.shape, seed=2, dtype=x.dtype, device=DEVICE) if dy is None else dy.to(DEVICE)
+    if operator != "sfe":
+        settled = settle(x, weight, bias, num_groups, threshold, margin)
+        x = x.copy_(settled)
+    options = (num_groups, threshold, correction, scale)
+    actual = run_kernels(operator, dy, x, weight, bias, *options)
+    reference = run_reference(operator, dy, x, weight, bias, *options)
+    exact = run_reference(operator, dy.double(), x.double(), weight.double(), bias.double(), *options)
+    assert len(actual) == len(exact)
+    for name, *results in zip(("y", "dx", "dweight", "dbias"), actual, reference, exact, strict=False):
+        assert_error_budget(*results, factor=factor, name=name)
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    assert all(result.is_contiguous(memory_format=layout) for result in actual[:2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("correction", "scale"), [(0, 1.0), (1, 0.5)])
+@pytest.mark.parametrize("threshold", [0.4, 0.5])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_equals_the_reference(operator, threshold, correction, scale, layout):
+    if scale != 1.0 and operator != "csfe":
+        scale = 1.0  # only a sum is ever scaled
+    affine = random_affine(6, seed=1)  # few channels, so that gates at 0.4 close, too
+    x = 4 * random_map(3, 6, 5, 7, memory_format=LAYOUTS[layout])
+    check(operator, x, 3, threshold=threshold, correction=correction, scale=scale, affine=affine)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_groups", [1, 2, 13, 26])
+def test_groups(num_groups, layout):
+    check("csfe", random_map(2, 26, 5, 7, seed=3, memory_format=LAYOUTS[layout]), num_groups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (5, 34, 1, 1), (2, 6, 1, 13), (2, 6, 4, 4), (1, 134, 3, 5)])
+def test_odd_sizes(shape, layout):
+    for operator in OPERATORS:
+        check(operator, random_map(*shape, seed=4, memory_format=LAYOUTS[layout]), 2 if shape[1] > 2 else 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 3, 17])
+def test_sfe_takes_an_odd_number_of_channels(channels, layout):
+    check("sfe", random_map(2, channels, 5, 7, seed=4, memory_format=LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_of_positions_are_put_together(layout):
+    x = random_map(1, 6, 61, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
+    with recorded(kernels, run=True) as launches:
+        check("csfe", x, 3)
+    assert [launch.name for launch in launches] == [
+        "_csfe_stats_kernel",
+        "_csfe_merge_kernel",
+        "_csfe_forward_kernel",
+        "_csfe_sums_kernel",
+        "_csfe_backward_kernel",
+        "_csfe_parameters_kernel",
+    ]
+    assert all(launch.grid[1] > 2 for launch in (launches[0], launches[3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
+    positions, members = 11 * 13, 37
+    monkeypatch.setattr(kernels, "_BLOCK", 1)
+    monkeypatch.setattr(kernels, "_grouping", kernels._grouping.__wrapped__)
+    monkeypatch.setattr(kernels, "_tiling", lambda *_: kernels._Tiling(4, 64, 144, 1))
+    x = random_map(1, 2 * members, 11, 13, seed=6, dtype=dtype, memory_format=LAYOUTS[layout], device=DEVICE)
+    with recorded(kernels, run=True) as launches:
+        check("csfe", x, 2)
+    for launch in launches:
+        arguments = launch.arguments
+        if "BLOCK_HW" in arguments:
+            assert min(positions, arguments["chunk"]) / arguments["BLOCK_HW"] > 32
+        if "BLOCK_MEMBERS" in arguments:
+            assert arguments["GROUP_SIZE"] / arguments["BLOCK_MEMBERS"] > 32
+            assert arguments["C"] / arguments["BLOCK_SUM"] > 32
+    assert launches[-1].arguments["C"] / launches[-1].arguments["BLOCK"] > 32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_survives_a_large_mean(operator, layout):
+    # The mean itself is rounded to 1e-3 there, in the reference as well.
+    x = random_map(2, 6, 7, 11, seed=7, mean=1e4, memory_format=LAYOUTS[layout])
+    check(operator, x, 3, margin=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype, parameters, layout):
+    affine = random_affine(10, seed=1, dtype=parameters)
+    x = random_map(3, 10, 5, 7, seed=8, dtype=dtype, memory_format=LAYOUTS[layout])
+    check("csfe", x, 5, affine=affine)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_inputs_that_are_not_dense(operator):
+    rows = random_map(3, 6, 10, 9, seed=9)[:, :, ::2, 1:8]
+    channels = random_map(3, 9, 5, 7, seed=9, memory_format=torch.channels_last)[:, :6]
+    samples = random_map(6, 6, 5, 7, seed=9)[::2]
+    other = random_map(3, 6, 5, 7, seed=10, memory_format=torch.channels_last)
+    for x in (rows, channels, samples):
+        check(operator, x, 3, dy=other)
+        check(operator, x, 3, dy=torch.tensor(0.7).expand(3, 6, 5, 7))
+
+
+def test_parameters_that_are_not_dense():
+    weight, bias = torch.stack(random_affine(6), dim=1).unbind(1)
+    assert not weight.is_contiguous()
+    check("csfe", random_map(2, 6, 5, 7), 3, affine=(weight, bias))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_empty_batch(operator, layout):
+    x = random_map(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
+    weight, bias = random_affine(6, device=DEVICE)
+    with recorded(kernels) as launches:
+        y, dx, *rest = run_kernels(operator, x, x, weight, bias, 3, 0.5, 0, 1.0)
+    assert not launches
+    assert y.shape == dx.shape == x.shape
+    assert all(torch.equal(gradient, torch.zeros(6, device=DEVICE)) for gradient in rest)
+    assert len(rest) == (0 if operator == "sfe" else 2)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0)])
+def test_a_sum_of_gamma_near_zero_is_replaced(first, last):
+    # Below 1e-6 with its sign; times 1e6 every gate is all or nothing, and what is left is exact enough to compare.
+    x = random_map(2, 2, 5, 7, seed=11)
+    weight, bias = torch.tensor([first, last]), torch.tensor([0.5, -0.3])
+    assert abs(float(weight.double().sum())) < 1e-6
+    check("csfe", x, 1, affine=(weight, bias), margin=-1.0 if first == 0 else 1e-5)
+
+
+def test_same_bits_every_time():
+    x = random_map(1, 6, 61, 67, seed=12, device=DEVICE)
+    weight, bias = random_affine(6, device=DEVICE)
+    first, second = (run_kernels("csfe", x, x, weight, bias, 3, 0.5, 0, 1.0) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(32, 768, 7, 7), (1, 320, 7, 7), (256, 2048, 7, 7)])
+def test_small_maps_take_two_launches(shape, layout):
+    x = torch.empty(shape, device="meta", memory_format=LAYOUTS[layout])
+    parameter = torch.empty(shape[1], device="meta")
+    with recorded(kernels) as launches:
+        kernels.launch_forward(x, parameter, parameter, 16, 0.5, EPS, True, LAMBD, BETA, 0, 1.0)
+    assert [launch.name for launch in launches] == ["_csfe_stats_kernel", "_csfe_forward_kernel"]
+
+
+@triton.jit
+def _offset_kernel(out_ptr, n, c, p, hw, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # noqa: N803
+    tl.store(out_ptr, kernels._offset(n, c, p, hw, C, CHANNELS_LAST))
+
+
+def test_offsets_can_pass_32_bits():
+    n, c, p, hw, channels = 500_000, 5, 11, 4087, 6
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _offset_kernel[(1,)](out, n, c, p, hw, channels, False)
+    assert int(out) == (n * channels + c) * hw + p > 2**33
+    _offset_kernel[(1,)](out, n, c, p, hw, channels, True)
+    assert int(out) == (n * hw + p) * channels + c
+
+
+def test_fresh_memory_is_nan():
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(3)).isnan().all()
+    assert torch.zeros(3).new_empty(3).isnan().all()
+
+
+def _without_spread(merge):
+    return lambda mean, m2, count: (merge(mean, m2, count)[0], m2.sum(0))
+
+
+def _shifted_partner(offset):
+    return lambda n, c, p, hw, C, channels_last: offset(n, c - (c >= C // 2).to(tl.int32), p, hw, C, channels_last)  # noqa: N803
+
+
+def _without_offset(line):
+    return lambda *args: (line(*args)[0], line(*args)[1] * 0)
+
+
+def _without_distance(moments):
+    return lambda *args: (moments(*args)[0] * 0, moments(*args)[1])
+
+
+def _without_sharpness(gates):
+    return lambda *args: gates(*args[:4], args[4] * 0.99, *args[5:])
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("name", "plant"),
+    [
+        ("_merge", _without_spread),
+        ("_offset", _shifted_partner),
+        ("_line", _without_offset),
+        ("_group_moments", _without_distance),
+        ("_gates", _without_sharpness),
+    ],
+)
+def test_a_wrong_kernel_is_seen(name, plant, monkeypatch):
+    monkeypatch.setattr(kernels, name, plant(getattr(kernels, name)))
+    with pytest.raises(AssertionError, match="is over the budget"):
+        check("csfe", random_map(3, 6, 5, 7), 3)
+
+
+@needs_interpreter
+def test_an_unwritten_element_is_seen(monkeypatch):
+    tiling = kernels._tiling
+
+    def one_chunk_less(*args):
+        found = tiling(*args)
+        return found._replace(chunks=found.chunks - 1) if found.chunks > 1 else found
+
+    monkeypatch.setattr(kernels, "_tiling", one_chunk_less)
+    with pytest.raises(AssertionError, match="error nan"):
+        check("cfe", random_map(1, 2, 23, 29), 1)
