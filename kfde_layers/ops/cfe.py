@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kfde_layers._checks import check_floating, check_int, check_map, check_real, check_shape
 from kfde_layers._impl import Impl, select, unsupported
-from kfde_layers.ops.csfe_fused import fused
+from kfde_layers.ops.csfe_fused import fused, preferred
 from kfde_layers.ops.csfe_moments import Enhancement, away_from_zero, logit
 from kfde_layers.ops.formats import as_input, upcast
 
@@ -66,7 +66,7 @@ def cfe(
     """
     check_cfe_tensors(x, weight, bias)
     check_cfe(x.shape[1], num_groups, threshold, eps)
-    if select(impl, unsupported(x)) is Impl.FUSED:
+    if select(impl, unsupported(x), preferred(x, channel=True)) is Impl.FUSED:
         return fused(x, weight, bias, Enhancement(num_groups, threshold, eps))
     return as_input(cfe_equations(upcast(x), weight, bias, num_groups, threshold, eps), x)
 

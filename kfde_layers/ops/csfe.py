@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from kfde_layers._checks import check_choice
 from kfde_layers._impl import Impl, select, tracing, unsupported
 from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
-from kfde_layers.ops.csfe_fused import fused
+from kfde_layers.ops.csfe_fused import fused, preferred
 from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.sfe import check_sfe, sfe_equations
@@ -80,7 +80,7 @@ def csfe(
     check_cfe(x.shape[1], num_groups, threshold, eps)
     check_sfe(lambd, beta, correction)
     check_csfe(arrangement, fusion)
-    if select(impl, unsupported(x)) is Impl.FUSED:
+    if select(impl, unsupported(x), preferred(x, channel=True)) is Impl.FUSED:
         if arrangement == "parallel":
             scale = 0.5 if fusion == "mean" else 1.0
             return fused(x, weight, bias, Enhancement(num_groups, threshold, eps, True, lambd, beta, correction, scale))

@@ -14,7 +14,7 @@ from torch import Tensor
 from kfde_layers.ops.csfe_moments import Enhancement, Moments, away_from_zero, channel_gate, logit, spatial_slope
 from kfde_layers.ops.formats import upcast
 
-_BLOCK = 2**19  # elements: 2 MiB a buffer in float32. Smaller ones leave more of the time to dispatching the steps.
+_CACHE = 2**22  # elements that stay in the cache from one step to the next: 16 MiB in float32
 
 _Index = tuple[slice, ...]
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -29,9 +29,7 @@ def forward(
     values, results = _parted(x, parts), _parted(y, parts)
     moments = _moments(values)
     gates = _Gates(moments, weight, bias, options)
-    buffers = _Buffers(values, count=5)
-    for block in _blocks(values):
-        u, keep, is_open, x_buffer, y_buffer = buffers.shaped_as(values[block])
+    for block, (u, keep, is_open, x_buffer, y_buffer) in _Blocks(values, buffers=5):
         x_block = _upcast(values[block], x_buffer)
         y_block = results[block] if y.dtype == u.dtype else y_buffer
         torch.sub(x_block, gates.mean[_channels(block)], out=u)
@@ -64,10 +62,9 @@ def backward(
     parts = 1 if weight is None else 2
     values, cotangents, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
     gates = _Gates(moments, weight, bias, options)
-    buffers = _Buffers(values, count=8)
+    blocks = _Blocks(values, buffers=9)
     z_sum, zu_sum, eu_sum, euu_sum = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # of dz, dz u, de u, de u^2
-    for block in _blocks(values):
-        u, keep, weak, is_open, flow, scratch, x_buffer, dy_buffer = buffers.shaped_as(values[block])
+    for block, (u, keep, weak, is_open, flow, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)
         x_block = _upcast(values[block], x_buffer)
         dy_block = _upcast(cotangents[block], dy_buffer)
@@ -98,8 +95,7 @@ def backward(
 
     u_slope, constant, dweight, dbias = _through_moments(z_sum, zu_sum, eu_sum, euu_sum, moments, weight, bias, options)
     u_slope, constant = gates.parted(u_slope), gates.parted(constant)
-    for block in _blocks(values):
-        u, _, _, _, _, _, x_buffer, _ = buffers.shaped_as(values[block])
+    for block, (u, x_buffer, *_) in blocks:
         channels = _channels(block)
         torch.sub(_upcast(values[block], x_buffer), gates.mean[channels], out=u)
         gradients[block].add_(u.mul_(u_slope[channels]).add_(constant[channels]))
@@ -180,18 +176,38 @@ class _Gates:
         return r.addcmul_(r, is_open, value=-1)
 
 
-class _Buffers:
-    """Room for intermediate blocks in the format of the statistics, made once and used by each block in turn."""
+class _Blocks:
+    """The blocks of (N, parts, C / parts, H W), with buffers in the format of the statistics that each uses in turn.
 
-    def __init__(self, values: Tensor, count: int) -> None:
-        largest = values[next(_blocks(values))]
-        self._buffers = [upcast(torch.empty_like(largest)) for _ in range(count)]
+    A block is several samples, one, or where that is too large, what is adjacent in it: as much as leaves the buffers
+    in the cache.
+    """
 
-    def shaped_as(self, block: Tensor) -> list[Tensor]:
-        if block.shape == self._buffers[0].shape:
-            return self._buffers
-        size = tuple(slice(length) for length in block.shape)
-        return [buffer[size] for buffer in self._buffers]
+    def __init__(self, values: Tensor, buffers: int) -> None:
+        largest, sample = _CACHE // buffers, values[0].numel()
+        pieces = math.ceil(len(values) * sample / largest) if sample <= largest else len(values)
+        self._samples = math.ceil(len(values) / pieces)
+        self._cut = 2 if values.stride(3) == 1 else 3
+        self._length = math.ceil(values.shape[self._cut] / math.ceil(sample / largest))
+        self._values = values
+        first = values[next(self._indices())]
+        self._buffers = [upcast(torch.empty_like(first)) for _ in range(buffers)]
+
+    def _indices(self) -> Iterator[_Index]:
+        for i in range(0, len(self._values), self._samples):
+            for j in range(0, self._values.shape[self._cut], self._length):
+                index = [slice(i, i + self._samples), slice(None), slice(None), slice(None)]
+                index[self._cut] = slice(j, j + self._length)
+                yield tuple(index)
+
+    def __iter__(self) -> Iterator[tuple[_Index, list[Tensor]]]:
+        for index in self._indices():
+            shape = self._values[index].shape
+            if shape == self._buffers[0].shape:
+                yield index, self._buffers
+            else:
+                size = tuple(slice(length) for length in shape)
+                yield index, [buffer[size] for buffer in self._buffers]
 
 
 def _upcast(block: Tensor, buffer: Tensor) -> Tensor:
@@ -204,22 +220,6 @@ def _parted(x: Tensor, parts: int) -> Tensor:
     return x.flatten(2).unflatten(1, (parts, x.shape[1] // parts))
 
 
-def _blocks(values: Tensor) -> Iterator[_Index]:
-    """Cut (N, parts, C / parts, H W) into blocks: samples, or what is adjacent in one that is too large."""
-    cut = 2 if values.stride(3) == 1 else 3
-    sample = values[0].numel()
-    if sample <= _BLOCK:
-        pieces, parts = math.ceil(len(values) * sample / _BLOCK), 1
-    else:
-        pieces, parts = len(values), math.ceil(sample / _BLOCK)
-    samples, length = math.ceil(len(values) / pieces), math.ceil(values.shape[cut] / parts)
-    for i in range(0, len(values), samples):
-        for j in range(0, values.shape[cut], length):
-            index = [slice(i, i + samples), slice(None), slice(None), slice(None)]
-            index[cut] = slice(j, j + length)
-            yield tuple(index)
-
-
 def _channels(block: _Index) -> _Index:
     """The same block of a tensor with one entry per channel."""
     return (*block[:3], slice(None))
@@ -230,12 +230,10 @@ def _moments(values: Tensor) -> Moments:
     n = values.shape[3]
     mean = upcast(torch.zeros_like(values[..., :1]))
     m2 = torch.zeros_like(mean)
-    buffers = _Buffers(values, count=2)
-    for block in _blocks(values):
-        _, x_buffer = buffers.shaped_as(values[block])
+    blocks = _Blocks(values, buffers=2)
+    for block, (_, x_buffer) in blocks:
         mean[_channels(block)] += _upcast(values[block], x_buffer).sum(dim=3, keepdim=True) / n
-    for block in _blocks(values):
-        u, x_buffer = buffers.shaped_as(values[block])
+    for block, (u, x_buffer) in blocks:
         torch.sub(_upcast(values[block], x_buffer), mean[_channels(block)], out=u)
         m2[_channels(block)] += u.mul_(u).sum(dim=3, keepdim=True)
     return Moments(mean.flatten(1), m2.flatten(1), n)

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 _SMALLEST_SUM = 1e-6  # of gamma: nearer to zero, its inverse would swamp the gate
@@ -65,36 +64,44 @@ def channel_gate(moments: Moments, gamma: Tensor, beta: Tensor, options: Enhance
     mean, m2, n = moments
     by_group = mean.unflatten(1, (options.num_groups, -1))
     offset = by_group - by_group.mean(dim=2, keepdim=True)
-    variance = (m2.view_as(by_group) / n + offset.square()).mean(dim=2, keepdim=True)
+    variance = (m2.view_as(by_group) * (1 / max(n, 1)) + offset.square()).mean(dim=2, keepdim=True)
     inverse_std = (variance + options.eps).rsqrt().expand_as(by_group).flatten(1)
     offset = offset.flatten(1)
-    w_gamma = gamma / away_from_zero(gamma.sum())  # (1)
+    w_gamma = gamma * (1 / away_from_zero(gamma.sum()))  # (1)
     slope = gamma * w_gamma * inverse_std
     return ChannelGate(slope, w_gamma * beta + slope * offset, w_gamma, inverse_std, offset)
 
 
 def spatial_slope(moments: Moments, options: Enhancement) -> Tensor:
     """Equation (8) without beta, (N, C): what multiplies the squared deviation."""
-    variance = moments.m2 / max(moments.n - options.correction, 1)  # (7)
+    variance = moments.m2 * (1 / max(moments.n - options.correction, 1))  # (7)
     return 0.25 / (variance + options.lambd)
 
 
 def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enhancement) -> Tensor:
-    """The scaled sum of the branches in the format of `x`, in operations that compilers fuse well."""
-    h = rearrange(x, "n c h w -> n c (h w)")
-    mean = h.mean(dim=2, keepdim=True)
-    u = h - mean
-    moments = Moments(mean[:, :, 0], u.square().sum(dim=2), h.shape[2])
+    """The scaled sum of the branches in the format of `x`, in operations that compilers fuse well.
+
+    They repeat what is done per channel for each element rather than keep it: hence products with an inverse here and
+    above, where a quotient would cost as much as a sigmoid.
+    """
+    n = x.shape[2] * x.shape[3]
+    mean = x.sum(dim=(2, 3), keepdim=True) * (1 / max(n, 1))
+    u = x - mean
+    moments = Moments(mean[:, :, 0, 0], u.square().sum(dim=(2, 3)), n)
     own = 0.0
     if options.spatial:
-        own = (spatial_slope(moments, options)[:, :, None] * u.square() + options.beta).sigmoid()
+        own = (_over_positions(spatial_slope(moments, options)) * u.square() + options.beta).sigmoid()
     if weight is None or bias is None:
-        y = h * own
+        y = x * own
     else:
         gate = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
-        z = gate.slope[:, :, None] * u + gate.shift[:, :, None]
+        z = _over_positions(gate.slope) * u + _over_positions(gate.shift)
         is_open, r = z > logit(options.threshold), z.sigmoid()
-        first, second = (h * (torch.where(is_open, 1.0, r) + own)).chunk(2, dim=1)
-        weak_first, weak_second = (h * torch.where(is_open, 0.0, r)).chunk(2, dim=1)
+        first, second = (x * (torch.where(is_open, 1.0, r) + own)).chunk(2, dim=1)
+        weak_first, weak_second = (x * torch.where(is_open, 0.0, r)).chunk(2, dim=1)
         y = torch.cat((first + weak_second, second + weak_first), dim=1)
-    return rearrange(options.scale * y, "n c (h w) -> n c h w", h=x.shape[2])
+    return options.scale * y
+
+
+def _over_positions(values: Tensor) -> Tensor:
+    return values[:, :, None, None]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast, without_autocast
@@ -23,15 +22,17 @@ from kfde_layers.ops.mfdf_merged import (
 )
 from kfde_layers.ops.second_order import differentiable_gradients
 
+_SMALL_MAP = 256  # positions: so few are copied into another layout in less time than a call for each sample takes
+_CHUNK = 2**19  # elements that stay in the cache from one step to the next
+
 
 @torch.library.custom_op("kfde::pooled_depthwise", mutates_args=(), device_types="cpu")
 def pooled_depthwise(x: Tensor, kernel: Tensor, step: int) -> Tensor:
     with without_autocast(x):
         cover = _beside(x, coverage(kernel, step, *x.shape[2:]))
-    p = kernel.new_empty(x.shape[:2])
-    for sample, means in zip(x, p, strict=True):  # one at a time, so that the product stays in the cache
-        torch.mean(sample * cover, dim=(1, 2), out=means)
-    return p
+    samples = max(1, _CHUNK // max(1, cover.numel()))
+    means = [(chunk * cover).mean(dim=(2, 3)) for chunk in x.split(samples)]
+    return torch.cat(means)
 
 
 @torch.library.custom_op("kfde::pooled_depthwise_backward", mutates_args=(), device_types="cpu")
@@ -60,20 +61,23 @@ def _merge_backward(
     with without_autocast(x):
         dx = _convolve(dh, merge(alpha, grid).flip(-2, -1), None, step)
         dkernels = _correlate(h, dh, grid.shape[-1], step)
-        dalpha = einsum(dkernels, grid, "n c u v, k c u v -> n k c").contiguous()
-        dgrid = einsum(dkernels, alpha, "n c u v, n k c -> k c u v").contiguous()
+        dalpha = torch.stack([(dkernels * kernel).sum(dim=(2, 3)) for kernel in grid], dim=1)
+        dgrid = torch.stack([(dkernels * weight[..., None, None]).sum(dim=0) for weight in alpha.unbind(1)])
     return as_input(dx, x), dalpha, dgrid, dh.sum(dim=(2, 3))
 
 
 def _convolve(x: Tensor, kernels: Tensor, shifts: Tensor | None, step: int) -> Tensor:
-    """Each sample by its own kernels, without a change of layout."""
+    """Each sample by its own kernels, in the layout of x."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    if x.is_contiguous():  # the channels of all samples follow each other: one convolution
-        return convolve_each(x, kernels, shifts, step)
-    offsets = [None] * len(x) if shifts is None else shifts.split(1)
-    parts = zip(x.split(1), kernels.split(1), offsets, strict=True)
-    return torch.cat([convolve_each(*part, step) for part in parts])
+    small = x.shape[2] * x.shape[3] <= _SMALL_MAP
+    if x.is_contiguous() or small:  # one call: contiguous, the channels of all samples follow each other
+        return convolve_each(x, kernels, shifts, step).contiguous(memory_format=memory_format(x))
+    y, padding, channels = torch.empty_like(x), step * (kernels.shape[-1] // 2), x.shape[1]
+    for n, kernel in enumerate(kernels[:, :, None]):
+        shift = None if shifts is None else shifts[n]
+        y[n] = F.conv2d(x[n : n + 1], kernel, shift, 1, padding, step, channels)[0]
+    return y
 
 
 def _correlate(x: Tensor, dy: Tensor, size: int, step: int) -> Tensor:

@@ -1,5 +1,6 @@
 """MFDF without its branch maps: behind depthwise branches, equations (10), (11) and (14) are linear in x."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -89,5 +90,9 @@ def convolve_each(x: Tensor, kernels: Tensor, shifts: Tensor | None, step: int) 
 
 
 def merge(alpha: Tensor, grid: Tensor) -> Tensor:
-    """The kernel of each sample and channel, (N, C, k, k), from alpha (N, K, C) and the branches' (K, C, k, k)."""
-    return einsum(alpha, grid, "n k c, k c u v -> n c u v")
+    """The kernel of each sample and channel, (N, C, k, k), from alpha (N, K, C) and the branches' (K, C, k, k).
+
+    Written as sums, as are its gradients: as products of a matrix for each channel they take ten times as long on CPU.
+    """
+    parts = [weight[..., None, None] * kernel for weight, kernel in zip(alpha.unbind(1), grid, strict=True)]
+    return functools.reduce(torch.add, parts)

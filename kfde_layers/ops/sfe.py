@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kfde_layers._checks import check_int, check_map, check_real
 from kfde_layers._impl import Impl, select, unsupported
-from kfde_layers.ops.csfe_fused import fused
+from kfde_layers.ops.csfe_fused import fused, preferred
 from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.ops.formats import as_input, upcast
 
@@ -49,7 +49,7 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
     """
     check_map("x", x)
     check_sfe(lambd, beta, correction)
-    if select(impl, unsupported(x)) is Impl.FUSED:
+    if select(impl, unsupported(x), preferred(x, channel=False)) is Impl.FUSED:
         return fused(x, None, None, Enhancement(spatial=True, lambd=lambd, beta=beta, correction=correction))
     return as_input(sfe_equations(upcast(x), lambd, beta, correction), x)
 

@@ -60,7 +60,7 @@ def assert_equal(actual, expected, bound):
 def test_fused_equals_reference_with_every_gradient(operation, batch, height, width, seed, memory_format, block):
     tensors = inputs(batch, 10, height, width, seed=seed, memory_format=memory_format)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(csfe_blocked, "_BLOCK", block)  # any way of cutting: within a sample, between samples, not at all
+        patch.setattr(csfe_blocked, "_CACHE", 9 * block)  # cut within samples, between them, or not at all
         fused = with_gradients(operation, tensors, "fused")
     assert_equal(fused, with_gradients(operation, tensors, "reference"), 1e-10)
     assert has_format(fused[0], memory_format)
@@ -79,17 +79,20 @@ def test_each_number_format_is_computed_in_float32(operation, memory_format, dty
             assert relative_error(y, expected) < {torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
 
 
-@each_operation
-def test_auto_is_the_fused_form(operation):
-    tensors = inputs(2, 10, 5, 7)
-    assert torch.equal(operation(*tensors), operation(*tensors, impl="fused"))
+@pytest.mark.parametrize(("operation", "enough"), [("CFE", 2**15), ("CSFE, cfe_sfe", 2**15), ("SFE", 2**21)])
+def test_auto_takes_the_fused_form_where_that_was_measured_to_pay(operation, enough):
+    for size, impl in ((enough // 40 - 1, "reference"), (enough // 40 + 1, "fused")):
+        tensors = inputs(1, 10, 4, size, dtype=torch.float32)
+        outputs = {impl: OPERATIONS[operation](*tensors, impl=impl) for impl in ("auto", "reference", "fused")}
+        assert not torch.equal(outputs["reference"], outputs["fused"])  # they round differently
+        assert torch.equal(outputs["auto"], outputs[impl])
 
 
 def test_many_blocks_lose_nothing(monkeypatch):
     tensors = inputs(1, 2, 211, 199, dtype=torch.float32)
     exact = with_gradients(OPERATIONS["CSFE"], [t.detach().double().requires_grad_() for t in tensors], "reference")
     for memory_format in MEMORY_FORMATS:
-        monkeypatch.setattr(csfe_blocked, "_BLOCK", 1000)
+        monkeypatch.setattr(csfe_blocked, "_CACHE", 9000)
         x = tensors[0].detach().contiguous(memory_format=memory_format).requires_grad_()
         fused = with_gradients(OPERATIONS["CSFE"], [x, *tensors[1:]], "fused")
         for mine, theirs in zip(fused, exact, strict=True):
