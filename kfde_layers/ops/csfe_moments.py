@@ -10,14 +10,13 @@ _SMALLEST_SUM = 1e-6  # of gamma: nearer to zero, its inverse would swamp the ga
 
 
 class Enhancement(NamedTuple):
-    """Which branches there are and their hyper-parameters: CFE, SFE, or the scaled sum of both."""
+    """The hyper-parameters of CFE, SFE, or the scaled sum of both. Without gamma and beta there is no CFE."""
 
-    num_groups: int = 0
-    """Of CFE's normalisation; 0 leaves CFE out."""
+    num_groups: int = 1
     threshold: float = 0.5
     eps: float = 1e-5
     spatial: bool = False
-    """Whether SFE is in."""
+    """Whether there is an SFE."""
     lambd: float = 1e-4
     beta: float = 0.5
     correction: int = 0
