@@ -40,8 +40,8 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> 
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
+        saved.append(tensor.detach())  # with its graph, what a node keeps of its own result would never be freed
+        return saved[-1]
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()  # held until the count is done: with the graph its storages would go, and be reused

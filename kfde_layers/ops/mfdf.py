@@ -64,7 +64,7 @@ def mfdf(
     Raises:
         TypeError: An argument has the wrong type, or `x` is no floating-point tensor.
         ValueError: A shape or a value is out of range; the message names it.
-        NotImplementedError: impl="fused" cannot run here, as where the branches are not depthwise; the message says why.
+        NotImplementedError: impl="fused" cannot run here (the branches are dense, say); the message gives the reason.
 
     Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
     Deterministic: yes.
