@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SUM_FACTOR = 10  # of the tolerance, for a parameter's gradient as a whole
 MOST_FAR = 1e-3  # share of the elements whose gate rounding may put on the other side of the threshold
 
 
@@ -60,6 +61,17 @@ def far_share(actual: Tensor, expected: Tensor, tolerance: float) -> float:
     actual, expected = actual.double(), expected.double()
     size = expected.abs() + expected.square().mean().sqrt()
     return (~((actual - expected).abs() <= tolerance * size)).double().mean().item()  # NaN is far from everything
+
+
+def sum_error(actual: Tensor, expected: Tensor) -> float:
+    """The relative error of a parameter's gradient, a sum over the map into which every gate has gone."""
+    difference = torch.linalg.vector_norm(actual.double() - expected)
+    return (difference / torch.linalg.vector_norm(expected)).item()
+
+
+def sums_agree(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two gradients of a parameter are the same to the precision of the format."""
+    return sum_error(actual, expected) <= SUM_FACTOR * TOLERANCE[actual.dtype]
 
 
 def agree(actual: Tensor, expected: Tensor, most_far: float = MOST_FAR) -> bool:

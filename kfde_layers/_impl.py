@@ -41,6 +41,8 @@ def unsupported(x: Tensor) -> str | None:
         return "on CUDA it needs Triton, which is not installed"
     if x.is_cuda and x.dtype == torch.float64:
         return "on CUDA it computes in float32, got x in torch.float64"
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"on CUDA it needs compute capability 8.0, which {torch.cuda.get_device_name(x.device)} does not have"
     if transforming():
         return "it has no rule for the transforms of torch.func and for forward-mode differentiation"
     return None

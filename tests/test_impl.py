@@ -36,20 +36,29 @@ def test_eager_calls_are_not_traced():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "triton", "reason"),
+    ("device", "dtype", "triton", "capability", "reason"),
     [
-        ("mps", torch.float32, True, "it is written for CPU and CUDA, got x on mps"),
-        ("cuda", torch.float32, False, "on CUDA it needs Triton, which is not installed"),
-        ("cuda", torch.float64, True, "on CUDA it computes in float32, got x in torch.float64"),
-        ("cuda", torch.bfloat16, True, None),
-        ("cpu", torch.float64, False, None),
+        ("mps", torch.float32, True, None, "it is written for CPU and CUDA, got x on mps"),
+        ("cuda", torch.float32, False, (9, 0), "on CUDA it needs Triton, which is not installed"),
+        ("cuda", torch.float64, True, (9, 0), "on CUDA it computes in float32, got x in torch.float64"),
+        (
+            "cuda",
+            torch.float32,
+            True,
+            (7, 5),
+            "on CUDA it needs compute capability 8.0, which An old GPU does not have",
+        ),
+        ("cuda", torch.bfloat16, True, (8, 0), None),
+        ("cpu", torch.float64, False, None, None),
     ],
 )
-def test_where_it_runs(monkeypatch, device, dtype, triton, reason):
+def test_where_it_runs(monkeypatch, device, dtype, triton, capability, reason):
     class Elsewhere:
         is_cuda = device == "cuda"
 
     x = Elsewhere()
     x.device, x.dtype = torch.device(device), dtype
     monkeypatch.setattr(_impl, "_HAS_TRITON", triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old GPU")
     assert _impl.unsupported(x) == reason

@@ -725,7 +725,8 @@ def launch_forward(
     batch, channels, height, width = x.shape
     hw = height * width
     y = torch.empty_like(x)
-    mean, m2 = x.new_empty((2, batch, channels), dtype=torch.float32).unbind()
+    mean = x.new_empty((batch, channels), dtype=torch.float32)
+    m2 = torch.empty_like(mean)  # an operator's results share no storage
     if x.numel() == 0:
         return y, mean, m2
     sizes = _sizes(channels, hw, channels_last)

@@ -157,14 +157,15 @@ class MFDF(nn.Module):
             )
         if self.linear:
             folding = True
-            weights: list[Tensor] = []
-            biases: list[Tensor] = []
             for branch in self.branches:
                 folding = folding and not branch.norm.training  # pyright: ignore[reportAttributeAccessIssue]
-                weight, bias = branch.folded()  # pyright: ignore[reportCallIssue]
-                weights.append(weight)
-                biases.append(bias)
             if folding:
+                weights: list[Tensor] = []
+                biases: list[Tensor] = []
+                for normed in self.branches:
+                    weight, bias = normed.folded()  # pyright: ignore[reportCallIssue]
+                    weights.append(weight)
+                    biases.append(bias)
                 return _mfdf(
                     x,
                     weights,
@@ -219,23 +220,60 @@ class ConvNormAct(nn.Module):
         self.conv = conv
         self.norm: Any = norm
         self.act = act
-        self.norm_eps = float(getattr(norm, "eps", 0.0))  # within reach of TorchScript
         self.foldable = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
 
     def forward(self, x: Tensor) -> Tensor:
         if self.foldable:  # noqa: SIM102 -- a constant, by which TorchScript leaves the rest out or in
             if not self.norm.training:
-                weight, bias = self.folded()
-                conv = self.conv
-                return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+                conv = self.conv  # one by one: in a tuple TorchScript would lose their constants
+                norm = self.norm
+                x = _conv_norm(
+                    x,
+                    conv.weight,
+                    conv.bias,
+                    norm.weight,
+                    norm.bias,
+                    norm.running_mean,
+                    norm.running_var,
+                    norm.eps,
+                    conv.padding,  # pyright: ignore[reportArgumentType]
+                    conv.dilation,  # pyright: ignore[reportArgumentType]
+                    conv.groups,
+                )
+                return self.act(x)
         return self.act(self.norm(self.conv(x)))
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that equals convolution and norm."""
-        conv, norm = self.conv, self.norm
-        return _fold(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, self.norm_eps)
+        """Weight and bias of the convolution that equals convolution and norm, in float32 or float64."""
+        conv = self.conv
+        norm = self.norm
+        return _fold(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 
+@torch.fx.wrap
+def _conv_norm(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    dtype = conv_weight.dtype
+    if weight.dtype == dtype and (dtype == torch.float32 or dtype == torch.float64):
+        folded_weight, folded_bias = _fold(conv_weight, conv_bias, weight, bias, mean, variance, eps)
+        return F.conv2d(x, folded_weight, folded_bias, 1, padding, dilation, groups)
+    # In 16 bits the product of weight and scale would be rounded, which the norm by itself does not do.
+    h = F.conv2d(x, conv_weight, conv_bias, 1, padding, dilation, groups)
+    return F.batch_norm(h, mean, variance, weight, bias, False, 0.0, eps)
+
+
+@torch.fx.wrap
 def _fold(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -245,11 +283,12 @@ def _fold(
     variance: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    scale = weight * torch.rsqrt(variance + eps)
-    shift = bias - mean * scale
+    compute = torch.promote_types(conv_weight.dtype, torch.float32)
+    scale = weight.to(compute) * torch.rsqrt(variance.to(compute) + eps)
+    shift = bias.to(compute) - mean.to(compute) * scale
     if conv_bias is not None:
-        shift = shift + conv_bias * scale
-    return conv_weight * scale[:, None, None, None], shift
+        shift = shift + conv_bias.to(compute) * scale
+    return conv_weight.to(compute) * scale[:, None, None, None], shift
 
 
 @torch.fx.wrap

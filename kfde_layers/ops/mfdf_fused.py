@@ -28,9 +28,11 @@ _CHUNK = 2**19  # elements that stay in the cache from one step to the next
 
 @torch.library.custom_op("kfde::pooled_depthwise", mutates_args=(), device_types="cpu")
 def pooled_depthwise(x: Tensor, kernel: Tensor, step: int) -> Tensor:
+    if x.numel() == 0:
+        return kernel.new_zeros(x.shape[:2])
     with without_autocast(x):
         cover = _beside(x, coverage(kernel, step, *x.shape[2:]))
-    samples = max(1, _CHUNK // max(1, cover.numel()))
+    samples = max(1, _CHUNK // cover.numel())
     means = [(chunk * cover).mean(dim=(2, 3)) for chunk in x.split(samples)]
     return torch.cat(means)
 
@@ -41,7 +43,7 @@ def _pool_backward(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> tuple[Te
     with without_autocast(x):
         cover = _beside(x, coverage(kernel, step, height, width))
         dx, dcover = _fake_map(x), torch.zeros_like(cover)
-        for n, share in enumerate(dp[:, :, None, None] / (height * width)):
+        for n, share in enumerate(dp[:, :, None, None] / max(height * width, 1)):
             torch.mul(cover, share, out=dx[n])
             dcover += x[n] * share
         return dx, coverage_transposed(dcover, step, kernel.shape[-1]).contiguous()
@@ -167,7 +169,8 @@ def _pool_gradients(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # these gradients are to be differentiated in turn: the mathematics can be
 
         def mathematics(x: Tensor, kernel: Tensor) -> Tensor:
-            return pooled(upcast(x), kernel, ctx.step)
+            with without_autocast(x):
+                return pooled(upcast(x), kernel, ctx.step)
 
         return *differentiable_gradients(mathematics, (x, kernel), dp), None
     return *torch.ops.kfde.pooled_depthwise_backward(dp, x, kernel, ctx.step), None
@@ -178,7 +181,8 @@ def _merge_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
 
         def mathematics(x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tensor) -> Tensor:
-            return as_input(merged(upcast(x), alpha, grid, shifts, ctx.step), x)
+            with without_autocast(x):
+                return as_input(merged(upcast(x), alpha, grid, shifts, ctx.step), x)
 
         return *differentiable_gradients(mathematics, (x, alpha, grid, shifts), dy), None
     return *torch.ops.kfde.merged_depthwise_backward(dy, x, alpha, grid, ctx.step), None

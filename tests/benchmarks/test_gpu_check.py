@@ -84,9 +84,9 @@ def test_a_layer_that_is_wrong_in_one_way_to_run_is_found(fault, way):
     assert [outcome.what for outcome in found] == [f"CFE (2, 32, 6, 6) {way}"]
 
 
-def test_a_second_gradient_may_be_refused_but_not_wrong():
+def test_a_wrong_second_gradient_is_seen():
     found = wrong(correctness.ways_to_run("cpu", (2, 32, 6, 6), forms("second gradient")))
-    assert (found[-1].what, found[-1].detail) == ("CFE (2, 32, 6, 6) second gradient", "wrong, and not refused")
+    assert (found[-1].what, found[-1].detail) == ("CFE (2, 32, 6, 6) second gradient", "the second gradient is wrong")
 
 
 def test_what_cannot_run_is_not_called_right(capsys):

@@ -1,15 +1,19 @@
 """What the operators run on CUDA, run by the interpreter: the launchers take what the operators hand them."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kfde_layers.ops import csfe_fused, mfdf_fused
+from kfde_layers import MFDF
+from kfde_layers.ops import csfe_fused as csfe
+from kfde_layers.ops import mfdf_fused as mfdf
 from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.testing import random_affine, random_map
+from tests.helpers import scatter_parameters
 
 pytestmark = [
     pytest.mark.skipif(
@@ -21,42 +25,59 @@ pytestmark = [
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def assert_same(on_cuda, on_cpu):
-    for mine, theirs in zip(on_cuda, on_cpu, strict=True):
+OPERATORS = [
+    (csfe._forward, csfe._forward_on_cuda),
+    (csfe._backward, csfe._backward_on_cuda),
+    (mfdf.pooled_depthwise, mfdf._pool_on_cuda),
+    (mfdf._pool_backward, mfdf._pool_backward_on_cuda),
+    (mfdf.merged_depthwise, mfdf._merge_on_cuda),
+    (mfdf._merge_backward, mfdf._merge_backward_on_cuda),
+]
+
+
+@contextmanager
+def cuda_kernels_on_the_cpu():
+    """The operators themselves, with all that they ask of a kernel's results, run what is for CUDA."""
+    with pytest.MonkeyPatch.context() as patch:
+        for operator, kernel in OPERATORS:
+            patch.setitem(operator._backend_fns, "cpu", kernel)
+        yield
+
+
+def both(call):
+    with cuda_kernels_on_the_cpu():
+        on_cuda = call()
+    for mine, theirs in zip(on_cuda, call(), strict=True):
         assert mine.dtype == theirs.dtype
-        assert mine.stride() == theirs.stride()
+        assert mine.stride() == theirs.stride() or mine.numel() == 0
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def with_gradients(operation, tensors):
+    y = operation(*tensors)
+    cotangent = random_map(*y.shape[:3], 2 * y.shape[3], seed=5)[..., ::2]  # not dense
+    return [y.detach(), *torch.autograd.grad(y, tensors, cotangent)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "options", [Enhancement(5), Enhancement(spatial=True), Enhancement(5, spatial=True, scale=0.5)]
 )
-@pytest.mark.parametrize("batch", [0, 2])
-def test_csfe(options, layout, batch):
-    x = random_map(batch, 10, 7, 5, memory_format=LAYOUTS[layout])
-    weight, bias = random_affine(10) if options.num_groups > 1 else (None, None)
-    outputs = [f(x, weight, bias, *options) for f in (csfe_fused._forward_on_cuda, torch.ops.kfde.csfe_fused)]
-    assert_same(*outputs)
-    arguments = (x, x, weight, bias, *outputs[1][1:], *options)
-    assert_same(csfe_fused._backward_on_cuda(*arguments), torch.ops.kfde.csfe_fused_backward(*arguments))
+@pytest.mark.parametrize(("batch", "gaps"), [(0, 1), (2, 1), (2, 2)])
+def test_csfe(options, layout, batch, gaps):
+    x = random_map(batch, 10, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
+    parameters = [p.requires_grad_() for p in random_affine(10)] if options.num_groups > 1 else []
+
+    def operation(x, weight=None, bias=None):
+        return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
+
+    both(lambda: with_gradients(operation, [x, *parameters]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", [0, 2])
-def test_mfdf(layout, batch):
-    x = random_map(batch, 6, 7, 5, memory_format=LAYOUTS[layout])
-    generator = torch.Generator().manual_seed(1)
-    kernel, alpha, grid, shifts, dp = (
-        torch.randn(shape, generator=generator)
-        for shape in ((6, 5, 5), (batch, 3, 6), (3, 6, 5, 5), (batch, 6), (batch, 6))
-    )
-    operators = torch.ops.kfde
-    assert_same([mfdf_fused._pool_on_cuda(x, kernel, 2)], [operators.pooled_depthwise(x, kernel, 2)])
-    assert_same(
-        mfdf_fused._pool_backward_on_cuda(dp, x, kernel, 2), operators.pooled_depthwise_backward(dp, x, kernel, 2)
-    )
-    arguments = (x, alpha, grid, shifts, 2)
-    assert_same([mfdf_fused._merge_on_cuda(*arguments)], [operators.merged_depthwise(*arguments)])
-    arguments = (x, x, alpha, grid, 2)
-    assert_same(mfdf_fused._merge_backward_on_cuda(*arguments), operators.merged_depthwise_backward(*arguments))
+@pytest.mark.parametrize(("batch", "gaps"), [(0, 1), (2, 1), (2, 2)])
+def test_mfdf(layout, batch, gaps):
+    x = random_map(batch, 6, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
+    layer = scatter_parameters(MFDF(6, (1, 3, 5), dilation=2, impl="fused"))
+    parameters = list(layer.parameters())
+    both(lambda: with_gradients(lambda x, *_: layer(x), [x, *parameters]))

@@ -32,6 +32,7 @@ LAYERS = {
     "MFDF, reference, no bias": functools.partial(MFDF, impl="reference", bias=False, kernel_sizes=(3, 5), dilation=2),
     "MFDF, dense": functools.partial(MFDF, groups=1, kernel_sizes=(1, 3), rd_channels=7),
     "MFDF, grouped, ReLU": functools.partial(MFDF, groups=2, kernel_sizes=(1, 3), act_layer=nn.ReLU),
+    "MFDF, batch norm": functools.partial(MFDF, kernel_sizes=(1, 3, 5), norm_layer=nn.BatchNorm2d),
     "MFDF, dense, batch norm, ReLU": functools.partial(
         MFDF, groups=1, kernel_sizes=(1, 3), norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU
     ),

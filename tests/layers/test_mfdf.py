@@ -153,6 +153,22 @@ def test_a_norm_kept_in_training_is_not_folded():
     assert (layer(x) - folded).abs().max() > 0  # the statistics have moved
 
 
+def test_batch_norms_are_folded_with_their_own_eps_and_not_in_16_bits():
+    for kwargs in ({}, {"act_layer": nn.ReLU}):
+        layer, x = trained(**kwargs), draw(2, 6, 5, 7, seed=8)
+        before = layer(x)
+        for branch in layer.branches:
+            branch.norm.eps = 1.0
+        assert (layer(x) - before).abs().max() > 1e-3
+        for mixed in (False, True):
+            layer = layer.to(torch.bfloat16)
+            for branch in layer.branches:
+                branch.norm.to(torch.float32 if mixed else torch.bfloat16)
+            low = x.to(torch.bfloat16)
+            seen = operations(lambda layer=layer, low=low: layer(low))
+            assert seen["aten::batch_norm"] == (0 if layer.linear else 2)  # merged, it is computed in float32
+
+
 def test_linear_branches_are_merged_outside_training():
     layer, x = trained(), draw(2, 6, 5, 7, seed=8)
     assert layer.linear

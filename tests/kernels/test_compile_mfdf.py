@@ -1,0 +1,110 @@
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kfde_layers.kernels import mfdf as kernels
+from tests.kernels.compiling import TARGETS, compile_launch, recorded, resources, sass, table
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="under TRITON_INTERPRET=1 there is nothing to compile"
+)
+
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+LARGE, SMALL = (64, 96, 56, 56), (32, 768, 7, 7)
+KERNELS = {
+    "_mfdf_cover_kernel",
+    "_mfdf_pool_kernel",
+    "_mfdf_pool_backward_kernel",
+    "_mfdf_window_kernel",
+    "_mfdf_merged_kernel",
+    "_mfdf_taps_kernel",
+    "_mfdf_contract_kernel",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def launch(shape, layout, dtype, branches=4, size=7, step=1):
+    """All four launchers on tensors without memory."""
+    batch, channels = shape[:2]
+    x = torch.empty(shape, device="meta", dtype=dtype, memory_format=LAYOUTS[layout])
+    grid = torch.empty((branches, channels, size, size), device="meta")
+    alpha, p = torch.empty((batch, branches, channels), device="meta"), torch.empty((batch, channels), device="meta")
+    kernels.launch_pool(x, grid[0], step)
+    kernels.launch_pool_backward(p, x, grid[0], step)
+    kernels.launch_merged(x, alpha, grid, p, step)
+    kernels.launch_merged_backward(x, x, alpha, grid, step)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_nothing_spills(shape, layout, tmp_path):
+    rows = table(kernels, lambda dtype: launch(shape, layout, dtype), tmp_path)
+    assert {row.target for row in rows} == {f"sm_{capability}" for capability in TARGETS}
+    assert {row.kernel for row in rows} == KERNELS
+    for row in rows:
+        assert row.spills == 0, row
+        assert row.registers <= 168, row  # so that twelve warps fit the 65536 of a multiprocessor
+        assert row.shared <= 48 * 1024, row
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("size", "step"), [(1, 1), (3, 2), (5, 1), (9, 1), (31, 1)])
+def test_nothing_spills_with_other_kernel_sizes(size, step, layout, tmp_path):
+    rows = table(kernels, lambda dtype: launch(LARGE, layout, dtype, 2, size, step), tmp_path, targets=(90,))
+    assert all(row.spills == 0 for row in rows), rows
+    assert ("_mfdf_merged_loop_kernel" in {row.kernel for row in rows}) == (size > 7)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_mean_reads_and_writes_wide_vectors(dtype, capability, tmp_path):
+    with recorded(kernels) as launches:
+        launch(LARGE, "nhwc", dtype)
+    forward, backward = (
+        sass(compile_launch(found, capability), tmp_path) for found in launches if "_pool_" in found.name
+    )
+    assert len(re.findall(r"\bLDG\.E\.128\b", forward)) >= 5  # four samples and their cover
+    assert not re.findall(r"\bLDG\.E\.(?:64|U16)\b", forward)
+    assert re.findall(r"\bLDGSTS\.E\.BYPASS\.128\b", backward)
+    assert set(re.findall(r"\bSTG\.E(?:\.\w+)?", backward)) == {"STG.E.128"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_convolution_does_little_but_multiply(dtype, tmp_path):
+    # In the loop over the rows, of which the taps' multiplications are most of the instructions.
+    with recorded(kernels) as launches:
+        launch(LARGE, "nhwc", dtype)
+    for name in ("_mfdf_merged_kernel", "_mfdf_taps_kernel"):
+        found = next(found for found in launches if found.name == name)
+        code = sass(compile_launch(found, 90), tmp_path)
+        lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)
+        bodies = []
+        for at, text in lines:
+            jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+            if jump and int(jump[1], 16) < int(at, 16):
+                bodies.append([text for place, text in lines if int(jump[1], 16) <= int(place, 16) <= int(at, 16)])
+        taps = 49 * found.arguments["SEGMENT"]
+        loops = [body for body in bodies if sum("FFMA" in text for text in body) == taps]
+        assert loops
+        assert min(map(len, loops)) < 1.75 * taps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 6, 4, 4), (3, 34, 13, 11)])
+def test_odd_sizes_compile(shape, layout, tmp_path):
+    # Arguments that equal one are constants to the compiler, which the interpreter does not know.
+    for branches, size in ((1, 1), (3, 5), (1, 9)):
+        with recorded(kernels) as launches:
+            launch(shape, layout, torch.float16, branches, size, 2)
+        for found in launches:
+            assert resources(compile_launch(found, 90), tmp_path).spills == 0

@@ -1,0 +1,332 @@
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+
+from kfde_layers.kernels import mfdf as kernels
+from kfde_layers.ops.formats import as_input, upcast
+from kfde_layers.ops.mfdf_merged import merged, pooled
+from kfde_layers.testing import assert_error_budget, random_map
+from tests.kernels.compiling import recorded
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+RESULTS = ("p", "dx of the mean", "dkernel", "y", "dx", "dalpha", "dgrid", "dshifts")
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels do not see what a test replaces")
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 from the start"
+    ),
+    # The interpreter of older Tritons.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """Deterministic algorithms fill what torch.empty and its kin return, so that what nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(device=DEVICE, dtype=torch.float32)
+
+
+def run_pool_reference(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> list[Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, kernel)]
+    p = pooled(upcast(inputs[0]), inputs[1], step)
+    return [p.detach(), *torch.autograd.grad(p, inputs, dp)]
+
+
+def run_merged_reference(dy: Tensor, x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tensor, step: int) -> list[Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, alpha, grid, shifts)]
+    y = as_input(merged(upcast(inputs[0]), *inputs[1:], step), x)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+def run_pool(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> list[Tensor]:
+    return [kernels.launch_pool(x, kernel, step), *kernels.launch_pool_backward(dp, x, kernel, step)]
+
+
+def run_merged(dy: Tensor, x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tensor, step: int) -> list[Tensor]:
+    y = kernels.launch_merged(x, alpha, grid, shifts, step)
+    return [y, *kernels.launch_merged_backward(dy, x, alpha, grid, step)]
+
+
+def compare(names: tuple[str, ...], run, run_reference, inputs: tuple[Tensor, ...], step: int) -> None:
+    """Judge the result and every gradient by the reference's error on the same inputs."""
+    actual, reference = run(*inputs, step), run_reference(*inputs, step)
+    exact = run_reference(*(tensor.double() for tensor in inputs), step)
+    assert len(actual) == len(exact) == len(names)
+    for name, *results in zip(names, actual, reference, exact, strict=True):
+        assert_error_budget(*results, name=name)
+        if results[0].shape == inputs[1].shape and name in ("y", "dx", "dx of the mean"):
+            layout = torch.channels_last if inputs[1].stride(1) == 1 else torch.contiguous_format
+            assert results[0].is_contiguous(memory_format=layout), name
+        else:
+            assert results[0].is_contiguous(), name
+
+
+def check_pool(x: Tensor, size: int = 3, step: int = 1) -> None:
+    x = x.to(DEVICE)
+    inputs = (draw(*x.shape[:2], seed=1), x, draw(x.shape[1], size, size, seed=2))
+    compare(RESULTS[:3], run_pool, run_pool_reference, inputs, step)
+
+
+def check_merged(x: Tensor, branches: int = 2, size: int = 3, step: int = 1) -> None:
+    x = x.to(DEVICE)
+    dy = torch.empty_like(x).copy_(random_map(*x.shape, seed=3))
+    alpha, grid = draw(x.shape[0], branches, x.shape[1], seed=4), draw(branches, x.shape[1], size, size, seed=5)
+    compare(RESULTS[3:], run_merged, run_merged_reference, (dy, x, alpha, grid, draw(*x.shape[:2], seed=6)), step)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("branches", "size", "step"),
+    [(1, 1, 1), (2, 3, 1), (3, 7, 1), (4, 9, 1), (2, 5, 2), (1, 3, 3), (3, 1, 2), (2, 9, 2)],
+)
+def test_equals_the_reference(branches, size, step, layout):
+    x = random_map(2, 5, 7, 11, memory_format=LAYOUTS[layout])
+    check_pool(x, size, step)
+    check_merged(x, branches, size, step)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("height", "width", "size", "step"),
+    [(1, 1, 7, 1), (1, 1, 9, 3), (1, 5, 7, 2), (3, 2, 7, 1), (3, 2, 9, 1), (6, 7, 7, 3)],
+)
+def test_maps_smaller_than_the_kernel(height, width, size, step, layout):
+    x = random_map(2, 3, height, width, seed=7, memory_format=LAYOUTS[layout])
+    check_pool(x, size, step)
+    check_merged(x, 1, size, step)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 3, 37, 130])
+def test_channels(channels, layout):
+    x = random_map(2, channels, 3, 5, seed=8, memory_format=LAYOUTS[layout])
+    check_pool(x)
+    check_merged(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype, layout):
+    x = random_map(3, 10, 5, 7, seed=9, dtype=dtype, memory_format=LAYOUTS[layout])
+    check_pool(x, 5)
+    check_merged(x, 3, 5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_are_put_together(layout, monkeypatch):
+    monkeypatch.setattr(kernels, "_SAMPLES", 1)
+    x = random_map(2, 2, 29, 31, seed=10, memory_format=LAYOUTS[layout])
+    with recorded(kernels, run=True) as launches:
+        check_pool(x)
+        check_merged(x)
+    of = {launch.name: launch for launch in launches}
+    assert of["_mfdf_pool_kernel"].grid[1] > 1  # chunks of positions
+    assert of["_mfdf_pool_backward_kernel"].grid[1] > 1  # parts of the samples
+    assert of["_mfdf_window_kernel"].arguments["scale"] != 1
+    for name in ("_mfdf_merged_kernel", "_mfdf_taps_kernel"):
+        assert of[name].arguments["rows"] < 29
+        assert of[name].grid[1] > 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_program_with_several_strips(layout, monkeypatch):
+    monkeypatch.setattr(kernels, "_FILL", 0)
+    x = random_map(2, 3, 5, 17, seed=11, memory_format=LAYOUTS[layout])
+    with recorded(kernels, run=True) as launches:
+        check_merged(x, 2, 3, 2)
+    shares = [launch.arguments["share"] for launch in launches if "share" in launch.arguments]
+    assert len(shares) == 3
+    assert all(share > 1 for share in shares)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_the_taps_is_made_for_some_samples_at_a_time(layout, monkeypatch):
+    monkeypatch.setattr(kernels, "_SCRATCH", 1)
+    x = random_map(5, 3, 3, 2, seed=12, memory_format=LAYOUTS[layout])
+    with recorded(kernels, run=True) as launches:
+        check_merged(x, 2, 5)
+    assert [launch.name for launch in launches].count("_mfdf_taps_kernel") == 5
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("nhwc", torch.bfloat16), ("nchw", torch.float32)])
+def test_many_turns_of_every_loop_of_the_mean(layout, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_rows", lambda *_: 1)
+    monkeypatch.setattr(kernels, "_tiling", lambda *_: kernels._Tiling(2, 2, 124, 1, 4))
+    monkeypatch.setattr(kernels, "_SAMPLES", 64)
+    x = random_map(37, 2, 3, 41, seed=13, dtype=dtype, memory_format=LAYOUTS[layout])
+    with recorded(kernels, run=True) as launches:
+        check_pool(x, 7)
+    _, pool, cover, backward, lines, _ = (launch.arguments for launch in launches)
+    assert cover["SIZE"] ** 2 / cover["BLOCK_TAPS"] > 32
+    assert pool["chunk"] / pool["BLOCK_HW"] > 32
+    assert backward["samples"] > 32
+    assert (lines["length"] - lines["SIZE"] // 2) / lines["BLOCK_L"] > 32
+
+    monkeypatch.setattr(kernels, "_SAMPLES", 1)
+    with recorded(kernels, run=True) as launches:
+        check_pool(random_map(37, 2, 3, 5, seed=13, dtype=dtype, memory_format=LAYOUTS[layout]))
+    assert launches[4].arguments["groups"] > 32
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("nhwc", torch.bfloat16), ("nchw", torch.float32)])
+def test_many_turns_of_every_loop_of_the_convolution(layout, dtype, monkeypatch):
+    def run(*shape, share, branches=1, size=3):
+        _, _, height, width = shape
+        cut = kernels._Strips(1, 1, 2, height, width, width, share)  # a strip to each column
+        monkeypatch.setattr(kernels, "_strips", lambda *_, **__: cut)
+        with recorded(kernels, run=True) as launches:
+            check_merged(random_map(*shape, seed=14, dtype=dtype, memory_format=LAYOUTS[layout]), branches, size)
+        return [(launch.name, launch.arguments) for launch in launches]
+
+    monkeypatch.setattr(kernels, "_rows", lambda *_: 1)
+    (_, forward), _, (_, taps), *_ = run(1, 2, 37, 3, branches=37, share=1)
+    assert min(forward["branches"], forward["rows"], taps["rows"]) > 32
+    (_, forward), _, (_, taps), *_ = run(1, 2, 3, 37, share=37)
+    assert min(forward["share"], taps["share"]) > 32
+    *_, (_, samples) = run(37, 1, 1, 1, size=1, share=1)
+    *_, (_, parts) = run(2, 1, 1, 41, size=1, share=1)
+    assert min(samples["count"] / samples["BLOCK_B"], parts["parts"]) > 32
+
+    monkeypatch.setattr(kernels, "_UNROLLED", 1)
+    (name, branches), *_ = run(1, 2, 2, 3, branches=37, share=1)
+    (_, taps), *_ = run(1, 2, 2, 3, size=7, share=1)
+    assert name == "_mfdf_merged_loop_kernel"
+    assert min(branches["branches"], taps["SIZE"] ** 2) > 32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_that_are_not_dense(layout):
+    x = random_map(3, 4, 5, 7, seed=15, memory_format=LAYOUTS[layout], device=DEVICE)
+    dp, shifts = torch.tensor(0.7, device=DEVICE).expand(3, 4), draw(4, 3, seed=16).t()
+    alpha, grid = draw(3, 4, 2, seed=17).transpose(1, 2), draw(3, 3, 4, 2, seed=18).permute(3, 2, 0, 1)
+    compare(RESULTS[:3], run_pool, run_pool_reference, (dp, x, grid[0]), 1)
+    compare(RESULTS[3:], run_merged, run_merged_reference, (x, x, alpha, grid, shifts), 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_batch(layout):
+    x = random_map(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
+    kernel, alpha, grid = draw(6, 3, 3, seed=0), draw(0, 2, 6, seed=0), draw(2, 6, 3, 3, seed=0)
+    with recorded(kernels) as launches:
+        p, dx, dkernel = run_pool(draw(0, 6, seed=0), x, kernel, 1)
+        y, dx_too, dalpha, dgrid, dshifts = run_merged(x, x, alpha, grid, draw(0, 6, seed=0), 1)
+    assert not launches
+    assert y.shape == dx.shape == dx_too.shape == x.shape
+    assert p.shape == dshifts.shape == (0, 6)
+    assert dalpha.shape == alpha.shape
+    assert torch.equal(dkernel, torch.zeros_like(kernel))
+    assert torch.equal(dgrid, torch.zeros_like(grid))
+
+
+def test_same_bits_every_time():
+    x = random_map(2, 3, 29, 31, seed=19, device=DEVICE)
+    pool, merge = (draw(2, 3, seed=20), x, draw(3, 3, 3, seed=21)), (draw(2, 2, 3, seed=22), draw(2, 3, 3, 3, seed=23))
+    first, second = (
+        [*run_pool(*pool, 1), *run_merged(x, x, *merge, draw(2, 3, seed=24), 1)] for _ in range(2)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@triton.jit
+def _element_kernel(out_ptr, n, c, i, j, height, width, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # noqa: N803
+    tl.store(out_ptr, kernels._element(n, c, i, j, height, width, C, CHANNELS_LAST))
+
+
+def test_offsets_can_pass_32_bits():
+    n, c, i, j, height, width, channels = 500_000, 5, 3, 11, 67, 61, 6
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _element_kernel[(1,)](out, n, c, i, j, height, width, channels, False)
+    assert int(out) == ((n * channels + c) * height + i) * width + j > 2**33
+    _element_kernel[(1,)](out, n, c, i, j, height, width, channels, True)
+    assert int(out) == ((n * height + i) * width + j) * channels + c
+
+
+def test_forward_launches():
+    x = torch.empty((64, 96, 56, 56), device="meta", memory_format=torch.channels_last)
+    parameters = [torch.empty(shape, device="meta") for shape in ((64, 4, 96), (4, 96, 7, 7), (64, 96))]
+    with recorded(kernels) as launches:
+        kernels.launch_pool(x, parameters[1][0], 1)
+        kernels.launch_merged(x, *parameters, 1)
+    assert [launch.name for launch in launches] == ["_mfdf_cover_kernel", "_mfdf_pool_kernel", "_mfdf_merged_kernel"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(64, 96, 56, 56), (64, 192, 28, 28), (64, 384, 14, 14), (64, 768, 7, 7), (1, 96, 56, 56)]
+)
+def test_strips_waste_little_and_occupy_the_machine(shape, layout):
+    batch, channels, _, width = shape
+    cut = kernels._strips(*shape, layout == "nhwc", 2, 1, neighbours=4, warps=4096, least=7)
+    assert cut.across * cut.block_p * cut.segment <= width * 8 / 7
+    warps = batch * triton.cdiv(channels, cut.block_c) * cut.parts() * cut.block_p * cut.block_c / 32
+    assert warps >= (2000 if batch > 1 else 200)
+
+
+def _without_far_side(meeting):
+    return lambda at, length, *sizes: (meeting(at, length, *sizes)[0] * 0, meeting(at, length, *sizes)[1])
+
+
+def _without_last_tap(taps):
+    return lambda *args: (*taps(*args)[:-1], taps(*args)[-1] * 0)
+
+
+def _without_border(row):
+    return lambda ptr, column, width, live, *args: row(ptr, column, width - 1, live, *args)
+
+
+def _of_wrong_rows(strip):
+    return lambda *args: (*strip(*args)[:2], strip(*args)[2], strip(*args)[3] - 1, strip(*args)[4])
+
+
+def _slightly_wrong(total):
+    return lambda *args: total(*args) * 0.9999
+
+
+@needs_interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "plant", "check", "message"),
+    [
+        ("_meeting", _without_far_side, check_pool, "p: .* over the budget"),
+        ("_class_of", lambda _: lambda at, *_: at * 0 + 1, check_pool, "p: .* over the budget"),
+        ("_merged_taps", _without_last_tap, check_merged, "y: .* over the budget"),
+        ("_load_row", _without_border, check_merged, "y: .* over the budget"),
+        ("_strip", _of_wrong_rows, check_merged, "y: error nan"),
+        ("_sum_of_lanes", _slightly_wrong, check_merged, "dalpha: .* over the budget"),
+    ],
+)
+def test_a_wrong_kernel_is_seen(name, plant, check, message, layout, monkeypatch):
+    monkeypatch.setattr(kernels, name, plant(getattr(kernels, name)))
+    with pytest.raises(AssertionError, match=message):
+        check(random_map(2, 3, 5, 7, memory_format=LAYOUTS[layout]))
+
+
+@needs_interpreter
+def test_an_unwritten_element_is_seen(monkeypatch):
+    strips = kernels._strips
+
+    def one_strip_less(*args, **kwargs):
+        found = strips(*args, **kwargs)
+        return found._replace(strips=found.strips - 1)
+
+    monkeypatch.setattr(kernels, "_strips", one_strip_less)
+    with pytest.raises(AssertionError, match="y: error nan"):
+        check_merged(random_map(1, 2, 5, 23, memory_format=torch.channels_last))
