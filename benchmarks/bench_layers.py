@@ -83,8 +83,8 @@ def measure(
             if subject not in judged:
                 exact = call_of(in_float64(plain), x.double(), cotangent.double())
                 judged[subject] = exact()
-            maps, sums = zip(results[:2], judged[subject][:2]), zip(results[2:], judged[subject][2:])
-            if not (all(agree(*pair) for pair in maps) and all(sums_agree(*pair) for pair in sums)):
+            pairs = list(zip(results, judged[subject], strict=True))  # two maps, then the parameters' gradients
+            if not (all(agree(*pair) for pair in pairs[:2]) and all(sums_agree(*pair) for pair in pairs[2:])):
                 problems.failures.append(f"{where}: WRONG beside the textbook form in float64, so there is no number")
                 continue
         calls[subject, name] = call

@@ -101,7 +101,7 @@ def beyond_32_bits(device: str, impl: str, shape: Shape = LARGE_SHAPE, forms: Fo
 
 
 def ways_to_run(device: str, shape: Shape, forms: Forms = FORMS) -> Iterator[Outcome]:
-    """Compiled, under autocast or as a CUDA graph "auto" gives what it gives alone, and its second gradient is right."""
+    """Compiled, under autocast, as a CUDA graph "auto" gives what it gives alone; its second gradient is right."""
     x = _input(shape, device, torch.float32, "channels_last")
     ways = [_compiled, _under_autocast, _second_gradient] + ([_as_graph] if device == "cuda" else [])
     for way in ways:

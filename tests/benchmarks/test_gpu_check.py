@@ -94,7 +94,7 @@ def test_what_cannot_run_is_not_called_right(capsys):
         raise NotImplementedError("not here")
 
     found = correctness.values("cpu", "fused", [(2, 32, 6, 6)], {"SFE": (refuse, textbook.SFE)})
-    assert gpu_check.check(found, gpu_check.Budget(100)) == []
+    assert gpu_check.check(found, gpu_check.Budget(100)) == ["nothing could be checked"]
     assert "not checked: SFE (2, 32, 6, 6) contiguous float32: not here" in capsys.readouterr().out
 
 
