@@ -62,7 +62,7 @@ def backward(
     parts = 1 if weight is None else 2
     values, cotangents, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
     gates = _Gates(moments, weight, bias, options)
-    blocks = _Blocks(values, buffers=9)
+    blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
     z_sum, zu_sum, eu_sum, euu_sum = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # of dz, dz u, de u, de u^2
     for block, (u, keep, weak, is_open, flow, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_OPEN = 2.0  # stands for w_1 = 1, w_2 = 0; no sigmoid comes near it
 _SMALLEST_SUM = 1e-6  # of gamma: nearer to zero, its inverse would swamp the gate
 
 
@@ -93,11 +94,12 @@ def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enha
     if weight is None or bias is None:
         y = x * own
     else:
-        gate = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
-        z = _over_positions(gate.slope) * u + _over_positions(gate.shift)
-        is_open, r = z > logit(options.threshold), z.sigmoid()
-        first, second = (x * (torch.where(is_open, 1.0, r) + own)).chunk(2, dim=1)
-        weak_first, weak_second = (x * torch.where(is_open, 0.0, r)).chunk(2, dim=1)
+        line = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
+        z = _over_positions(line.slope) * u + _over_positions(line.shift)
+        # One tensor tells r where closed from open, since compilers keep in memory what both halves read.
+        gate = torch.where(z > logit(options.threshold), _OPEN, z.sigmoid())
+        first, second = (x * (gate.clamp(max=1) + own)).chunk(2, dim=1)
+        weak_first, weak_second = (x * torch.where(gate < _OPEN, gate, 0.0)).chunk(2, dim=1)
         y = torch.cat((first + weak_second, second + weak_first), dim=1)
     return options.scale * y
 

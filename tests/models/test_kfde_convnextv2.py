@@ -247,6 +247,20 @@ def test_gradient_checkpointing_covers_kfde():
         torch.testing.assert_close(one.grad, other.grad, msg=name)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_no_layout_changes_between_the_stage_and_kfde(memory_format, grad_checkpointing):
+    """A stage gives channels_last maps whatever it is given: what follows must not turn them round."""
+    model = timm.create_model("kfde_convnextv2_atto").to(memory_format=memory_format)
+    model.set_grad_checkpointing(grad_checkpointing)
+    seen = []
+    for module in (model.stages[3].blocks, *model.stages[3].kfde):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    features = model.forward_features(images().contiguous(memory_format=memory_format))
+    assert len(seen) == (2 if grad_checkpointing else 3)  # checkpointing calls the blocks one by one
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in (*seen, features))
+
+
 def test_layer_decay_gives_kfde_the_rate_of_the_head():
     bare, kfde = twins()
     scales = []
