@@ -1,6 +1,7 @@
 """Ends a run with what the compiled kernels need of a multiprocessor."""
 
-import triton
+from collections import defaultdict
+from importlib.metadata import version
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -8,10 +9,14 @@ def pytest_terminal_summary(terminalreporter):
     rows = [row for report in reports for name, row in report.user_properties if name == "resources"]
     if not rows:
         return
-    terminalreporter.section(f"kernels, compiled by Triton {triton.__version__}")
-    line = "{:<28}{:<22}{:<14}{:<10}{:<8}{:>10}{:>8}{:>8}".format
-    terminalreporter.line(line("kernel", "shape", "layout", "dtype", "target", "registers", "spills", "shared"))
-    for shape, layout, row in rows:
-        terminalreporter.line(
-            line(row.kernel, str(shape), layout, row.dtype, row.target, row.registers, row.spills, row.shared)
-        )
+    terminalreporter.section(f"registers per thread, as compiled by Triton {version('triton')} over all shapes tested")
+    registers, worst = defaultdict(lambda: defaultdict(set)), defaultdict(lambda: (0, 0))
+    for row in rows:
+        registers[row.kernel][row.target].add(row.registers)
+        worst[row.kernel] = tuple(map(max, worst[row.kernel], (row.spills, row.shared)))
+    targets = sorted({row.target for row in rows}, key=lambda target: int(target.removeprefix("sm_")))
+    line = ("{:<30}" + "{:>12}" * len(targets) + "{:>10}{:>16}").format
+    terminalreporter.line(line("kernel", *targets, "spills", "shared, bytes"))
+    for kernel, found in registers.items():
+        ranges = [f"{min(found[target])} - {max(found[target])}" for target in targets]
+        terminalreporter.line(line(kernel, *ranges, *worst[kernel]))

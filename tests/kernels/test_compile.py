@@ -52,7 +52,7 @@ def test_nothing_spills(shape, layout, tmp_path, record_property):
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in TARGETS}
     assert {row.kernel for row in rows} >= KERNELS
     for row in rows:
-        record_property("resources", (shape, layout, row))
+        record_property("resources", row)
         assert row.spills == 0, row
         assert row.registers <= 168, row  # so that three programs of 128 threads fit the 65536 of a multiprocessor
         assert row.shared <= 48 * 1024, row

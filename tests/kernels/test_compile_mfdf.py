@@ -47,11 +47,12 @@ def launch(shape, layout, dtype, branches=4, size=7, step=1):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
-def test_nothing_spills(shape, layout, tmp_path):
+def test_nothing_spills(shape, layout, tmp_path, record_property):
     rows = table(kernels, lambda dtype: launch(shape, layout, dtype), tmp_path)
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in TARGETS}
     assert {row.kernel for row in rows} == KERNELS
     for row in rows:
+        record_property("resources", row)
         assert row.spills == 0, row
         assert row.registers <= 168, row  # so that twelve warps fit the 65536 of a multiprocessor
         assert row.shared <= 48 * 1024, row
