@@ -81,8 +81,8 @@ def spatial_slope(moments: Moments, options: Enhancement) -> Tensor:
 def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enhancement) -> Tensor:
     """The scaled sum of the branches in the format of `x`, in operations that compilers fuse well.
 
-    They repeat what is done per channel for each element rather than keep it: hence products with an inverse here and
-    above, where a quotient would cost as much as a sigmoid.
+    They repeat what is done per channel for each element rather than keep it, unless it comes out of a reduction: hence
+    `_kept`, and products with an inverse, where a quotient would cost as much as a sigmoid.
     """
     n = x.shape[2] * x.shape[3]
     mean = x.sum(dim=(2, 3), keepdim=True) * (1 / max(n, 1))
@@ -90,12 +90,12 @@ def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enha
     moments = Moments(mean[:, :, 0, 0], u.square().sum(dim=(2, 3)), n)
     own = 0.0
     if options.spatial:
-        own = (_over_positions(spatial_slope(moments, options)) * u.square() + options.beta).sigmoid()
+        own = (_kept(spatial_slope(moments, options)) * u.square() + options.beta).sigmoid()
     if weight is None or bias is None:
         y = x * own
     else:
         line = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
-        z = _over_positions(line.slope) * u + _over_positions(line.shift)
+        z = _kept(line.slope) * u + _kept(line.shift)
         # One tensor tells r where closed from open, since compilers keep in memory what both halves read.
         gate = torch.where(z > logit(options.threshold), _OPEN, z.sigmoid())
         first, second = (x * (gate.clamp(max=1) + own)).chunk(2, dim=1)
@@ -104,5 +104,6 @@ def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enha
     return options.scale * y
 
 
-def _over_positions(values: Tensor) -> Tensor:
-    return values[:, :, None, None]
+def _kept(values: Tensor) -> Tensor:
+    """(N, C) as (N, C, 1, 1), by way of a reduction that changes nothing; one of fewer than 8 would be unrolled."""
+    return values[:, :, None, None, None].expand(-1, -1, 1, 1, 8).amax(dim=-1)
