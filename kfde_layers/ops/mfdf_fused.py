@@ -52,7 +52,9 @@ def _pool_backward(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> tuple[Te
 @torch.library.custom_op("kfde::merged_depthwise", mutates_args=(), device_types="cpu")
 def merged_depthwise(x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tensor, step: int) -> Tensor:
     with without_autocast(x):
-        return as_input(_convolve(upcast(dense(x)), merge(alpha, grid), shifts, step), x)
+        y = as_input(_convolve(upcast(dense(x)), merge(alpha, grid), shifts, step), x)
+    # No longer a view, which autograd would not let an activation behind the layer change in place.
+    return y.new_empty(0).set_(y)  # pyright: ignore[reportArgumentType]
 
 
 @torch.library.custom_op("kfde::merged_depthwise_backward", mutates_args=(), device_types="cpu")

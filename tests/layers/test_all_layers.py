@@ -207,6 +207,15 @@ def test_function_transforms(make):
     torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-6)
 
 
+@given(st.sampled_from(list(LAYERS.values())), sides, memory_formats)
+def test_an_activation_may_change_the_output_in_place(make, size, memory_format):
+    layer = made(make)
+    for side in (size, 19):
+        x = draw(2, 6, side, side, dtype=torch.float32, memory_format=memory_format).requires_grad_()
+        layer(x).relu_().sum().backward()
+        assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("cls", [CFE, SFE, CSFE, MFDF])
 def test_is_what_timm_takes_for_an_attention_layer(cls):
     layer = create_attn(cls, 32)
