@@ -65,7 +65,7 @@ def run_merged(dy: Tensor, x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tenso
     return [y, *kernels.launch_merged_backward(dy, x, alpha, grid, step)]
 
 
-def compare(names: tuple[str, ...], run, run_reference, inputs: tuple[Tensor, ...], step: int) -> None:
+def assert_within_budget(names: tuple[str, ...], run, run_reference, inputs: tuple[Tensor, ...], step: int) -> None:
     """Judge the result and every gradient by the reference's error on the same inputs."""
     actual, reference = run(*inputs, step), run_reference(*inputs, step)
     exact = run_reference(*(tensor.double() for tensor in inputs), step)
@@ -82,14 +82,16 @@ def compare(names: tuple[str, ...], run, run_reference, inputs: tuple[Tensor, ..
 def check_pool(x: Tensor, size: int = 3, step: int = 1) -> None:
     x = x.to(DEVICE)
     inputs = (draw(*x.shape[:2], seed=1), x, draw(x.shape[1], size, size, seed=2))
-    compare(RESULTS[:3], run_pool, run_pool_reference, inputs, step)
+    assert_within_budget(RESULTS[:3], run_pool, run_pool_reference, inputs, step)
 
 
 def check_merged(x: Tensor, branches: int = 2, size: int = 3, step: int = 1) -> None:
     x = x.to(DEVICE)
     dy = torch.empty_like(x).copy_(random_map(*x.shape, seed=3))
     alpha, grid = draw(x.shape[0], branches, x.shape[1], seed=4), draw(branches, x.shape[1], size, size, seed=5)
-    compare(RESULTS[3:], run_merged, run_merged_reference, (dy, x, alpha, grid, draw(*x.shape[:2], seed=6)), step)
+    assert_within_budget(
+        RESULTS[3:], run_merged, run_merged_reference, (dy, x, alpha, grid, draw(*x.shape[:2], seed=6)), step
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -217,8 +219,8 @@ def test_parameters_that_are_not_dense(layout):
     x = random_map(3, 4, 5, 7, seed=15, memory_format=LAYOUTS[layout], device=DEVICE)
     dp, shifts = torch.tensor(0.7, device=DEVICE).expand(3, 4), draw(4, 3, seed=16).t()
     alpha, grid = draw(3, 4, 2, seed=17).transpose(1, 2), draw(3, 3, 4, 2, seed=18).permute(3, 2, 0, 1)
-    compare(RESULTS[:3], run_pool, run_pool_reference, (dp, x, grid[0]), 1)
-    compare(RESULTS[3:], run_merged, run_merged_reference, (x, x, alpha, grid, shifts), 1)
+    assert_within_budget(RESULTS[:3], run_pool, run_pool_reference, (dp, x, grid[0]), 1)
+    assert_within_budget(RESULTS[3:], run_merged, run_merged_reference, (x, x, alpha, grid, shifts), 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

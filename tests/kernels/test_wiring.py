@@ -9,11 +9,14 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kfde_layers import MFDF
+from kfde_layers.kernels import csfe as kernels_csfe
+from kfde_layers.kernels import mfdf as kernels_mfdf
 from kfde_layers.ops import csfe_fused as csfe
 from kfde_layers.ops import mfdf_fused as mfdf
 from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.testing import random_affine, random_map
 from tests.helpers import scatter_parameters
+from tests.kernels.compiling import recorded
 
 pytestmark = [
     pytest.mark.skipif(
@@ -44,9 +47,14 @@ def cuda_kernels_on_the_cpu():
         yield
 
 
-def both(call):
-    with cuda_kernels_on_the_cpu():
+def assert_cuda_equals_cpu(call):
+    with (
+        cuda_kernels_on_the_cpu(),
+        recorded(kernels_csfe, run=True) as some,
+        recorded(kernels_mfdf, run=True) as others,
+    ):
         on_cuda = call()
+    assert bool(some or others) == (on_cuda[0].numel() > 0)  # it was the kernels that ran
     for mine, theirs in zip(on_cuda, call(), strict=True):
         assert mine.dtype == theirs.dtype
         assert mine.stride() == theirs.stride() or mine.numel() == 0
@@ -71,7 +79,7 @@ def test_csfe(options, layout, batch, gaps):
     def operation(x, weight=None, bias=None):
         return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
 
-    both(lambda: with_gradients(operation, [x, *parameters]))
+    assert_cuda_equals_cpu(lambda: with_gradients(operation, [x, *parameters]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,4 +88,4 @@ def test_mfdf(layout, batch, gaps):
     x = random_map(batch, 6, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
     layer = scatter_parameters(MFDF(6, (1, 3, 5), dilation=2, impl="fused"))
     parameters = list(layer.parameters())
-    both(lambda: with_gradients(lambda x, *_: layer(x), [x, *parameters]))
+    assert_cuda_equals_cpu(lambda: with_gradients(lambda x, *_: layer(x), [x, *parameters]))
