@@ -23,7 +23,7 @@ def page(results: Sequence[Result]) -> str:
     """All results, as the part of a page below a heading of the second level."""
     if not results:
         return "No figures of this version are there yet."
-    parts = ["### What was asked", targets_table(results)]
+    parts = ["### Targets", targets_table(results)]
     for result in results:
         parts += section(result)
     return "\n\n".join(parts)
@@ -73,7 +73,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], text_columns: i
 
 
 def targets_table(results: Sequence[Result]) -> str:
-    """What was asked beside what was measured."""
+    """Targets beside what was measured."""
     lines = []
     for verdict in verdicts(results):
         target, measured, where = verdict

@@ -1,4 +1,4 @@
-"""What was asked of the layers and models, and whether a measurement meets it."""
+"""Targets of the layers and models, and whether a measurement meets it."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
