@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 import common
 import torch
 from candidates import Candidate, candidates
-from checks import agree, draw_input, forward, forward_and_backward, in_float64, sums_agree
+from checks import agree, forward, forward_and_backward, in_float64, sums_agree
 from common import LAYOUTS, Problems, Settings
 from memory import peak_bytes, saved_bytes
 from schema import Row
 from timing import clocks, interleaved
 from torch import Tensor, nn
+
+from kfde_layers.testing import random_tensor
 
 SHAPES = {
     "cpu": [(8, 96, 56, 56), (8, 192, 28, 28), (8, 384, 14, 14), (32, 768, 7, 7)],
@@ -55,8 +57,10 @@ def measure(
     """Time every candidate at one piece of work in the same rounds; who fails the check is named in `problems`."""
     torch.compiler.reset()  # what was compiled for another shape would only count against the limit
     torch.manual_seed(settings.seed)
-    x = draw_input(shape, settings.device, settings.dtype, LAYOUTS[layout])
-    cotangent = draw_input(shape, settings.device, settings.dtype, LAYOUTS[layout])
+    x, cotangent = (
+        random_tensor(*shape, seed=seed, dtype=settings.dtype, device=settings.device, memory_format=LAYOUTS[layout])
+        for seed in (settings.seed, settings.seed + 1)
+    )
 
     def call_of(module: nn.Module, x: Tensor, cotangent: Tensor) -> Call:
         return forward(module, x) if work == "forward" else forward_and_backward(module, x, cotangent)

@@ -13,12 +13,14 @@ import textbook
 import timm
 import torch
 import torch.nn.functional as F
-from checks import agree, draw_input, same_parameters
+from checks import agree, same_parameters
 from common import LAYOUTS, Problems, Settings
 from memory import peak_bytes, saved_bytes
 from schema import Row
 from timing import clocks, interleaved
 from torch import Tensor, nn
+
+from kfde_layers.testing import random_tensor
 
 SHAPES = {
     "cpu": {"atto": (8, 3, 224, 224), "tiny": (8, 3, 224, 224)},
@@ -37,7 +39,7 @@ def measure(size: str, shape: Shape, layout: str, work: str, settings: Settings,
     """
     torch.compiler.reset()
     torch.manual_seed(settings.seed)
-    images = draw_input(shape, settings.device, torch.float32, LAYOUTS[layout])
+    images = random_tensor(*shape, seed=settings.seed, device=settings.device, memory_format=LAYOUTS[layout])
     labels = torch.randint(1000, shape[:1]).to(settings.device)
     autocast = torch.autocast(settings.device, settings.dtype, enabled=settings.dtype is not torch.float32)
 

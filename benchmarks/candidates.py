@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import textbook
 import torch
-from checks import same_parameters, scatter_parameters
+from checks import same_parameters
 from timm.layers import EcaModule, SEModule
 from timm.layers.cbam import CbamModule
 from timm.layers.selective_kernel import SelectiveKernel
 from torch import nn
 
 import kfde_layers
+from kfde_layers.testing import scatter_parameters
 
 LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], nn.Module]]] = {
     "CFE": (kfde_layers.CFE, textbook.CFE),
@@ -44,7 +45,7 @@ def candidates(channels: int, device: str, dtype: torch.dtype, compiled: bool) -
     found: list[Candidate] = []
     for subject, (make, make_plain) in LAYERS.items():
         plain = make_plain(channels).to(device, dtype)
-        scatter_parameters(plain)
+        scatter_parameters(plain, deviation=0.1)
         forms = {"textbook": plain}
         for impl in IMPLS:
             forms[impl] = make(channels, impl=impl).to(device, dtype)

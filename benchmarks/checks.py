@@ -11,18 +11,6 @@ SUM_FACTOR = 10  # of the tolerance, for a parameter's gradient as a whole
 MOST_FAR = 1e-3  # share of the elements whose gate rounding may put on the other side of the threshold
 
 
-def draw_input(shape: tuple[int, ...], device: str, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Standard normal numbers from PyTorch's generator, which the caller has seeded."""
-    return torch.randn(shape).to(device, dtype).contiguous(memory_format=layout)
-
-
-def scatter_parameters(module: nn.Module) -> None:
-    """Move every parameter off its start, where too much is zero or one to tell mistakes apart."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter))
-
-
 def same_parameters(source: nn.Module, target: nn.Module) -> None:
     """Give a layer the parameters of another form; all register them in the order of the equations."""
     with torch.no_grad():

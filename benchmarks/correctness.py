@@ -11,12 +11,10 @@ from checks import (
     SUM_FACTOR,
     TOLERANCE,
     agree,
-    draw_input,
     far_share,
     forward_and_backward,
     in_float64,
     same_parameters,
-    scatter_parameters,
     sum_error,
 )
 from common import DTYPES, LAYOUTS, reason
@@ -24,6 +22,7 @@ from timing import captured
 from torch import Tensor, nn
 
 import kfde_layers
+from kfde_layers.testing import random_tensor, scatter_parameters
 
 Shape = tuple[int, int, int, int]
 Forms = Mapping[str, tuple[Callable[..., nn.Module], Callable[[int], nn.Module]]]
@@ -121,15 +120,14 @@ def _outcome(what: str, check: Callable[[], str]) -> Outcome:
 
 
 def _input(shape: Shape, device: str, dtype: torch.dtype, layout: str) -> Tensor:
-    torch.manual_seed(0)
-    return draw_input(shape, device, dtype, LAYOUTS[layout])
+    return random_tensor(*shape, dtype=dtype, device=device, memory_format=LAYOUTS[layout])
 
 
 def _pair(name: str, forms: Forms, impl: str, like: Tensor) -> tuple[nn.Module, nn.Module]:
     """A form and its textbook form, on the device and in the format of `like`, with the same parameters."""
     make, make_plain = forms[name]
     layer, plain = make(like.shape[1], impl=impl), make_plain(like.shape[1])
-    scatter_parameters(plain)
+    scatter_parameters(plain, deviation=0.1)
     same_parameters(plain, layer)
     return layer.to(like), plain.to(like)
 

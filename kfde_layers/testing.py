@@ -1,7 +1,7 @@
-"""Judging a fast form of an operation: by how far the reference itself is from the truth."""
+"""What tests and benchmarks share: inputs, and judging a fast form by how far the reference is from the truth."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def assert_error_budget(
@@ -56,7 +56,7 @@ def largest_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.to(torch.float64) - exact.to(torch.float64)).abs().max())
 
 
-def random_map(
+def random_tensor(
     *shape: int,
     seed: int = 0,
     mean: float = 0.0,
@@ -67,7 +67,7 @@ def random_map(
     """Normal numbers of deviation one, the same for the same seed up to rounding in every dtype and layout.
 
     Args:
-        shape: (N, C, H, W).
+        shape: Of the result.
         seed: Of the generator.
         mean: Of the numbers.
         dtype: Of the result.
@@ -87,3 +87,19 @@ def random_affine(
     noise = 0.3 * torch.randn((2, channels), generator=generator, dtype=torch.float64)
     weight, bias = noise.to(device=device, dtype=dtype)
     return 1 + weight, bias
+
+
+def scatter_parameters(module: nn.Module, deviation: float = 0.3, seed: int = 0) -> nn.Module:
+    """Move every parameter off its start, where too much is zero or one to tell mistakes apart.
+
+    Args:
+        module: Changed in place, and returned.
+        deviation: Of the normal numbers that are added.
+        seed: Of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(deviation * noise.to(parameter))
+    return module

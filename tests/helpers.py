@@ -6,7 +6,9 @@ import timm
 import torch
 from hypothesis import strategies as st
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
+
+from kfde_layers.testing import random_tensor
 
 needs_local_dir = pytest.mark.skipif(
     Version(timm.__version__) < Version("1.0.26"),
@@ -24,26 +26,18 @@ memory_formats = st.sampled_from(MEMORY_FORMATS)
 
 
 def draw(
-    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, memory_format: torch.memory_format | None = None
+    *shape: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Standard normal numbers, the same for the same seed in every dtype and layout."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    return values if memory_format is None else values.contiguous(memory_format=memory_format)
+    """Standard normal numbers, in float64 unless said otherwise."""
+    return random_tensor(*shape, seed=seed, dtype=dtype, memory_format=memory_format)
 
 
 def affine(channels: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """gamma and beta of a normalisation, away from one and zero."""
     return 1 + 0.3 * draw(channels, seed=seed + 1, dtype=dtype), 0.3 * draw(channels, seed=seed + 2, dtype=dtype)
-
-
-def scatter_parameters(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Move every parameter away from its start, where too much is zero or one to tell mistakes apart."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.3 * noise.to(parameter.dtype))
-    return module
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:

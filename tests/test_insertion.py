@@ -10,7 +10,8 @@ from torch import nn
 from kfde_layers import CFE, CSFE, MFDF, SFE, insert, insertion_points
 from kfde_layers.insertion import Point
 from kfde_layers.layers import Blend
-from tests.helpers import draw, scatter_parameters
+from kfde_layers.testing import scatter_parameters
+from tests.helpers import draw
 
 
 class Sequence(nn.Sequential):

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from kfde_layers.testing import assert_error_budget, largest_error, random_affine, random_map
+from kfde_layers.testing import assert_error_budget, largest_error, random_affine, random_tensor, scatter_parameters
 
 EXACT = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 
@@ -53,14 +54,14 @@ def test_largest_error():
 
 
 def test_a_map_is_the_same_in_every_dtype_and_layout():
-    exact = random_map(2, 6, 3, 5, seed=7, mean=10.0, dtype=torch.float64)
+    exact = random_tensor(2, 6, 3, 5, seed=7, mean=10.0, dtype=torch.float64)
     assert 9 < float(exact.mean()) < 11
     assert 0.8 < float(exact.std()) < 1.2
     for dtype in (torch.float32, torch.bfloat16):
-        x = random_map(2, 6, 3, 5, seed=7, mean=10.0, dtype=dtype, memory_format=torch.channels_last)
+        x = random_tensor(2, 6, 3, 5, seed=7, mean=10.0, dtype=dtype, memory_format=torch.channels_last)
         assert x.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(x, exact.to(dtype))
-    assert not torch.equal(exact, random_map(2, 6, 3, 5, seed=8, mean=10.0, dtype=torch.float64))
+    assert not torch.equal(exact, random_tensor(2, 6, 3, 5, seed=8, mean=10.0, dtype=torch.float64))
 
 
 def test_affine_parameters_are_neither_one_nor_zero():
@@ -70,3 +71,12 @@ def test_affine_parameters_are_neither_one_nor_zero():
     assert 0.5 < float(weight.float().mean()) < 1.5
     assert float((weight.float() - 1).abs().max()) > 0.3
     assert float(bias.float().abs().max()) > 0.3
+
+
+def test_every_parameter_is_moved_alike_for_the_same_seed():
+    modules = [scatter_parameters(nn.BatchNorm2d(5), deviation=0.1, seed=seed) for seed in (0, 0, 1)]
+    weights = [module.weight.detach() for module in modules]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert all(0 < abs(weight - 1).max() < 1 for weight in weights)
+    assert all(module.bias.abs().min() > 0 for module in modules)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfde_layers._checks import check_dims, check_int, check_map, check_sequence, check_shape
 from kfde_layers._impl import Impl, exporting, select, unsupported
 from kfde_layers.ops.formats import as_input, upcast, without_autocast
-from kfde_layers.ops.mfdf_fused import merged_depthwise, pooled_depthwise
+from kfde_layers.ops.mfdf_fused import SMALL_MAP, merged_depthwise, pooled_depthwise
 from kfde_layers.ops.mfdf_merged import common_grid, merging_pays
 
 
@@ -86,7 +86,8 @@ def mfdf(
     _check_attention(channels, len(branch_weights), *fc)
 
     reason = _unsupported(x, groups)
-    auto = Impl.FUSED if reason is None and merging_pays(branch_weights, dilations) else Impl.REFERENCE
+    merge = reason is None and merging_pays(branch_weights, dilations) and not _better_compiled(x)
+    auto = Impl.FUSED if merge else Impl.REFERENCE
     if select(impl, reason, auto) is Impl.FUSED:
         return _fused(x, branch_weights, branch_biases, fc, dilations)
     return fuse(x, convolve(x, branch_weights, branch_biases, dilations, groups), *fc)
@@ -157,6 +158,15 @@ def _unsupported(x: Tensor, groups: int) -> str | None:
     if exporting():
         return "an exporter must be shown operations that other software has"
     return unsupported(x)
+
+
+def _better_compiled(x: Tensor) -> bool:
+    """Whether the compiler was measured to do better with the branches: inference on small channels_last maps, on CPU.
+
+    These the operator has to copy; with a backward pass it is the faster one all the same.
+    """
+    small = x.stride(1) == 1 and x.shape[2] * x.shape[3] <= SMALL_MAP
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled() and small
 
 
 def _fused(

@@ -22,7 +22,7 @@ from kfde_layers.ops.mfdf_merged import (
 )
 from kfde_layers.ops.second_order import differentiable_gradients
 
-_SMALL_MAP = 256  # positions: so few are copied into another layout in less time than a call for each sample takes
+SMALL_MAP = 256  # positions: so few are copied into another layout in less time than a call for each sample takes
 _CHUNK = 2**19  # elements that stay in the cache from one step to the next
 
 
@@ -74,7 +74,7 @@ def _convolve(x: Tensor, kernels: Tensor, shifts: Tensor | None, step: int) -> T
     """Each sample by its own kernels, in the layout of x."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    small = x.shape[2] * x.shape[3] <= _SMALL_MAP
+    small = x.shape[2] * x.shape[3] <= SMALL_MAP
     if x.is_contiguous() or small:  # one call: contiguous, the channels of all samples follow each other
         return convolve_each(x, kernels, shifts, step).contiguous(memory_format=memory_format(x))
     y, padding, channels = torch.empty_like(x), step * (kernels.shape[-1] // 2), x.shape[1]

@@ -8,10 +8,10 @@ import pytest
 import report
 import textbook
 import torch
-from checks import scatter_parameters
 from torch import nn
 
 import kfde_layers
+from kfde_layers.testing import scatter_parameters
 
 SHAPES = [(2, 32, 6, 6), (3, 48, 5, 7), (2, 16, 1, 1)]
 

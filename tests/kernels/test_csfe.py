@@ -12,7 +12,7 @@ import triton.language as tl
 from kfde_layers.functional import cfe, csfe, sfe
 from kfde_layers.kernels import csfe as kernels
 from kfde_layers.ops.cfe import cfe_gate
-from kfde_layers.testing import assert_error_budget, random_affine, random_map
+from kfde_layers.testing import assert_error_budget, random_affine, random_tensor
 from tests.kernels.compiling import recorded
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -114,7 +114,7 @@ def check(
     """
     x = x.to(DEVICE)
     weight, bias = (p.to(DEVICE) for p in (affine or random_affine(x.shape[1], seed=1)))
-    dy = random_map(*x.shape, seed=2, dtype=x.dtype, device=DEVICE) if dy is None else dy.to(DEVICE)
+    dy = random_tensor(*x.shape, seed=2, dtype=x.dtype, device=DEVICE) if dy is None else dy.to(DEVICE)
     if operator != "sfe":
         settled = settle(x, weight, bias, num_groups, threshold, margin)
         x = x.copy_(settled)
@@ -137,32 +137,32 @@ def test_equals_the_reference(operator, threshold, correction, scale, layout):
     if scale != 1.0 and operator != "csfe":
         scale = 1.0  # only a sum is ever scaled
     affine = random_affine(6, seed=1)  # few channels, so that gates at 0.4 close, too
-    x = 4 * random_map(3, 6, 5, 7, memory_format=LAYOUTS[layout])
+    x = 4 * random_tensor(3, 6, 5, 7, memory_format=LAYOUTS[layout])
     check(operator, x, 3, threshold=threshold, correction=correction, scale=scale, affine=affine)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_groups", [1, 2, 13, 26])
 def test_groups(num_groups, layout):
-    check("csfe", random_map(2, 26, 5, 7, seed=3, memory_format=LAYOUTS[layout]), num_groups)
+    check("csfe", random_tensor(2, 26, 5, 7, seed=3, memory_format=LAYOUTS[layout]), num_groups)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (5, 34, 1, 1), (2, 6, 1, 13), (2, 6, 4, 4), (1, 134, 3, 5)])
 def test_odd_sizes(shape, layout):
     for operator in OPERATORS:
-        check(operator, random_map(*shape, seed=4, memory_format=LAYOUTS[layout]), 2 if shape[1] > 2 else 1)
+        check(operator, random_tensor(*shape, seed=4, memory_format=LAYOUTS[layout]), 2 if shape[1] > 2 else 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 3, 17])
 def test_sfe_takes_an_odd_number_of_channels(channels, layout):
-    check("sfe", random_map(2, channels, 5, 7, seed=4, memory_format=LAYOUTS[layout]))
+    check("sfe", random_tensor(2, channels, 5, 7, seed=4, memory_format=LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_chunks_of_positions_are_put_together(layout):
-    x = random_map(1, 6, 61, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
+    x = random_tensor(1, 6, 61, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(kernels, run=True) as launches:
         check("csfe", x, 3)
     assert [launch.name for launch in launches] == [
@@ -183,7 +183,7 @@ def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_BLOCK", 1)
     monkeypatch.setattr(kernels, "_grouping", kernels._grouping.__wrapped__)
     monkeypatch.setattr(kernels, "_tiling", lambda *_: kernels._Tiling(4, 64, 144, 1))
-    x = random_map(1, 2 * members, 11, 13, seed=6, dtype=dtype, memory_format=LAYOUTS[layout], device=DEVICE)
+    x = random_tensor(1, 2 * members, 11, 13, seed=6, dtype=dtype, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(kernels, run=True) as launches:
         check("csfe", x, 2)
     for launch in launches:
@@ -200,7 +200,7 @@ def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_survives_a_large_mean(operator, layout):
     # The mean itself is rounded to 1e-3 there, in the reference as well.
-    x = random_map(2, 6, 7, 11, seed=7, mean=1e4, memory_format=LAYOUTS[layout])
+    x = random_tensor(2, 6, 7, 11, seed=7, mean=1e4, memory_format=LAYOUTS[layout])
     check(operator, x, 3, margin=1e-3)
 
 
@@ -209,16 +209,16 @@ def test_survives_a_large_mean(operator, layout):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype, parameters, layout):
     affine = random_affine(10, seed=1, dtype=parameters)
-    x = random_map(3, 10, 5, 7, seed=8, dtype=dtype, memory_format=LAYOUTS[layout])
+    x = random_tensor(3, 10, 5, 7, seed=8, dtype=dtype, memory_format=LAYOUTS[layout])
     check("csfe", x, 5, affine=affine)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_inputs_that_are_not_dense(operator):
-    rows = random_map(3, 6, 10, 9, seed=9)[:, :, ::2, 1:8]
-    channels = random_map(3, 9, 5, 7, seed=9, memory_format=torch.channels_last)[:, :6]
-    samples = random_map(6, 6, 5, 7, seed=9)[::2]
-    other = random_map(3, 6, 5, 7, seed=10, memory_format=torch.channels_last)
+    rows = random_tensor(3, 6, 10, 9, seed=9)[:, :, ::2, 1:8]
+    channels = random_tensor(3, 9, 5, 7, seed=9, memory_format=torch.channels_last)[:, :6]
+    samples = random_tensor(6, 6, 5, 7, seed=9)[::2]
+    other = random_tensor(3, 6, 5, 7, seed=10, memory_format=torch.channels_last)
     for x in (rows, channels, samples):
         check(operator, x, 3, dy=other)
         check(operator, x, 3, dy=torch.tensor(0.7).expand(3, 6, 5, 7))
@@ -227,13 +227,13 @@ def test_inputs_that_are_not_dense(operator):
 def test_parameters_that_are_not_dense():
     weight, bias = torch.stack(random_affine(6), dim=1).unbind(1)
     assert not weight.is_contiguous()
-    check("csfe", random_map(2, 6, 5, 7), 3, affine=(weight, bias))
+    check("csfe", random_tensor(2, 6, 5, 7), 3, affine=(weight, bias))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_an_empty_batch(operator, layout):
-    x = random_map(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
+    x = random_tensor(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
     weight, bias = random_affine(6, device=DEVICE)
     with recorded(kernels) as launches:
         y, dx, *rest = run_kernels(operator, x, x, weight, bias, 3, 0.5, 0, 1.0)
@@ -246,14 +246,14 @@ def test_an_empty_batch(operator, layout):
 @pytest.mark.parametrize(("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0)])
 def test_a_sum_of_gamma_near_zero_is_replaced(first, last):
     # Below 1e-6 with its sign; times 1e6 every gate is all or nothing, and what is left is exact enough to compare.
-    x = random_map(2, 2, 5, 7, seed=11)
+    x = random_tensor(2, 2, 5, 7, seed=11)
     weight, bias = torch.tensor([first, last]), torch.tensor([0.5, -0.3])
     assert abs(float(weight.double().sum())) < 1e-6
     check("csfe", x, 1, affine=(weight, bias), margin=-1.0 if first == 0 else 1e-5)
 
 
 def test_same_bits_every_time():
-    x = random_map(1, 6, 61, 67, seed=12, device=DEVICE)
+    x = random_tensor(1, 6, 61, 67, seed=12, device=DEVICE)
     weight, bias = random_affine(6, device=DEVICE)
     first, second = (run_kernels("csfe", x, x, weight, bias, 3, 0.5, 0, 1.0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -323,7 +323,7 @@ def _without_sharpness(gates):
 def test_a_wrong_kernel_is_seen(name, plant, monkeypatch):
     monkeypatch.setattr(kernels, name, plant(getattr(kernels, name)))
     with pytest.raises(AssertionError, match="is over the budget"):
-        check("csfe", random_map(3, 6, 5, 7), 3)
+        check("csfe", random_tensor(3, 6, 5, 7), 3)
 
 
 @needs_interpreter
@@ -336,4 +336,4 @@ def test_an_unwritten_element_is_seen(monkeypatch):
 
     monkeypatch.setattr(kernels, "_tiling", one_chunk_less)
     with pytest.raises(AssertionError, match="error nan"):
-        check("cfe", random_map(1, 2, 23, 29), 1)
+        check("cfe", random_tensor(1, 2, 23, 29), 1)

@@ -12,7 +12,7 @@ import triton.language as tl
 from kfde_layers.kernels import mfdf as kernels
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.mfdf_merged import merged, pooled
-from kfde_layers.testing import assert_error_budget, random_map
+from kfde_layers.testing import assert_error_budget, random_tensor
 from tests.kernels.compiling import recorded
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,8 +40,7 @@ def fresh_memory_is_nan():
 
 
 def draw(*shape: int, seed: int) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return values.to(device=DEVICE, dtype=torch.float32)
+    return random_tensor(*shape, seed=seed, device=DEVICE)
 
 
 def run_pool_reference(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> list[Tensor]:
@@ -87,7 +86,7 @@ def check_pool(x: Tensor, size: int = 3, step: int = 1) -> None:
 
 def check_merged(x: Tensor, branches: int = 2, size: int = 3, step: int = 1) -> None:
     x = x.to(DEVICE)
-    dy = torch.empty_like(x).copy_(random_map(*x.shape, seed=3))
+    dy = torch.empty_like(x).copy_(random_tensor(*x.shape, seed=3))
     alpha, grid = draw(x.shape[0], branches, x.shape[1], seed=4), draw(branches, x.shape[1], size, size, seed=5)
     assert_within_budget(
         RESULTS[3:], run_merged, run_merged_reference, (dy, x, alpha, grid, draw(*x.shape[:2], seed=6)), step
@@ -100,7 +99,7 @@ def check_merged(x: Tensor, branches: int = 2, size: int = 3, step: int = 1) -> 
     [(1, 1, 1), (2, 3, 1), (3, 7, 1), (4, 9, 1), (2, 5, 2), (1, 3, 3), (3, 1, 2), (2, 9, 2)],
 )
 def test_equals_the_reference(branches, size, step, layout):
-    x = random_map(2, 5, 7, 11, memory_format=LAYOUTS[layout])
+    x = random_tensor(2, 5, 7, 11, memory_format=LAYOUTS[layout])
     check_pool(x, size, step)
     check_merged(x, branches, size, step)
 
@@ -111,7 +110,7 @@ def test_equals_the_reference(branches, size, step, layout):
     [(1, 1, 7, 1), (1, 1, 9, 3), (1, 5, 7, 2), (3, 2, 7, 1), (3, 2, 9, 1), (6, 7, 7, 3)],
 )
 def test_maps_smaller_than_the_kernel(height, width, size, step, layout):
-    x = random_map(2, 3, height, width, seed=7, memory_format=LAYOUTS[layout])
+    x = random_tensor(2, 3, height, width, seed=7, memory_format=LAYOUTS[layout])
     check_pool(x, size, step)
     check_merged(x, 1, size, step)
 
@@ -119,7 +118,7 @@ def test_maps_smaller_than_the_kernel(height, width, size, step, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 3, 37, 130])
 def test_channels(channels, layout):
-    x = random_map(2, channels, 3, 5, seed=8, memory_format=LAYOUTS[layout])
+    x = random_tensor(2, channels, 3, 5, seed=8, memory_format=LAYOUTS[layout])
     check_pool(x)
     check_merged(x)
 
@@ -127,7 +126,7 @@ def test_channels(channels, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype, layout):
-    x = random_map(3, 10, 5, 7, seed=9, dtype=dtype, memory_format=LAYOUTS[layout])
+    x = random_tensor(3, 10, 5, 7, seed=9, dtype=dtype, memory_format=LAYOUTS[layout])
     check_pool(x, 5)
     check_merged(x, 3, 5)
 
@@ -135,7 +134,7 @@ def test_low_precision(dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parts_are_put_together(layout, monkeypatch):
     monkeypatch.setattr(kernels, "_SAMPLES", 1)
-    x = random_map(2, 2, 29, 31, seed=10, memory_format=LAYOUTS[layout])
+    x = random_tensor(2, 2, 29, 31, seed=10, memory_format=LAYOUTS[layout])
     with recorded(kernels, run=True) as launches:
         check_pool(x)
         check_merged(x)
@@ -151,7 +150,7 @@ def test_parts_are_put_together(layout, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_program_with_several_strips(layout, monkeypatch):
     monkeypatch.setattr(kernels, "_FILL", 0)
-    x = random_map(2, 3, 5, 17, seed=11, memory_format=LAYOUTS[layout])
+    x = random_tensor(2, 3, 5, 17, seed=11, memory_format=LAYOUTS[layout])
     with recorded(kernels, run=True) as launches:
         check_merged(x, 2, 3, 2)
     shares = [launch.arguments["share"] for launch in launches if "share" in launch.arguments]
@@ -162,7 +161,7 @@ def test_a_program_with_several_strips(layout, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_gradient_of_the_taps_is_made_for_some_samples_at_a_time(layout, monkeypatch):
     monkeypatch.setattr(kernels, "_SCRATCH", 1)
-    x = random_map(5, 3, 3, 2, seed=12, memory_format=LAYOUTS[layout])
+    x = random_tensor(5, 3, 3, 2, seed=12, memory_format=LAYOUTS[layout])
     with recorded(kernels, run=True) as launches:
         check_merged(x, 2, 5)
     assert [launch.name for launch in launches].count("_mfdf_taps_kernel") == 5
@@ -173,7 +172,7 @@ def test_many_turns_of_every_loop_of_the_mean(layout, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_rows", lambda *_: 1)
     monkeypatch.setattr(kernels, "_tiling", lambda *_: kernels._Tiling(2, 2, 124, 1, 4))
     monkeypatch.setattr(kernels, "_SAMPLES", 64)
-    x = random_map(37, 2, 3, 41, seed=13, dtype=dtype, memory_format=LAYOUTS[layout])
+    x = random_tensor(37, 2, 3, 41, seed=13, dtype=dtype, memory_format=LAYOUTS[layout])
     with recorded(kernels, run=True) as launches:
         check_pool(x, 7)
     _, pool, cover, backward, lines, _ = (launch.arguments for launch in launches)
@@ -184,7 +183,7 @@ def test_many_turns_of_every_loop_of_the_mean(layout, dtype, monkeypatch):
 
     monkeypatch.setattr(kernels, "_SAMPLES", 1)
     with recorded(kernels, run=True) as launches:
-        check_pool(random_map(37, 2, 3, 5, seed=13, dtype=dtype, memory_format=LAYOUTS[layout]))
+        check_pool(random_tensor(37, 2, 3, 5, seed=13, dtype=dtype, memory_format=LAYOUTS[layout]))
     assert launches[4].arguments["groups"] > 32
 
 
@@ -195,7 +194,7 @@ def test_many_turns_of_every_loop_of_the_convolution(layout, dtype, monkeypatch)
         cut = kernels._Strips(1, 1, 2, height, width, width, share)  # a strip to each column
         monkeypatch.setattr(kernels, "_strips", lambda *_, **__: cut)
         with recorded(kernels, run=True) as launches:
-            check_merged(random_map(*shape, seed=14, dtype=dtype, memory_format=LAYOUTS[layout]), branches, size)
+            check_merged(random_tensor(*shape, seed=14, dtype=dtype, memory_format=LAYOUTS[layout]), branches, size)
         return [(launch.name, launch.arguments) for launch in launches]
 
     monkeypatch.setattr(kernels, "_rows", lambda *_: 1)
@@ -216,7 +215,7 @@ def test_many_turns_of_every_loop_of_the_convolution(layout, dtype, monkeypatch)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_that_are_not_dense(layout):
-    x = random_map(3, 4, 5, 7, seed=15, memory_format=LAYOUTS[layout], device=DEVICE)
+    x = random_tensor(3, 4, 5, 7, seed=15, memory_format=LAYOUTS[layout], device=DEVICE)
     dp, shifts = torch.tensor(0.7, device=DEVICE).expand(3, 4), draw(4, 3, seed=16).t()
     alpha, grid = draw(3, 4, 2, seed=17).transpose(1, 2), draw(3, 3, 4, 2, seed=18).permute(3, 2, 0, 1)
     assert_within_budget(RESULTS[:3], run_pool, run_pool_reference, (dp, x, grid[0]), 1)
@@ -225,7 +224,7 @@ def test_parameters_that_are_not_dense(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_empty_batch(layout):
-    x = random_map(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
+    x = random_tensor(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
     kernel, alpha, grid = draw(6, 3, 3, seed=0), draw(0, 2, 6, seed=0), draw(2, 6, 3, 3, seed=0)
     with recorded(kernels) as launches:
         p, dx, dkernel = run_pool(draw(0, 6, seed=0), x, kernel, 1)
@@ -239,7 +238,7 @@ def test_an_empty_batch(layout):
 
 
 def test_same_bits_every_time():
-    x = random_map(2, 3, 29, 31, seed=19, device=DEVICE)
+    x = random_tensor(2, 3, 29, 31, seed=19, device=DEVICE)
     pool, merge = (draw(2, 3, seed=20), x, draw(3, 3, 3, seed=21)), (draw(2, 2, 3, seed=22), draw(2, 3, 3, 3, seed=23))
     first, second = (
         [*run_pool(*pool, 1), *run_merged(x, x, *merge, draw(2, 3, seed=24), 1)] for _ in range(2)
@@ -318,7 +317,7 @@ def _slightly_wrong(total):
 def test_a_wrong_kernel_is_seen(name, plant, check, message, layout, monkeypatch):
     monkeypatch.setattr(kernels, name, plant(getattr(kernels, name)))
     with pytest.raises(AssertionError, match=message):
-        check(random_map(2, 3, 5, 7, memory_format=LAYOUTS[layout]))
+        check(random_tensor(2, 3, 5, 7, memory_format=LAYOUTS[layout]))
 
 
 @needs_interpreter
@@ -331,4 +330,4 @@ def test_an_unwritten_element_is_seen(monkeypatch):
 
     monkeypatch.setattr(kernels, "_strips", one_strip_less)
     with pytest.raises(AssertionError, match="y: error nan"):
-        check_merged(random_map(1, 2, 5, 23, memory_format=torch.channels_last))
+        check_merged(random_tensor(1, 2, 5, 23, memory_format=torch.channels_last))

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from kfde_layers.testing import scatter_parameters
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kfde_layers import MFDF
@@ -14,8 +16,7 @@ from kfde_layers.kernels import mfdf as kernels_mfdf
 from kfde_layers.ops import csfe_fused as csfe
 from kfde_layers.ops import mfdf_fused as mfdf
 from kfde_layers.ops.csfe_moments import Enhancement
-from kfde_layers.testing import random_affine, random_map
-from tests.helpers import scatter_parameters
+from kfde_layers.testing import random_affine, random_tensor
 from tests.kernels.compiling import recorded
 
 pytestmark = [
@@ -63,7 +64,7 @@ def assert_cuda_equals_cpu(call):
 
 def with_gradients(operation, tensors):
     y = operation(*tensors)
-    cotangent = random_map(*y.shape[:3], 2 * y.shape[3], seed=5)[..., ::2]  # not dense
+    cotangent = random_tensor(*y.shape[:3], 2 * y.shape[3], seed=5)[..., ::2]  # not dense
     return [y.detach(), *torch.autograd.grad(y, tensors, cotangent)]
 
 
@@ -73,7 +74,7 @@ def with_gradients(operation, tensors):
 )
 @pytest.mark.parametrize(("batch", "gaps"), [(0, 1), (2, 1), (2, 2)])
 def test_csfe(options, layout, batch, gaps):
-    x = random_map(batch, 10, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
+    x = random_tensor(batch, 10, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
     parameters = [p.requires_grad_() for p in random_affine(10)] if options.num_groups > 1 else []
 
     def operation(x, weight=None, bias=None):
@@ -85,7 +86,7 @@ def test_csfe(options, layout, batch, gaps):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("batch", "gaps"), [(0, 1), (2, 1), (2, 2)])
 def test_mfdf(layout, batch, gaps):
-    x = random_map(batch, 6, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
+    x = random_tensor(batch, 6, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
     layer = scatter_parameters(MFDF(6, (1, 3, 5), dilation=2, impl="fused"))
     parameters = list(layer.parameters())
     assert_cuda_equals_cpu(lambda: with_gradients(lambda x, *_: layer(x), [x, *parameters]))

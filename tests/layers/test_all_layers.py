@@ -14,7 +14,8 @@ from torch import nn
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
 from kfde_layers.layers import Blend
-from tests.helpers import batches, draw, has_format, memory_formats, relative_error, scatter_parameters, seeds, sides
+from kfde_layers.testing import scatter_parameters
+from tests.helpers import batches, draw, has_format, memory_formats, relative_error, seeds, sides
 
 LAYERS = {
     "CFE": CFE,

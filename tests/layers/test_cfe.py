@@ -3,7 +3,8 @@ import torch
 
 from kfde_layers import CFE
 from kfde_layers.functional import cfe
-from tests.helpers import draw, scatter_parameters
+from kfde_layers.testing import scatter_parameters
+from tests.helpers import draw
 
 
 @pytest.mark.parametrize(

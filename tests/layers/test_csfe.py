@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from kfde_layers import CFE, CSFE, SFE
-from tests.helpers import draw, scatter_parameters
+from kfde_layers.testing import scatter_parameters
+from tests.helpers import draw
 
 OPTIONS = {"num_groups": 3, "threshold": 0.45, "lambd": 1e-2, "beta": 0.3, "correction": 1, "eps": 1e-3}
 

@@ -8,8 +8,9 @@ from torch import nn
 from kfde_layers import MFDF
 from kfde_layers.functional import mfdf
 from kfde_layers.ops.mfdf import attention, pool
+from kfde_layers.testing import scatter_parameters
 from tests import oracle
-from tests.helpers import as_numpy, draw, relative_error, scatter_parameters
+from tests.helpers import as_numpy, draw, relative_error
 
 
 def count(layer):

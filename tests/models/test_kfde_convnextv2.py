@@ -11,7 +11,8 @@ from torch import nn
 from kfde_layers import CSFE, MFDF
 from kfde_layers.layers import Blend
 from kfde_layers.models.kfde_convnextv2 import KFDEStage
-from tests.helpers import draw, needs_local_dir, scatter_parameters
+from kfde_layers.testing import scatter_parameters
+from tests.helpers import draw, needs_local_dir
 
 SIZES = ["atto", "base", "femto", "huge", "large", "nano", "pico", "small", "tiny"]
 SIDE = 96  # px: maps of 24, 12, 6 and 3

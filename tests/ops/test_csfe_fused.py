@@ -36,7 +36,7 @@ OPERATIONS = {
 each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 
 
-def inputs(*shape, seed=0, dtype=torch.float64, memory_format=None):
+def inputs(*shape, seed=0, dtype=torch.float64, memory_format=torch.contiguous_format):
     x = draw(*shape, seed=seed, dtype=dtype, memory_format=memory_format)
     return [tensor.requires_grad_() for tensor in (x, *affine(shape[1], seed, dtype))]
 

@@ -205,6 +205,31 @@ def test_compiled_in_one_graph_fused_is_the_same(memory_format):
         assert relative_error(mine, theirs) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("size", "memory_format", "grad", "operator"),
+    [
+        (16, torch.channels_last, False, False),
+        (16, torch.channels_last, True, True),
+        (17, torch.channels_last, False, True),
+        (16, torch.contiguous_format, False, True),
+    ],
+)
+def test_a_compiler_sees_the_branches_where_it_does_better(size, memory_format, grad, operator):
+    torch.compiler.reset()
+    seen = []
+
+    def backend(module, inputs):
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    x = draw(2, 6, size, size, dtype=torch.float32, memory_format=memory_format)
+    parameters = Parameters.drawn(6, (1, 3, 5, 7), 6, dtype=torch.float32)
+    with torch.set_grad_enabled(grad):
+        y = torch.compile(lambda: parameters(x, 1, 6), fullgraph=True, backend=backend)()
+        assert relative_error(y, parameters(x, 1, 6, "reference")) < 1e-5
+    assert any("merged_depthwise" in target for target in seen) == operator
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_the_operators_keep_their_contracts(memory_format):
