@@ -105,5 +105,5 @@ def enhance(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enha
 
 
 def _kept(values: Tensor) -> Tensor:
-    """(N, C) as (N, C, 1, 1), by way of a reduction that changes nothing; one of fewer than 8 would be unrolled."""
-    return values[:, :, None, None, None].expand(-1, -1, 1, 1, 8).amax(dim=-1)
+    """(N, C) as (N, C, 1, 1), by way of a mean of equal values; a reduction of fewer than 8 would be unrolled."""
+    return values[:, :, None, None, None].expand(-1, -1, 1, 1, 8).mean(dim=-1)
