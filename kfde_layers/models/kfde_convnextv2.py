@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, convnext, generate_default_cfgs, register_model
 from timm.models import get_pretrained_cfg as backbone_cfg
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class KFDEConvNeXt(convnext.ConvNeXt):
 
     Args:
         csfe: Whether there is a CSFE; a dict is its options, as in `dict(arrangement="cfe_sfe")`.
-        mfdf: Whether there is an MFDF; a dict is its options, as in `dict(kernel_sizes=(3, 5))`.
+        mfdf: Whether there is an MFDF; a dict is its options, as in `dict(kernel_sizes=(3, 5))`. Its `norm_layer` and
+            `act_layer` may be timm's names, such as "batchnorm2d" and "relu", which a saved configuration can hold.
         kfde_stages: The stages, counted from 0, that end in KFDE.
         identity_start: Whether each block is blended in from nothing, so that a pretrained backbone starts unchanged.
         device: Of the parameters.
@@ -68,7 +70,7 @@ class KFDEConvNeXt(convnext.ConvNeXt):
 
     Raises:
         TypeError: An argument has the wrong type, as where `csfe` or `mfdf` is neither a bool nor a dict.
-        ValueError: `kfde_stages` names a stage that does not exist.
+        ValueError: `kfde_stages` names a stage that does not exist, or timm knows no layer of a name.
     """
 
     def __init__(
@@ -106,12 +108,23 @@ class KFDEConvNeXt(convnext.ConvNeXt):
 
 def _options(name: str, value: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
     if isinstance(value, Mapping):
-        return value
+        return {key: _by_name(f"{name}[{key!r}]", key, option) for key, option in value.items()}
     if value is True:
         return {}
     if value is False:
         return None
     raise TypeError(f"{name} must be a bool or a dict of layer options, got {value!r} of type {type(value).__name__}")
+
+
+def _by_name(name: str, key: str, option: Any) -> Any:
+    """A layer for its name in timm; anything else as it is."""
+    find = {"norm_layer": get_norm_layer, "act_layer": get_act_layer}.get(key)
+    if find is None or not isinstance(option, str):
+        return option
+    try:
+        return find(option)
+    except KeyError:
+        raise ValueError(f"{name} must be a layer or a name that timm knows one by, got {option!r}") from None
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dict[str, Any]:

@@ -114,9 +114,21 @@ def test_layer_options_stages_and_identity_start():
     assert model(images()).shape == (2, 1000)
 
 
+@needs_local_dir
+def test_timms_names_of_a_norm_and_an_activation_survive_a_saved_configuration(tmp_path):
+    mfdf = {"kernel_sizes": [1, 3], "groups": 1, "norm_layer": "batchnorm2d", "act_layer": "relu"}
+    model = timm.create_model("kfde_convnextv2_atto", mfdf=mfdf).eval()
+    branch = model.stages[3].kfde.mfdf.branches[0]
+    assert [type(part) for part in branch.children()] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    save_for_hf(model, str(tmp_path), model_args={"mfdf": mfdf}, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
+        ({"mfdf": {"act_layer": "x"}}, ValueError, r"mfdf\['act_layer'\] must be a layer or a name .* got 'x'"),
         ({"csfe": "parallel"}, TypeError, "csfe must be a bool or a dict of layer options, got 'parallel' of type str"),
         ({"mfdf": 4}, TypeError, "mfdf must be a bool or a dict of layer options, got 4 of type int"),
         ({"kfde_stages": 3}, TypeError, r"kfde_stages must be a sequence of stages, such as \(3,\), got 3 of type int"),
