@@ -1,7 +1,9 @@
-"""Figures of a run."""
+"""Figures of a run and of the model that it trained; each title states the protocol."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -9,12 +11,33 @@ matplotlib.use("Agg")  # files only; a training machine has no screen
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.metrics import ConfusionMatrixDisplay
+from PIL import Image
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
+
+from breakhis.metrics import CALIBRATION_BINS, expected_calibration_error
+
+
+class CamRow(NamedTuple):
+    """One image of `draw_cam_panels`.
+
+    Attributes:
+        label: What the image is, such as "DC, 100X".
+        picture: As the models are shown it.
+        overlays: For each model by name, the picture under its Grad-CAM, the class explained and its probability. Every
+            row names the same models.
+    """
+
+    label: str
+    picture: Image.Image
+    overlays: dict[str, tuple[Image.Image, str, float]]
 
 
 def draw_confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str, path: Path) -> None:
-    """Writes the confusion matrix, in images, as a PNG file.
+    """Writes the confusion matrix, in images and coloured by the share of their target, as a PNG file.
 
     Args:
         matrix: Counts, a row for each target and a column for each prediction.
@@ -23,12 +46,13 @@ def draw_confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str
         path: The file.
     """
     figure, axes = plt.subplots(figsize=(2.6 + 0.6 * len(classes), 2.2 + 0.6 * len(classes)), layout="constrained")
-    display = ConfusionMatrixDisplay(np.asarray(matrix), display_labels=classes)
-    display.plot(ax=axes, cmap="Blues", colorbar=False)
-    axes.set(xlabel="prediction", ylabel="target")
-    axes.set_title(title, fontsize="small", wrap=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    counts = np.asarray(matrix)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)  # a rare class is no paler than a common one
+    display = ConfusionMatrixDisplay(shares, display_labels=classes).plot(ax=axes, cmap="Blues", colorbar=False)
+    for text, count in zip(display.text_.flat, counts.flat, strict=True):
+        text.set_text(count)
+    axes.set(xlabel="prediction, number of images", ylabel="target")
+    _save(figure, title, path)
 
 
 def draw_curves(history: Sequence[dict[str, float]], best_epoch: int, title: str, path: Path) -> None:
@@ -42,7 +66,6 @@ def draw_curves(history: Sequence[dict[str, float]], best_epoch: int, title: str
         path: The file.
     """
     figure, (losses, scores) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    figure.suptitle(title, fontsize="small")
     epochs = [row["epoch"] for row in history]
     for axes, keys in ((losses, ("train_loss", "val_loss")), (scores, ("val_balanced_accuracy", "val_image_accuracy"))):
         for key in keys:
@@ -54,5 +77,149 @@ def draw_curves(history: Sequence[dict[str, float]], best_epoch: int, title: str
         axes.legend(fontsize="small")
     losses.set_ylabel("cross-entropy, nats")
     scores.set(ylabel="score, 0 to 1", ylim=(-0.02, 1.02))
+    _save(figure, title, path)
+
+
+def draw_roc(
+    targets: Sequence[int], probabilities: Sequence[Sequence[float]], classes: Sequence[str], title: str, path: Path
+) -> None:
+    """Writes the receiver operating characteristic as a PNG file.
+
+    Two classes have one curve, of the second against the first. More have a curve for each class against the rest, and
+    the mean of these curves. A class without images, or with all of them, has no curve; the legend says so.
+
+    Args:
+        targets: Class index of each image, at least one.
+        probabilities: A row for each image, a column for each class.
+        classes: Names of the classes.
+        title: States the protocol.
+        path: The file.
+    """
+    targets, probabilities = np.asarray(targets), np.asarray(probabilities)
+    figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
+    curves = []
+    for index in [1] if len(classes) == 2 else range(len(classes)):
+        if not (targets == index).any():
+            axes.plot([], [], " ", label=f"{classes[index]}: no image")
+        elif (targets == index).all():
+            axes.plot([], [], " ", label=f"{classes[index]}: every image")
+        else:
+            scores = probabilities[:, index]
+            curves.append(RocCurveDisplay.from_predictions(targets == index, scores, name=classes[index], ax=axes))
+    if len(curves) > 1:
+        grid = np.unique(np.concatenate([curve.fpr for curve in curves]))
+        mean = np.mean([np.interp(grid, curve.fpr, curve.tpr) for curve in curves], axis=0)
+        area = np.mean([curve.roc_auc for curve in curves])
+        axes.plot([0, *grid], [0, *mean], "k", linewidth=2.5, label=f"macro average (AUC = {area:0.2f})")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance (AUC = 0.50)")
+    axes.set(xlabel="false positive rate, 0 to 1", ylabel="true positive rate, 0 to 1", aspect="auto")
+    _legend_beside(axes)
+    _save(figure, title, path)
+
+
+def draw_calibration(targets: Sequence[int], probabilities: Sequence[Sequence[float]], title: str, path: Path) -> None:
+    """Writes how often predictions are right at each confidence, and how many there are, as a PNG file.
+
+    Args:
+        targets: Class index of each image, at least one.
+        probabilities: A row for each image, a column for each class; the largest is the confidence.
+        title: States the protocol; the expected calibration error is added.
+        path: The file.
+    """
+    confidences = np.max(probabilities, axis=1)
+    hits = np.argmax(probabilities, axis=1) == np.asarray(targets)
+    figure, (curve, counts) = plt.subplots(
+        2, 1, figsize=(5, 5.6), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    bins = {"n_bins": CALIBRATION_BINS, "strategy": "uniform"}
+    CalibrationDisplay.from_predictions(hits, confidences, **bins, pos_label=True, name="model", ax=curve)
+    curve.set(xlabel="", ylabel="share of right predictions", xlim=(0, 1), ylim=(-0.02, 1.02))
+    counts.hist(confidences, bins=np.linspace(0, 1, CALIBRATION_BINS + 1), edgecolor="white")
+    counts.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    counts.set(xlabel="confidence, 0 to 1", ylabel="images")
+    error = expected_calibration_error(targets, probabilities)
+    _save(figure, f"{title}; expected calibration error {error:.3f} on {len(hits)} images", path)
+
+
+def draw_cam_panels(rows: Sequence[CamRow], title: str, path: Path) -> None:
+    """Writes images beside what models look at in them as a PNG file, in the form of the paper's Figure 2.
+
+    Args:
+        rows: At least one image, each with the same models.
+        title: States the protocol.
+        path: The file.
+    """
+    models = list(rows[0].overlays)
+    shape = (len(rows), 1 + len(models))
+    figure, panels = plt.subplots(
+        *shape, figsize=(0.5 + 2.2 * shape[1], 1 + 2.4 * shape[0]), squeeze=False, layout="constrained"
+    )
+    for axes, name in zip(panels[0], ["image", *models], strict=True):
+        axes.set_title(name, fontsize="medium")
+    for row, (first, *others) in zip(rows, panels, strict=True):
+        first.imshow(row.picture)
+        first.set_ylabel(row.label)
+        for axes, model in zip(others, models, strict=True):
+            picture, name, probability = row.overlays[model]
+            axes.imshow(picture)
+            axes.set_xlabel(f"{name}, p = {probability:.2f}", fontsize="small")
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    _save(figure, title, path)
+
+
+def draw_gates(shares: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
+    """Writes how open the gates of a CFE are, for each class from its most open channel to its least, as a PNG file.
+
+    Args:
+        shares: Share of open positions, (classes, C), from 0 to 1; NaN for an absent class.
+        classes: Names of the classes.
+        title: States the protocol.
+        path: The file.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
+    for name, row in zip(classes, np.sort(shares)[:, ::-1], strict=True):
+        axes.plot(row, label=name if np.isfinite(row).all() else f"{name}: no image")
+    axes.axhline(0.5, color="k", linestyle=":", label="start, on symmetric maps")
+    axes.set(xlabel="rank of the channel within the class", ylabel="share of open gates, 0 to 1")
+    axes.set_ylim(-0.02, 1.02)
+    _legend_beside(axes)
+    _save(figure, title, path)
+
+
+def draw_branch_weights(
+    means: np.ndarray, deviations: np.ndarray, branches: Sequence[str], classes: Sequence[str], title: str, path: Path
+) -> None:
+    """Writes how an MFDF weighs its branches for each class as a PNG file.
+
+    Args:
+        means: Weight of each branch, (classes, K), over images and channels; NaN for an absent class.
+        deviations: Their standard deviations over the images, (classes, K).
+        branches: Names of the branches, such as "3 x 3 px".
+        classes: Names of the classes.
+        title: States the protocol.
+        path: The file.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
+    width = 0.8 / len(classes)
+    centres = np.arange(len(branches))
+    for index, name in enumerate(classes):
+        places = centres + width * (index - (len(classes) - 1) / 2)
+        label = name if np.isfinite(means[index]).all() else f"{name}: no image"
+        axes.bar(places, means[index], width, yerr=deviations[index], label=label, error_kw={"linewidth": 1})
+    axes.axhline(1 / len(branches), color="k", linestyle=":", label=f"uniform, 1/{len(branches)}")
+    axes.set_xticks(centres, branches)
+    axes.set(xlabel="branch", ylabel="weight, mean and s.d. over images")
+    _legend_beside(axes)
+    _save(figure, title, path)
+
+
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _save(figure: Figure, title: str, path: Path) -> None:
+    """Puts a title over the whole figure, in as many lines as it needs, and writes and closes it."""
+    figure.suptitle(textwrap.fill(title, width=int(13 * figure.get_figwidth())), fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -3,7 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+CALIBRATION_BINS = 15
 
 
 def patient_recognition_rate(targets: Sequence[int], predictions: Sequence[int], patient_ids: Sequence[str]) -> float:
@@ -27,32 +33,95 @@ def patient_recognition_rate(targets: Sequence[int], predictions: Sequence[int],
     return sum(sum(row) / len(row) for row in hits.values()) / len(hits)
 
 
-def balanced_accuracy(targets: Sequence[int], predictions: Sequence[int]) -> float:
-    """Mean recall over the classes that are present in the targets, from 0 to 1; at least one image."""
-    return float(recall_score(targets, predictions, labels=sorted(set(targets)), average="macro", zero_division=0))
-
-
-def score(
-    targets: Sequence[int], predictions: Sequence[int], patient_ids: Sequence[str], num_classes: int
-) -> dict[str, float | list[list[int]]]:
-    """Every score of the report.
+def image_accuracy(targets: ArrayLike, probabilities: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+    """Share of the images whose most probable class is right.
 
     Args:
         targets: Class index of each image, at least one.
-        predictions: Predicted class index of each image.
+        probabilities: A row for each image, a column for each class; logits will do.
+        sample_weight: How often each image counts.
+    """
+    hits = np.asarray(probabilities).argmax(axis=1) == np.asarray(targets)
+    return float(np.average(hits, weights=sample_weight))
+
+
+def balanced_accuracy(targets: ArrayLike, probabilities: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+    """Mean, over the classes that are present in the targets, of the share of their images that is right.
+
+    Args:
+        targets: Class index of each image, at least one.
+        probabilities: A row for each image, a column for each class; logits will do.
+        sample_weight: How often each image counts.
+    """
+    targets = np.asarray(targets)
+    weight = np.ones(len(targets)) if sample_weight is None else np.asarray(sample_weight)
+    hits = np.asarray(probabilities).argmax(axis=1) == targets
+    right, total = np.bincount(targets, weight * hits), np.bincount(targets, weight)
+    return float(np.mean(right[total > 0] / total[total > 0]))
+
+
+def auc(targets: ArrayLike, probabilities: ArrayLike, sample_weight: ArrayLike | None = None) -> float | None:
+    """Area under the ROC curve of each class present against the rest, averaged over those classes.
+
+    Args:
+        targets: Class index of each image.
+        probabilities: A row for each image, a column for each class. With two columns both classes have the same area.
+        sample_weight: How often each image counts.
+
+    Returns:
+        An area from 0 to 1, or None where only one class is present, which leaves it undefined.
+    """
+    targets, probabilities = np.asarray(targets), np.asarray(probabilities)
+    present = sorted(set(targets.tolist()))
+    if len(present) < 2:
+        return None
+    if probabilities.shape[1] == 2:
+        present = present[1:]
+    areas = [roc_auc_score(targets == k, probabilities[:, k], sample_weight=sample_weight) for k in present]
+    return float(np.mean(areas))
+
+
+def expected_calibration_error(targets: Sequence[int], probabilities: ArrayLike) -> float:
+    """Mean distance, over images, between confidence and accuracy in `CALIBRATION_BINS` equal bins of confidence.
+
+    Args:
+        targets: Class index of each image, at least one.
+        probabilities: A row for each image, a column for each class.
+
+    Returns:
+        From 0, where confidence is what it says, to 1.
+    """
+    rows = torch.tensor(np.asarray(probabilities), dtype=torch.float32)
+    return multiclass_calibration_error(
+        rows, torch.tensor(targets), num_classes=rows.shape[1], n_bins=CALIBRATION_BINS
+    ).item()
+
+
+def score(
+    targets: Sequence[int], probabilities: ArrayLike, patient_ids: Sequence[str]
+) -> dict[str, float | list[list[int]] | None]:
+    """Every score of the report; an image's prediction is its most probable class.
+
+    Args:
+        targets: Class index of each image, at least one.
+        probabilities: A row for each image, a column for each class.
         patient_ids: Patient of each image.
-        num_classes: Size of the confusion matrix, which has a row for absent classes too.
 
     Returns:
         `image_accuracy`, `patient_recognition_rate`, `balanced_accuracy` (over the classes in the targets), `macro_f1`
-        (over the classes in the targets or the predictions), each from 0 to 1, and `confusion_matrix`: counts of
-        images, a row for each target and a column for each prediction.
+        (over the classes in the targets or the predictions), `auc` and `ece` (expected calibration error), each from 0
+        to 1 or, for `auc`, None; and `confusion_matrix`: counts of images, a row for each target and a column for each
+        prediction, of all classes.
     """
+    probabilities = np.asarray(probabilities)
+    predictions = probabilities.argmax(axis=1).tolist()
     seen = sorted(set(targets) | set(predictions))
     return {
-        "image_accuracy": float(accuracy_score(targets, predictions)),
+        "image_accuracy": image_accuracy(targets, probabilities),
         "patient_recognition_rate": patient_recognition_rate(targets, predictions, patient_ids),
-        "balanced_accuracy": balanced_accuracy(targets, predictions),
+        "balanced_accuracy": balanced_accuracy(targets, probabilities),
         "macro_f1": float(f1_score(targets, predictions, labels=seen, average="macro", zero_division=0)),
-        "confusion_matrix": confusion_matrix(targets, predictions, labels=range(num_classes)).tolist(),
+        "auc": auc(targets, probabilities),
+        "ece": expected_calibration_error(targets, probabilities),
+        "confusion_matrix": confusion_matrix(targets, predictions, labels=range(probabilities.shape[1])).tolist(),
     }

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from breakhis.data import CLASSES, BreakHisImage
-from breakhis.splits import Split, absent_classes, patients
+from breakhis.records import Record, patients
+from breakhis.splits import Split, absent_classes
 
 logger = logging.getLogger(__name__)
 
 
-def log_split(split: Split, task: str) -> None:
+def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
     """Logs the size of each part of a split, and in words what is missing from it."""
-    for name, images in split.parts().items():
-        logger.info("%s: %d images of %d patients", name, len(images), len(patients(images)))
-        absent = absent_classes(images, task)
-        if images and absent:
+    for name, records in split.parts().items():
+        logger.info("%s: %d images of %d patients", name, len(records), len(patients(records)))
+        absent = absent_classes(records, task, classes)
+        if records and absent:
             logger.warning("WARNING: %s has no image of %s", name, ", ".join(absent))
-        if images and len(CLASSES[task]) - len(absent) == 1:
+        if records and len(classes) - len(absent) == 1:
             only = "no model can learn to tell classes apart" if name == "train" else "balanced accuracy is its recall"
             logger.warning("WARNING: %s has one class only: %s", name, only)
     if not split.val:
@@ -27,37 +27,42 @@ def log_split(split: Split, task: str) -> None:
 
 
 def write_split(path: Path, split: Split, data_dir: Path) -> None:
-    """Writes `file` (relative to `data_dir`), `patient`, `split` for each image, as CSV."""
+    """Writes `file` (relative to `data_dir`), `patient`, `case`, `split` for each image, as CSV."""
     rows = [
-        (image.path.relative_to(data_dir).as_posix(), image.patient_id, name)
-        for name, images in split.parts().items()
-        for image in images
+        (record.path.relative_to(data_dir).as_posix(), record.patient_id, record.case_id, name)
+        for name, records in split.parts().items()
+        for record in records
     ]
-    _write_csv(path, ["file", "patient", "split"], rows)
+    _write_csv(path, ["file", "patient", "case", "split"], rows)
 
 
 def write_predictions(
-    path: Path, images: Sequence[BreakHisImage], probabilities: Sequence[Sequence[float]], task: str, data_dir: Path
+    path: Path,
+    records: Sequence[Record],
+    probabilities: Sequence[Sequence[float]],
+    task: str,
+    classes: Sequence[str],
+    data_dir: Path,
 ) -> None:
     """Writes `file`, `patient`, `target`, `prediction` and a probability for each class, as CSV.
 
     Args:
         path: The file to write.
-        images: The images predicted.
-        probabilities: A row for each image, a column for each class of the task.
-        task: "binary" or "subtype".
+        records: The images predicted.
+        probabilities: A row for each image, a column for each class.
+        task: Whose labels are the targets.
+        classes: Names of the columns.
         data_dir: What `file` is relative to.
     """
-    classes = CLASSES[task]
     rows = [
         (
-            image.path.relative_to(data_dir).as_posix(),
-            image.patient_id,
-            image.label(task),
+            record.path.relative_to(data_dir).as_posix(),
+            record.patient_id,
+            record.labels[task],
             classes[max(range(len(classes)), key=row.__getitem__)],
             *(f"{probability:.9g}" for probability in row),  # 9 digits restore a float32
         )
-        for image, row in zip(images, probabilities, strict=True)
+        for record, row in zip(records, probabilities, strict=True)
     ]
     _write_csv(path, ["file", "patient", "target", "prediction", *(f"prob_{name}" for name in classes)], rows)
 
@@ -68,13 +73,10 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def describe_protocol(metrics: dict[str, Any]) -> str:
-    """What the scores of a run hold for, such as "patient protocol, fold 0 of 5, 100X, binary"."""
-    if metrics["protocol"] == "patient":
-        protocol = f"patient protocol, fold {metrics['fold']} of {metrics['folds']}"
-    else:
-        protocol = "image protocol (70/30, patients leak)"
-    source = "synthetic images, " if metrics["synthetic"] else ""
-    return f"{source}{protocol}, {metrics['magnification']}, {metrics['task']}"
+    """What the scores of a run hold for, such as "patient protocol, fold 0 of 5, breakhis 100X, binary"."""
+    source = "synthetic images" if metrics["synthetic"] else metrics["dataset"]
+    magnification = "" if metrics["magnification"] == "pooled" else f" {metrics['magnification']}"
+    return f"{metrics['protocol_in_words']}, {source}{magnification}, {metrics['task']}"
 
 
 def summarise(metrics: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from breakhis.data import BENIGN, CLASSES, MAGNIFICATIONS
+from breakhis.naming import BENIGN, BREAKHIS
 from breakhis.tissue import draw_field, draw_stain
 
 _FOLDERS = {
@@ -23,7 +23,7 @@ _FOLDERS = {
 def draw_tree(
     root: Path,
     seed: int,
-    magnifications: Sequence[str] = MAGNIFICATIONS,
+    magnifications: Sequence[str] = BREAKHIS.magnifications,
     patients_per_subtype: int = 5,
     images_per_patient: int = 4,
 ) -> int:
@@ -43,7 +43,7 @@ def draw_tree(
         The number of images drawn.
     """
     count = 0
-    for kind, subtype in enumerate(CLASSES["subtype"]):
+    for kind, subtype in enumerate(BREAKHIS.classes["subtype"]):
         for patient in range(patients_per_subtype):
             stain = draw_stain(np.random.default_rng([seed, kind, patient]))
             for magnification in magnifications:

@@ -6,9 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from breakhis.checkpoints import build_model, eval_transform
-from breakhis.data import BreakHisDataset, find_images, parse_name
-from breakhis.splits import patient_split, patients
+from breakhis.idc import IDC
+from breakhis.images import find_faults, open_rgb
+from breakhis.naming import BREAKHIS, find_breakhis, parse_name
+from breakhis.records import ImageDataset, patients
+from breakhis.splits import fold_split, leaks, official_split
+from torchvision.transforms import PILToTensor
 from train_breakhis import main
 
 from tests.helpers import needs_local_dir
@@ -24,43 +27,74 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(("name", "count", "many"), [("breakhis-originals", 26, 21), ("breakhis-half", 471, 37)])
-def test_every_name_parses(name, count, many):
-    images = find_images(DATA / name, "all")
-    assert len(images) == count
+def test_every_name_parses_and_every_file_can_be_read(name, count, many):
+    records = find_breakhis(DATA / name)
+    assert len(records) == count
     assert len(list((DATA / name).rglob("*.png"))) == count
-    assert len(patients(images)) == many
-    assert len({image.subtype for image in images}) == 8
+    assert len(patients(records)) == many
+    assert len({record.labels["subtype"] for record in records}) == 8
+    assert find_faults([record.path for record in records], progress=False) == {}
 
 
 def test_every_name_of_the_whole_data_set_parses():
     lines = (DATA / "breakhis-folds" / "dsfold1.txt").read_text().split()
-    images = [parse_name(Path(line.split("|")[0])) for line in lines]
-    assert len(images) == 7909
-    assert Counter(image.label("binary") for image in images) == {"benign": 2480, "malignant": 5429}
-    assert len(patients(images)) == 81  # 82 slides, of which 14-13412 under DC and under LC is one
+    records = [parse_name(Path(line.split("|")[0])) for line in lines]
+    assert len(records) == 7909
+    assert Counter(record.labels["binary"] for record in records) == {"benign": 2480, "malignant": 5429}
+    assert len(patients(records)) == 81  # 82 slides, of which 14-13412 under DC and under LC is one
+    assert len({record.case_id for record in records}) == 76
 
 
 def test_an_image_of_another_size_loads():
-    images = [i for i in find_images(DATA / "breakhis-originals", "100X") if i.patient_id == "14-12465"]
-    model, _ = build_model("kfde_convnextv2_atto", num_classes=2, img_size=224, pretrained=False)
-    image, target, index = BreakHisDataset(images, "binary", eval_transform(model))[0]
-    assert (image.shape, target, index) == ((3, 224, 224), 1, 0)
+    records = [r for r in find_breakhis(DATA / "breakhis-originals") if r.patient_id == "14-12465"]
+    assert open_rgb(records[0].path).size == (700, 456)
+    data = ImageDataset(records, "binary", BREAKHIS.classes["binary"], PILToTensor())
+    image, target, index = data[0]
+    assert (image.shape, target, index) == ((3, 456, 700), 1, 0)
 
 
-def test_the_slide_filed_twice_is_one_group_in_the_real_tree(leak_checker):
-    images = find_images(DATA / "breakhis-half", "100X")
-    assert {i.subtype for i in images if i.patient_id == "14-13412"} == {"DC", "LC"}
+def test_the_slide_filed_twice_is_one_group_in_the_real_tree(leak_checker, caplog):
+    records = find_breakhis(DATA / "breakhis-half")
+    assert "WARNING: slide 14-13412 is filed under DC and LC" in caplog.text
+    assert {r.labels["subtype"] for r in records if r.patient_id == "14-13412"} == {"DC", "LC"}
     for fold in range(5):
-        split = patient_split(images, "subtype", 5, fold, 0)
-        assert leak_checker((i.patient_id, name) for name, part in split.parts().items() for i in part) == set()
+        split = fold_split(records, "subtype", "patient", 5, fold, 0)
+        assert leak_checker((r.patient_id, name) for name, part in split.parts().items() for r in part) == set()
+
+
+def test_the_authors_lists_leak_the_slide_filed_twice_in_three_of_five_folds():
+    lists = [DATA / "breakhis-folds" / f"dsfold{fold}.txt" for fold in range(1, 6)]
+    records = [parse_name(Path(line.split("|")[0])) for line in lists[0].read_text().split()]
+    found = [leaks(official_split(records, "subtype", "patient", path, seed=0), "patient") for path in lists]
+    assert found == [["14-13412"], [], ["14-13412"], [], ["14-13412"]]
+
+
+def test_patches_of_carcinoma_are_found_by_their_folders():
+    records = IDC.find(DATA / "idc")
+    assert len(records) == 7863
+    assert len(patients(records)) == 219
+    assert all(f"class{r.path.parent.name}" in r.path.name for r in records)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--magnification", "100X"], ["--magnification", "400X", "--task", "subtype", "--protocol", "image"]]
+    "arguments",
+    [
+        ["breakhis-originals", "--magnification", "100X"],
+        ["breakhis-originals", "--magnification", "400X", "--task", "subtype", "--protocol", "image"],
+        [
+            "breakhis-half",
+            "--protocol",
+            "official",
+            "--fold-dir",
+            str(DATA / "breakhis-folds"),
+            "--magnification",
+            "40X",
+        ],
+    ],
 )
 def test_a_short_run_where_many_classes_are_absent(arguments, tmp_path):
     small = ["--img-size", "64", "--epochs", "1", "--num-workers", "0"]
-    main(["--data-dir", str(DATA / "breakhis-originals"), "--output-dir", str(tmp_path), *small, *arguments])
+    main(["--data-dir", str(DATA / arguments[0]), "--output-dir", str(tmp_path), *small, *arguments[1:]])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["n_images"]["test"] > 0
     assert len(metrics["confusion_matrix"]) == len(metrics["classes"])

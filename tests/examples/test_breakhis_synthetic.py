@@ -3,12 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from breakhis.data import BENIGN, CLASSES, MAGNIFICATIONS, find_images
-from breakhis.splits import patients
+from breakhis.naming import BENIGN, BREAKHIS, find_breakhis
+from breakhis.records import patients
 from breakhis.synthetic import draw_tree
 from breakhis.tissue import FIELD_SIZE, Stain, draw_field
 from PIL import Image
 
+SUBTYPES, MAGNIFICATIONS = BREAKHIS.classes["subtype"], BREAKHIS.magnifications
 TYPICAL = Stain(haematoxylin=1.0, eosin=1.0, hue=0.0, white=(240, 242, 240), growth=1.0)
 
 
@@ -33,12 +34,12 @@ def test_the_seed_decides_every_byte(tmp_path):
 
 
 def test_the_tree_is_read_by_the_reader_of_the_real_data(synthetic_tree):
-    images = find_images(synthetic_tree, "all")
-    assert len(images) == 48
-    assert {image.subtype for image in images} == set(CLASSES["subtype"])
-    assert len(patients(images)) == 24
-    assert {image.magnification for image in images} == {"100X"}
-    path = images[0].path
+    records = find_breakhis(synthetic_tree)
+    assert len(records) == 48
+    assert {record.labels["subtype"] for record in records} == set(SUBTYPES)
+    assert len(patients(records)) == 24
+    assert {record.magnification for record in records} == {"100X"}
+    path = records[0].path
     assert path.relative_to(synthetic_tree).parts[:5] == ("BreaKHis_v1", "histology_slides", "breast", "benign", "SOB")
     with Image.open(path) as picture:
         assert (picture.size, picture.mode) == (FIELD_SIZE, "RGB")
@@ -52,9 +53,9 @@ def test_one_magnification_is_a_part_of_the_full_tree(tmp_path):
 
 
 def test_malignant_nuclei_cover_more_of_the_field():
-    cover = {kind: np.mean([nuclei(kind, "100X", seed).mean() for seed in range(3)]) for kind in CLASSES["subtype"]}
+    cover = {kind: np.mean([nuclei(kind, "100X", seed).mean() for seed in range(3)]) for kind in SUBTYPES}
     benign = [cover[kind] for kind in BENIGN]
-    malignant = [cover[kind] for kind in CLASSES["subtype"] if kind not in BENIGN]
+    malignant = [cover[kind] for kind in SUBTYPES if kind not in BENIGN]
     assert min(malignant) > max(benign)
     assert np.mean(malignant) > 2 * np.mean(benign)
 
@@ -73,12 +74,11 @@ def test_magnification_sets_the_size_of_a_nucleus(subtype):
 
 
 def test_a_patient_has_one_stain(synthetic_tree):
-    images = find_images(synthetic_tree, "all")
-    colours = {i.path: np.asarray(Image.open(i.path), dtype=float).mean(axis=(0, 1)) for i in images}
-    fibroadenomas = [image for image in images if image.subtype == "F"]
     by_patient = {}
-    for image in fibroadenomas:
-        by_patient.setdefault(image.patient_id, []).append(colours[image.path])
+    for record in find_breakhis(synthetic_tree):
+        if record.labels["subtype"] == "F":
+            colour = np.asarray(Image.open(record.path), dtype=float).mean(axis=(0, 1))
+            by_patient.setdefault(record.patient_id, []).append(colour)
     within = np.mean([np.ptp(rows, axis=0).mean() for rows in by_patient.values()])
     between = np.ptp([np.mean(rows, axis=0) for rows in by_patient.values()], axis=0).mean()
     assert between > 2 * within

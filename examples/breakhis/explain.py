@@ -1,0 +1,191 @@
+"""Shows why a model answers as it does: where it looks, and what its KFDE layers decide."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.image import show_cam_on_image
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+
+from kfde_layers import CFE, CSFE, MFDF, insertion_points
+
+
+class CamTarget(NamedTuple):
+    """The module whose output Grad-CAM looks at.
+
+    Attributes:
+        name: Of the module within the model.
+        layout: Order of the output's dimensions, "NCHW" or "NHWC".
+    """
+
+    name: str
+    layout: str
+
+
+def cam_target(model: nn.Module) -> CamTarget:
+    """Finds the last feature map of a timm model; behind it the position in the image is lost.
+
+    Raises:
+        ValueError: The model has no feature map, as a plain vision transformer.
+    """
+    names = [info["module"] for info in getattr(model, "feature_info", [])]
+    modules, points = dict(model.named_modules()), insertion_points(model)
+    for name in reversed(names):
+        if name in points:
+            return CamTarget(name, points[name].layout)
+        # Where a block stands already there is no room for another, so this is no insertion point; the map is there.
+        if hasattr(modules.get(name), "kfde"):
+            return CamTarget(name, getattr(model, "output_fmt", "NCHW"))
+    raise ValueError(
+        "model must have a module in its feature_info that returns a feature map, (N, C, H, W) or (N, H, W, C), "
+        f"got a {type(model).__name__} with {', '.join(names) or 'none'}"
+    )
+
+
+@torch.enable_grad()
+def grad_cam(model: nn.Module, inputs: Tensor, targets: Iterable[int]) -> np.ndarray:
+    r"""Grad-CAM: which parts of an image speak for a class.
+
+    \[ \mathrm{CAM}_{ij} = \max\Big(0, \sum_c w_c A_{cij}\Big), \qquad
+       w_c = \frac{1}{HW} \sum_{ij} \frac{\partial s}{\partial A_{cij}} \]
+
+    with A the last feature map and s the logit of the class in `targets`; enlarged to the image and stretched to 0..1.
+    Source: Selvaraju et al. (2017), ICCV. Differs from the paper: nowhere; computed by the library `grad-cam`.
+
+    Args:
+        model: A timm classifier, left as it is.
+        inputs: Normalised images, (N, 3, H, W), on any device.
+        targets: The class to explain for each image.
+
+    Returns:
+        (N, H, W), float32, each image from 0 to 1; all 0 where nothing speaks for the class.
+
+    Raises:
+        ValueError: The model has no feature map.
+    """
+    name, layout = cam_target(model)
+    model = copy.deepcopy(model).requires_grad_(False)  # the library hooks it, switches its mode, clears its gradients
+    channels_first = None if layout == "NCHW" else lambda x: x.permute(0, 3, 1, 2)
+    module = model.get_submodule(name)
+    cam = GradCAM(model, [module], reshape_transform=channels_first)
+    module.register_forward_hook(lambda module, args, output: output.clone())  # what follows may overwrite the map
+    inputs = inputs.detach().to(_device(model)).requires_grad_()  # frozen, the weights start no graph themselves
+    return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets])
+
+
+def as_picture(model: nn.Module, image: Tensor) -> Image.Image:
+    """The picture that a model is shown: `image`, (3, H, W), with the model's normalisation taken back."""
+    config = resolve_data_config(model=model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return to_pil_image((image.cpu() * std + mean).clamp(0, 1))
+
+
+def overlay(picture: Image.Image, cam: np.ndarray) -> Image.Image:
+    """Lays a Grad-CAM over what the model was shown, in blue where it is 0 and in red where it is 1.
+
+    Args:
+        picture: As the model was shown it, such as from `as_picture`; the field itself may be wider.
+        cam: (H, W) of the picture, from 0 to 1.
+
+    Returns:
+        An RGB image of the same size.
+
+    Raises:
+        ValueError: The sizes differ.
+    """
+    if cam.shape != (picture.height, picture.width):
+        raise ValueError(
+            f"cam must have the picture's height and width in px, {(picture.height, picture.width)}, got {cam.shape}"
+        )
+    return Image.fromarray(show_cam_on_image(np.asarray(picture, np.float32) / 255, cam, use_rgb=True))
+
+
+class Decisions(NamedTuple):
+    """What the KFDE layers decided about each of N images.
+
+    Attributes:
+        targets: Class of each image, (N,).
+        gates: For each CFE by name, the share of a channel's positions whose gate is open, (N, C), from 0 to 1.
+        branches: For each MFDF by name, the weight of each branch in each channel, (N, K, C); its sum over K is 1.
+    """
+
+    targets: np.ndarray
+    gates: dict[str, np.ndarray]
+    branches: dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def decisions(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Decisions:
+    """Records what every CFE and MFDF of a model decides, in one pass over some images.
+
+    Args:
+        model: Any model, left as it is; one without such layers gives empty dicts.
+        loader: At least one batch of (image, target, index), in any order.
+
+    Returns:
+        A row for each image, in the order of the indices.
+    """
+    model = copy.deepcopy(model).eval()  # hooks and mode are those of a copy
+    gates: dict[str, list[Tensor]] = {}
+    branches: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CSFE):
+            _record(module, gates.setdefault(f"{name}.cfe", []), _csfe_gates)
+        elif isinstance(module, CFE) and name not in gates:  # a CSFE runs its CFE without calling it
+            _record(module, gates.setdefault(name, []), _cfe_gates)
+        elif isinstance(module, MFDF):
+            _record(module, branches.setdefault(name, []), MFDF.branch_weights)
+    targets, indices = [], []
+    for inputs, target, index in loader:
+        model(inputs.to(_device(model)))
+        targets.append(target)
+        indices.append(index)
+    order = torch.cat(indices).argsort()
+    return Decisions(
+        torch.cat(targets)[order].numpy(),
+        {name: torch.cat(rows)[order].numpy() for name, rows in gates.items()},
+        {name: torch.cat(rows)[order].numpy() for name, rows in branches.items()},
+    )
+
+
+def by_class(values: np.ndarray, targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the images of each class.
+
+    Args:
+        values: A row for each image, (N, ...), such as from `Decisions`.
+        targets: Class of each image, (N,).
+        num_classes: Number of classes; the rows of an absent one are NaN.
+
+    Returns:
+        Both (num_classes, ...).
+    """
+    means, deviations = (np.full((num_classes, *values.shape[1:]), np.nan) for _ in range(2))
+    for target in np.unique(targets):
+        rows = values[targets == target]
+        means[target], deviations[target] = rows.mean(axis=0), rows.std(axis=0)
+    return means, deviations
+
+
+def _record(module: nn.Module, rows: list[Tensor], decide: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Appends to `rows` what `decide` makes of each input of a module."""
+    module.register_forward_pre_hook(lambda module, args: rows.append(decide(module, args[0]).cpu()))
+
+
+def _cfe_gates(cfe: CFE, x: Tensor) -> Tensor:
+    _, is_open = cfe.gate(x)
+    return is_open.float().mean((2, 3))
+
+
+def _csfe_gates(csfe: CSFE, x: Tensor) -> Tensor:
+    return _cfe_gates(csfe.cfe, csfe.sfe(x) if csfe.arrangement == "sfe_cfe" else x)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,215 @@
+"""Tables over many runs: by variant and magnification, over folds and seeds, beside the paper's.
+
+A study is whatever runs were asked for at once. Its tables have the paper's layout, methods down and magnifications
+across; the paper's figures stand below, labelled with their protocol, because they are of another one.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from breakhis import paper
+from breakhis.intervals import Predictions, bootstrap
+from breakhis.metrics import auc, balanced_accuracy, image_accuracy
+from breakhis.state import write_atomically
+
+SCORES = ("image_accuracy", "patient_recognition_rate", "balanced_accuracy", "macro_f1", "auc", "ece")
+COMPARED = {"image_accuracy": image_accuracy, "balanced_accuracy": balanced_accuracy, "auc": auc}
+"""Scores whose differences are given intervals, and how they are computed from weighted predictions."""
+
+
+def write_study(out: Path, folders: Sequence[Path]) -> str:
+    """Writes `results.json`, `results.csv` and `results.md` from finished runs.
+
+    Args:
+        out: Where to write.
+        folders: Of the runs, each with `metrics.json` and `predictions.csv`.
+
+    Returns:
+        The tables in Markdown, as in `results.md`.
+    """
+    runs = [json.loads((folder / "metrics.json").read_text()) | {"folder": folder} for folder in folders]
+    results = {
+        "dataset": runs[0]["dataset"],
+        "synthetic": runs[0]["synthetic"],
+        "protocol": runs[0]["protocol"],
+        "task": runs[0]["task"],
+        "cells": summarise_cells(runs),
+        "differences": compare_variants(runs),
+    }
+    tables = _markdown(results)
+    write_atomically(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+    write_atomically(out / "results.csv", lambda part: _write_csv(part, runs))
+    write_atomically(out / "results.md", lambda part: part.write_text(tables + "\n"))
+    return tables
+
+
+def _groups(runs: Sequence[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
+    """The runs by the values of some keys, in the order of first meeting."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    return groups
+
+
+def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of each score over folds and seeds, by variant and magnification.
+
+    Returns:
+        A cell for each: `variant`, `magnification`, `n_runs`, `n_patients` (distinct ones in the tests), and for each
+        score `mean` and `sd`; `sd` is None for a single run, and both are where a run has no such score.
+    """
+    cells = []
+    for (variant, magnification), group in _groups(runs, "variant", "magnification").items():
+        tested = {row["patient"] for run in group for row in _predictions(run["folder"])}
+        cell: dict[str, Any] = {"variant": variant, "magnification": magnification}
+        cell |= {"n_runs": len(group), "n_patients": len(tested)}
+        for score in SCORES:
+            values = [run[score] for run in group if run[score] is not None]
+            cell[score] = {
+                "mean": mean(values) if values else None,
+                "sd": stdev(values) if len(values) > 1 else None,
+            }
+        cells.append(cell)
+    return cells
+
+
+def compare_variants(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Differences of each variant to the first, with 95 % intervals over patients and seeds, by magnification.
+
+    The folds of one seed are laid side by side, so that each patient is tested once per seed.
+
+    Returns:
+        A row for each variant but the first, magnification and score: `variant`, `to`, `magnification`, `score`,
+        `n_patients`, `n_seeds`, `difference`, `low`, `high`. Nothing is compared where there is one variant.
+    """
+    rows = []
+    for (magnification,), group in _groups(runs, "magnification").items():
+        arms = {variant: _pool(part) for (variant,), part in _groups(group, "variant").items()}
+        if len(arms) < 2:
+            continue
+        first, *others = arms
+        for score, function in COMPARED.items():
+            try:
+                _, differences = bootstrap(list(arms.values()), function)
+            except ValueError:  # one class only: the score is not defined
+                continue
+            for variant, difference in zip(others, differences[1:], strict=True):
+                rows.append(
+                    {
+                        "variant": variant,
+                        "to": first,
+                        "magnification": magnification,
+                        "score": score,
+                        "n_patients": len(set(arms[first].patient_ids.tolist())),
+                        "n_seeds": len(arms[first].probabilities),
+                        "difference": difference.value,
+                        "low": difference.low,
+                        "high": difference.high,
+                    }
+                )
+    return rows
+
+
+def _pool(runs: Sequence[dict[str, Any]]) -> Predictions:
+    """The predictions of one variant: folds side by side, seeds one above the other."""
+    by_seed = []
+    for (_,), folds in _groups(runs, "seed").items():
+        by_seed.append([row for run in folds for row in _predictions(run["folder"])])
+    classes = runs[0]["classes"]
+    return Predictions(
+        targets=np.array([classes.index(row["target"]) for row in by_seed[0]]),
+        patient_ids=np.array([row["patient"] for row in by_seed[0]]),
+        probabilities=np.array(
+            [[[float(row[f"prob_{name}"]) for name in classes] for row in rows] for rows in by_seed]
+        ),
+    )
+
+
+def _predictions(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_csv(path: Path, runs: Sequence[dict[str, Any]]) -> None:
+    keys = ["variant", "magnification", "fold", "seed", *SCORES]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*keys, "n_images", "n_patients", "best_epoch"])
+        for run in runs:
+            sizes = [run["n_images"]["test"], run["n_patients"]["test"], run["best_epoch"]]
+            writer.writerow([*(run[key] for key in keys), *sizes])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    """The tables, each under a sentence that says what its numbers are."""
+    cells, differences = results["cells"], results["differences"]
+    variants = list(dict.fromkeys(cell["variant"] for cell in cells))
+    magnifications = list(dict.fromkeys(cell["magnification"] for cell in cells))
+    found = {(cell["variant"], cell["magnification"]): cell for cell in cells}
+    source = "synthetic images" if results["synthetic"] else results["dataset"]
+    protocol = f"{results['protocol']} protocol" + (" (patients leak)" if results["protocol"] == "image" else "")
+    blocks = []
+    for score in SCORES:
+        rows = [
+            [variant, protocol, *(_cell(found[variant, magnification], score) for magnification in magnifications)]
+            for variant in variants
+        ]
+        if score == "image_accuracy" and results["dataset"] == "breakhis":
+            rows += _paper_rows(results["task"], variants, magnifications)
+        name = score.replace("_", " ").replace("auc", "AUC").replace("ece", "ECE")
+        blocks.append(
+            f"{name[0].upper()}{name[1:]}, {source}, {results['task']}; "
+            "mean ± sd over folds and seeds, n patients in the tests."
+        )
+        blocks.append(_table(["method", "protocol", *magnifications], rows))
+    if differences:
+        blocks.append(
+            f"Difference to {differences[0]['to']}, {source}, {results['task']}, {protocol}; "
+            "in brackets 95 % of the bootstrap over patients and seeds."
+        )
+        rows = [
+            [
+                row["variant"],
+                row["score"].replace("_", " "),
+                row["magnification"],
+                f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
+                f"{row['n_patients']} patients, {row['n_seeds']} seeds",
+            ]
+            for row in differences
+        ]
+        blocks.append(_table(["method", "score", "magnification", "difference", "over"], rows))
+    return "\n\n".join(blocks)
+
+
+def _cell(cell: dict[str, Any], score: str) -> str:
+    value, spread = cell[score]["mean"], cell[score]["sd"]
+    if value is None:
+        return "undefined"
+    shown = f"{value:.3f}" if spread is None else f"{value:.3f} ± {spread:.3f}"
+    return f"{shown} (n = {cell['n_patients']})"
+
+
+def _paper_rows(task: str, variants: Sequence[str], magnifications: Sequence[str]) -> list[list[str]]:
+    """The paper's figures for what was measured: of its ablation, or of all its methods where there is none."""
+    table = paper.ABLATION if "baseline" in variants and task == "subtype" else paper.TABLES[task]
+    return [
+        [name, paper.PROTOCOL, *(_share(figures, magnification) for magnification in magnifications)]
+        for name, figures in table.items()
+    ]
+
+
+def _share(figures: Sequence[float], magnification: str) -> str:
+    if magnification not in paper.MAGNIFICATIONS:
+        return "not given"
+    return f"{figures[paper.MAGNIFICATIONS.index(magnification)] / 100:.4f}"

@@ -1,0 +1,211 @@
+"""Classifies a folder of images with a model that `train_breakhis.py` saved.
+
+    python examples/predict_breakhis.py --checkpoint OUT/best --images DIR --output predictions.csv --cam-dir CAMS
+
+Images may have any name and lie at any depth. Those named like BreakHis' are also put together by patient, in
+`predictions_patients.csv`.
+"""
+
+import argparse
+import csv
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from breakhis.checkpoints import eval_transform, load_model
+from breakhis.explain import as_picture, cam_target, grad_cam, overlay
+from breakhis.images import find_faults, image_files, open_rgb
+from breakhis.naming import parse_name
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
+
+logger = logging.getLogger("breakhis")
+
+NOTHING_PREDICTED = 2  # as argparse's, so that a script sees that there is no result
+
+
+def _device(text: str) -> torch.device:
+    """An argparse type: a device of this machine; "auto" is its accelerator, or else the CPU."""
+    if text == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:  # an assertion where PyTorch lacks its backend
+        raise argparse.ArgumentTypeError(f"must be 'auto' or a device of this machine, got {text!r}") from error
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; `argv` stands for it in tests."""
+    parser = argparse.ArgumentParser(
+        description="Classify a folder of images with a model that train_breakhis.py saved.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    required = {"type": Path, "required": True, "default": argparse.SUPPRESS}
+    parser.add_argument("--checkpoint", **required, help="folder with config.json and model.safetensors")
+    parser.add_argument("--images", **required, help="directory with images at any depth")
+    parser.add_argument("--output", **required, help="CSV file to write, one row for each image")
+    parser.add_argument(
+        "--cam-dir", type=Path, help="where to write a Grad-CAM of each image's predicted class, as PNG"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="images per step")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that load images; 0 loads inline")
+    parser.add_argument("--device", type=_device, default="auto", help="such as cpu or cuda:1")
+    args = parser.parse_args(argv)
+    for name in ("config.json", "model.safetensors"):
+        if not (args.checkpoint / name).is_file():
+            parser.error(f"argument --checkpoint: must be a folder with {name}, got {str(args.checkpoint)!r}")
+    if not args.images.is_dir():
+        parser.error(f"argument --images: must be a directory, got {str(args.images)!r}")
+    if args.output.is_dir():
+        parser.error(f"argument --output: must be a file, got the directory {str(args.output)!r}")
+    if args.cam_dir is not None and args.cam_dir.resolve().is_relative_to(args.images.resolve()):
+        parser.error(
+            "argument --cam-dir: must not lie below --images, whose next run would take the overlays for images, "
+            f"got {str(args.cam_dir)!r}"
+        )
+    for name, minimum in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(args, name) < minimum:
+            flag = name.replace("_", "-")
+            parser.error(f"argument --{flag}: must be at least {minimum}, got {getattr(args, name)}")
+    return args
+
+
+def usable_images(directory: Path) -> list[Path]:
+    """The images below a directory that can be read; each of the others is named in the log, and they are counted."""
+    paths = image_files(directory)
+    faults = find_faults(paths)
+    for path, reason in faults.items():
+        logger.warning("skipped %s: %s", path.relative_to(directory), reason)
+    usable = [path for path in paths if path not in faults]
+    logger.info("%d images, %d skipped", len(usable), len(faults))
+    return usable
+
+
+def predict(model: nn.Module, loader: DataLoader, overlays: Sequence[Path] | None) -> np.ndarray:
+    """Predicts every image, and shows where the model looked.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of images, (N, 3, H, W), in order.
+        overlays: For each image, the PNG file of its Grad-CAM for the predicted class; None writes none.
+
+    Returns:
+        Probabilities, a row for each image and a column for each class.
+    """
+    device, rows = next(model.parameters()).device, []
+    for inputs in tqdm(loader, "predicting", unit="batch"):
+        inputs = inputs.to(device)
+        with torch.inference_mode():
+            probabilities = model(inputs).softmax(1)
+        if overlays is not None:
+            cams = grad_cam(model, inputs, probabilities.argmax(1).tolist())
+            for image, cam, path in zip(inputs, cams, overlays[len(rows) :], strict=False):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                overlay(as_picture(model, image), cam).save(path)
+        rows += probabilities.tolist()
+    return np.array(rows)
+
+
+def patient_votes(
+    patient_ids: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]
+) -> list[dict[str, str | int | float]]:
+    """Puts the images of each patient together, whatever their magnifications.
+
+    Args:
+        patient_ids: Patient of each image.
+        probabilities: A row for each image, a column for each class.
+        classes: Names of the classes.
+
+    Returns:
+        For each patient: `patient`, `n_images`, `prediction` by the mean of the images' probabilities, those means as
+        `prob_<class>`, and the class that most images are predicted as, `majority`, with their share,
+        `majority_share`. Of classes with equally many images, the one of the larger mean is the majority.
+    """
+    groups = defaultdict(list)
+    for patient_id, row in zip(patient_ids, probabilities, strict=True):
+        groups[patient_id].append(row)
+    rows = []
+    for patient_id, images in sorted(groups.items()):
+        means = np.mean(images, axis=0)
+        counts = np.bincount(np.argmax(images, axis=1), minlength=len(classes))
+        majority = max(range(len(classes)), key=lambda index: (counts[index], means[index]))
+        rows.append(
+            {"patient": patient_id, "n_images": len(images), **_prediction(means, classes)}
+            | {"majority": classes[majority], "majority_share": counts[majority] / len(images)}
+        )
+    return rows
+
+
+def _prediction(probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
+    """The columns `prediction` and `prob_<class>`."""
+    columns = {f"prob_{name}": f"{value:.9g}" for name, value in zip(classes, probabilities, strict=True)}
+    return {"prediction": classes[probabilities.argmax()], **columns}  # 9 digits restore a float32
+
+
+def _patient_id(path: Path) -> str:
+    try:
+        return parse_name(path).patient_id
+    except ValueError:
+        return ""
+
+
+def _load(transform: Callable[[Image.Image], Tensor], paths: Sequence[Path]) -> Tensor:
+    return torch.stack([transform(open_rgb(path)) for path in paths])
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, str | int | float]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns 0, or 2 where there was nothing to predict."""
+    args = parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logger.setLevel(logging.INFO)
+    paths = usable_images(args.images)
+    if not paths:
+        logger.error("argument --images: must hold an image that can be used, got none in %r", str(args.images))
+        return NOTHING_PREDICTED
+    model = load_model(args.checkpoint).to(args.device)
+    names = [path.relative_to(args.images).as_posix() for path in paths]
+    overlays = None
+    if args.cam_dir is not None:
+        try:
+            cam_target(model)
+        except ValueError as error:
+            logger.error("argument --cam-dir: %s", error)
+            return NOTHING_PREDICTED
+        # The whole name and one suffix more, so that a.png and a.jpg of one folder have overlays of their own.
+        overlays = [args.cam_dir / f"{name}.png" for name in names]
+
+    load = partial(_load, eval_transform(model))
+    loader = DataLoader(paths, args.batch_size, num_workers=args.num_workers, collate_fn=load)
+    probabilities = predict(model, loader, overlays)
+    classes, patient_ids = model.pretrained_cfg["label_names"], [_patient_id(path) for path in paths]
+    rows = [
+        {"file": name, "patient": patient_id, **_prediction(row, classes)}
+        for name, patient_id, row in zip(names, patient_ids, probabilities, strict=True)
+    ]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    _write_csv(args.output, rows)
+    known = [index for index, patient_id in enumerate(patient_ids) if patient_id]
+    if known:
+        votes = patient_votes([patient_ids[index] for index in known], probabilities[known], classes)
+        _write_csv(args.output.with_name(f"{args.output.stem}_patients.csv"), votes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
