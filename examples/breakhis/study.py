@@ -49,12 +49,12 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     return tables
 
 
-def _groups(runs: Sequence[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
-    """The runs by the values of some keys, in the order of first meeting."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
+def groups(runs: Sequence[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
+    """The runs by the values of some keys, such as `("KFDE", "40X")`, in the order of first meeting."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
     for run in runs:
-        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
-    return groups
+        found.setdefault(tuple(run[key] for key in keys), []).append(run)
+    return found
 
 
 def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -65,8 +65,8 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         score `mean` and `sd`; `sd` is None for a single run, and both are where a run has no such score.
     """
     cells = []
-    for (variant, magnification), group in _groups(runs, "variant", "magnification").items():
-        tested = {row["patient"] for run in group for row in _predictions(run["folder"])}
+    for (variant, magnification), group in groups(runs, "variant", "magnification").items():
+        tested = {row["patient"] for run in group for row in read_predictions(run["folder"])}
         cell: dict[str, Any] = {"variant": variant, "magnification": magnification}
         cell |= {"n_runs": len(group), "n_patients": len(tested)}
         for score in SCORES:
@@ -82,23 +82,23 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compare_variants(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Differences of each variant to the first, with 95 % intervals over patients and seeds, by magnification.
 
-    The folds of one seed are laid side by side, so that each patient is tested once per seed.
+    The folds of one seed are laid side by side, so that each patient is tested once per seed; under the official
+    protocol, whose folds share patients, once per fold that holds it.
 
     Returns:
         A row for each variant but the first, magnification and score: `variant`, `to`, `magnification`, `score`,
         `n_patients`, `n_seeds`, `difference`, `low`, `high`. Nothing is compared where there is one variant.
     """
     rows = []
-    for (magnification,), group in _groups(runs, "magnification").items():
-        arms = {variant: _pool(part) for (variant,), part in _groups(group, "variant").items()}
+    for (magnification,), group in groups(runs, "magnification").items():
+        arms = {variant: _pool(part) for (variant,), part in groups(group, "variant").items()}
         if len(arms) < 2:
             continue
         first, *others = arms
         for score, function in COMPARED.items():
-            try:
-                _, differences = bootstrap(list(arms.values()), function)
-            except ValueError:  # one class only: the score is not defined
+            if function(arms[first].targets, arms[first].probabilities[0]) is None:  # one class only
                 continue
+            _, differences = bootstrap(list(arms.values()), function)
             for variant, difference in zip(others, differences[1:], strict=True):
                 rows.append(
                     {
@@ -119,8 +119,8 @@ def compare_variants(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _pool(runs: Sequence[dict[str, Any]]) -> Predictions:
     """The predictions of one variant: folds side by side, seeds one above the other."""
     by_seed = []
-    for (_,), folds in _groups(runs, "seed").items():
-        by_seed.append([row for run in folds for row in _predictions(run["folder"])])
+    for (_,), folds in groups(runs, "seed").items():
+        by_seed.append([row for run in folds for row in read_predictions(run["folder"])])
     classes = runs[0]["classes"]
     return Predictions(
         targets=np.array([classes.index(row["target"]) for row in by_seed[0]]),
@@ -131,7 +131,8 @@ def _pool(runs: Sequence[dict[str, Any]]) -> Predictions:
     )
 
 
-def _predictions(folder: Path) -> list[dict[str, str]]:
+def read_predictions(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's `predictions.csv`, in their order."""
     with (folder / "predictions.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -165,7 +166,7 @@ def _markdown(results: dict[str, Any]) -> str:
             [variant, protocol, *(_cell(found[variant, magnification], score) for magnification in magnifications)]
             for variant in variants
         ]
-        if score == "image_accuracy" and results["dataset"] == "breakhis":
+        if score == "image_accuracy" and results["dataset"] == "breakhis" and not results["synthetic"]:
             rows += _paper_rows(results["task"], variants, magnifications)
         name = score.replace("_", " ").replace("auc", "AUC").replace("ece", "ECE")
         blocks.append(

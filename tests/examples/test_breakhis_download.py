@@ -133,10 +133,12 @@ def serving(*answers: Answer) -> Iterator[Server]:
     with Server(answers) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server
-        server.over.set()
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.over.set()
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -494,6 +496,13 @@ def damaged(place: int) -> bytes:
     return WHOLE[:place] + bytes([WHOLE[place] ^ 1]) + WHOLE[place + 1 :]
 
 
+def with_an_invalid_block() -> bytes:
+    """The archive as two gzip streams, of which the second begins with deflate's reserved block type."""
+    tar = gzip.decompress(WHOLE)
+    first, second = (gzip.compress(half, mtime=0) for half in (tar[:100_000], tar[100_000:]))
+    return first + second[:10] + b"\x07" + second[11:]
+
+
 @pytest.mark.parametrize(
     "archive",
     [
@@ -504,13 +513,14 @@ def damaged(place: int) -> bytes:
         damaged(len(WHOLE) - 8),
         damaged(len(WHOLE) - 4),
         damaged(len(WHOLE) // 2),
+        with_an_invalid_block(),
         WHOLE + b"more",
         gzip.compress(b"no tar"),
         b"\x1f\x8b",
         b"no gzip",
         b"",
     ],
-    ids=["-1", "-8", "half", "20", "CRC", "length", "middle", "more", "no tar", "magic", "no gzip", "empty"],
+    ids=["-1", "-8", "half", "20", "CRC", "length", "middle", "block", "more", "no tar", "magic", "no gzip", "empty"],
 )
 def test_damaged_archives_are_refused(tmp_path, archive):
     with pytest.raises(
