@@ -46,13 +46,13 @@ logger = logging.getLogger("breakhis")
 
 
 def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Path, list[Record]]:
-    """Finds the images, fetching or drawing them first if asked to, and leaves out those that cannot be read.
+    """Finds the images, fetching or drawing them first if asked to, and leaves out files that cannot be used.
 
     Returns:
         The data directory, and the records.
 
     Raises:
-        ValueError: There is no image; or, with `--strict`, one that cannot be read.
+        ValueError: There is no image; or, with `--strict`, one that is misnamed or cannot be read.
     """
     data_dir = args.output_dir / "synthetic" if args.synthetic else args.data_dir
     if accelerator.is_main_process:
@@ -62,16 +62,16 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
             wanted = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
             logger.info("drew %d images in %s", draw_tree(data_dir, args.split_seed, wanted), data_dir)
     accelerator.wait_for_everyone()
-    records = SOURCES[args.dataset].find(data_dir)
+    records, misnamed = SOURCES[args.dataset].find(data_dir)
     faults = find_faults([record.path for record in records]) if accelerator.is_main_process else {}
     (faults,) = broadcast_object_list([faults])
-    for path, reason in faults.items():
+    for path, reason in {**misnamed, **faults}.items():
         logger.warning("left out %s: %s", path, reason)
-    if faults:
-        found = f"{len(faults)} of {len(records)} images cannot be read"
+    if misnamed or faults:
+        found = f"{len(misnamed)} misnamed files, and {len(faults)} of {len(records)} images that cannot be read"
         if args.strict:
-            raise ValueError(f"data_dir must hold readable images alone with --strict, got {found}, named above")
-        logger.warning("WARNING: %s", found)
+            raise ValueError(f"data_dir must hold usable images alone with --strict, got {found}, named above")
+        logger.warning("WARNING: left out %s", found)
     return data_dir, [record for record in records if record.path not in faults]
 
 
@@ -94,7 +94,8 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Spli
         "dataset": args.dataset,
         "synthetic": args.synthetic,
         "protocol": args.protocol,
-        "protocol_in_words": split.protocol,
+        "protocol_in_words": split.protocol + (", validation" if args.score_on == "val" else ""),
+        "scored_on": args.score_on,
         "task": args.task,
         "magnification": args.magnification,
         "fold": args.fold,
@@ -147,20 +148,23 @@ def run_once(
     # The test set is looked at here, for the first and only time, through the checkpoint as it was written, and in
     # float32 whatever the training ran in, so that whoever loads the checkpoint gets the same numbers.
     model = load_model(out / "best").to(accelerator.device)
-    test_data = ImageDataset(split.test, args.task, classes, eval_transform(model))
-    loader = accelerator.prepare(DataLoader(test_data, batch_size=args.batch_size, num_workers=args.num_workers))
+    scored = split.parts()[args.score_on]
+    if not scored:
+        raise ValueError(f"--score-on must name a part with images, got {args.score_on!r}, which has none")
+    data = ImageDataset(scored, args.task, classes, eval_transform(model))
+    loader = accelerator.prepare(DataLoader(data, batch_size=args.batch_size, num_workers=args.num_workers))
     probabilities = predict(accelerator, model, loader).softmax(1).tolist()
 
     metrics = describe_run(args, accelerator, split) | {"best_epoch": best_epoch, "history": history}
-    metrics |= score(test_data.targets, probabilities, [record.patient_id for record in split.test])
+    metrics |= score(data.targets, probabilities, [record.patient_id for record in scored])
     if accelerator.is_main_process:
         title = describe_protocol(metrics)
         write_split(out / "split.csv", split, data_dir)
-        write_predictions(out / "predictions.csv", split.test, probabilities, args.task, classes, data_dir)
+        write_predictions(out / "predictions.csv", scored, probabilities, args.task, classes, data_dir)
         draw_confusion_matrix(metrics["confusion_matrix"], classes, title, out / "confusion_matrix.png")
         draw_curves(history, best_epoch, title, out / "curves.png")
-        draw_roc(test_data.targets, probabilities, classes, title, out / "roc.png")
-        draw_calibration(test_data.targets, probabilities, title, out / "calibration.png")
+        draw_roc(data.targets, probabilities, classes, title, out / "roc.png")
+        draw_calibration(data.targets, probabilities, title, out / "calibration.png")
         # Last, because it is what says that the run is finished.
         write_atomically(finished, lambda part: part.write_text(json.dumps(metrics, indent=2) + "\n"))
         (out / STATE).unlink()
@@ -192,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         results = [run_once(run, accelerator, data_dir, records) for run in runs]
         if len(runs) > 1 and accelerator.is_main_process:
             print(write_study(args.output_dir, [run.output_dir for run in runs]))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"train_breakhis.py: error: {error}")
     accelerator.end_training()
     return results

@@ -1,9 +1,9 @@
 """Builds a timm model for histology, and saves it so that timm alone can load it again."""
 
 import argparse
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -106,13 +106,13 @@ def save_model(model: nn.Module, folder: Path, classes: Sequence[str], model_arg
         classes: Class names in the order of the outputs.
         model_args: What `build_model` returned.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as part:
-        save_for_hf(
-            model, part, model_config={"label_names": list(classes)}, model_args=model_args, safe_serialization=True
-        )
-        for file in Path(part).iterdir():
-            write_atomically(folder / file.name, file.replace)
+    part = folder / "part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+    config = {"label_names": list(classes)}
+    save_for_hf(model, str(part), model_config=config, model_args=model_args, safe_serialization=True)
+    for file in part.iterdir():
+        write_atomically(folder / file.name, file.replace)
+    part.rmdir()
 
 
 def load_model(folder: Path) -> nn.Module:

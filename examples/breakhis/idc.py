@@ -3,41 +3,37 @@
 Janowczyk and Madabhushi (2016), after Cruz-Roa et al. (2014): patches of 50 x 50 px from whole slides, one per patient.
 """
 
-import logging
 from pathlib import Path
 
 from breakhis.images import image_files
-from breakhis.records import Record, Source
-
-logger = logging.getLogger(__name__)
+from breakhis.records import Found, Record, Source
 
 _CLASSES = {"0": "other", "1": "carcinoma"}
 
 
-def find_idc(data_dir: Path) -> list[Record]:
+def find_idc(data_dir: Path) -> Found:
     """Finds every patch below a directory.
-
-    A picture in a folder of another name is left out with a line in the log.
 
     Args:
         data_dir: Where to look, to any depth.
 
     Returns:
-        Records, sorted by path, with labels for "binary".
+        Records, sorted by path, with labels for "binary", and the pictures in folders of other names.
 
     Raises:
         ValueError: `data_dir` is no directory, or holds no patch.
     """
-    records = []
+    records: list[Record] = []
+    misnamed: dict[Path, str] = {}
     for path in image_files(data_dir):
         label, patient_id = path.parent.name, path.parent.parent.name
         if label not in _CLASSES:
-            logger.warning("left out %s: its folder must be named 0 or 1, got %r", path, label)
+            misnamed[path] = f"its folder must be named 0 or 1, got {label!r}"
             continue
         records.append(Record(path, {"binary": _CLASSES[label]}, patient_id=patient_id, case_id=patient_id))
     if not records:
         raise ValueError(f"data_dir must hold patches in <patient>/<0 or 1>/, got none in {str(data_dir)!r}")
-    return records
+    return Found(records, misnamed)
 
 
 IDC = Source(classes={"binary": tuple(_CLASSES.values())}, magnifications=(), find=find_idc)

@@ -7,10 +7,11 @@ year 2014, at magnification 40X, image 10. Folders are not looked at, so any lay
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from breakhis.images import IMAGE_SUFFIXES, image_files
-from breakhis.records import Record, Source
+from breakhis.records import Found, Record, Source
 
 logger = logging.getLogger(__name__)
 
@@ -56,40 +57,42 @@ def parse_name(path: Path) -> Record:
     )
 
 
-def find_breakhis(data_dir: Path) -> list[Record]:
+def find_breakhis(data_dir: Path) -> Found:
     """Finds every BreakHis image below a directory.
 
-    A picture with another name is left out with a line in the log. So is a second file of the same name: copies of the
-    data set that are sorted into folds hold each image several times, and a copy could land on the other side of a
-    split. A slide that is filed under two types is reported.
+    Of several files of one name the first counts: copies of the data set that are sorted into folds hold each image
+    several times, and a copy could land on the other side of a split. The others are counted in the log, and a slide
+    that is filed under two types is reported there.
 
     Args:
         data_dir: Where to look, to any depth.
 
     Returns:
-        Records, sorted by file name.
+        Records, sorted by file name, and the pictures with other names.
 
     Raises:
         ValueError: `data_dir` is no directory, or holds no image of BreakHis.
     """
     records: dict[str, Record] = {}
+    misnamed: dict[Path, str] = {}
+    copies: list[Path] = []
     for path in image_files(data_dir):
         try:
             record = parse_name(path)
         except ValueError as error:
-            logger.warning("left out %s: %s", path, error)
+            misnamed[path] = str(error)
             continue
-        if path.stem in records:
-            logger.warning("left out %s: a second copy of %s", path, records[path.stem].path)
-            continue
-        records[path.stem] = record
+        if records.setdefault(path.stem, record) is not record:
+            copies.append(path)
     if not records:
         raise ValueError(f"data_dir must hold images named {GRAMMAR} at any depth, got none in {str(data_dir)!r}")
+    if copies:
+        logger.warning("left out %d further copies of images, such as %s", len(copies), copies[0])
     _report_conflicts(records.values())
-    return [records[name] for name in sorted(records)]
+    return Found([records[name] for name in sorted(records)], misnamed)
 
 
-def _report_conflicts(records) -> None:
+def _report_conflicts(records: Iterable[Record]) -> None:
     """Names the patients whose slide is filed under more than one type."""
     subtypes = defaultdict(set)
     for record in records:

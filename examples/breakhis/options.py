@@ -121,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         "--folds", nargs="+", type=_fold, default=[0], help="test folds from 0, one run for each; or all"
     )
     split.add_argument("--fold-dir", type=Path, default=None, help="directory with the authors' dsfold1.txt and so on")
+    split.add_argument(
+        "--score-on",
+        choices=("test", "val"),
+        default="test",
+        help="val: while settings are chosen",
+    )
     split.add_argument("--split-seed", type=_number(int, 0), default=0, help="shuffles patients before they are split")
 
     model = parser.add_argument_group("model")

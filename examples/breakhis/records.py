@@ -38,18 +38,30 @@ class Record:
         return {"patient": self.patient_id, "case": self.case_id, "image": str(self.path)}[group_by]
 
 
+class Found(NamedTuple):
+    """What a directory holds.
+
+    Attributes:
+        records: In an order that does not depend on the file system.
+        misnamed: Pictures that the data set's naming does not fit, and in a sentence why not.
+    """
+
+    records: list[Record]
+    misnamed: dict[Path, str]
+
+
 class Source(NamedTuple):
     """A data set that can be trained on.
 
     Attributes:
         classes: Class names by task, in the order of a model's outputs.
         magnifications: All there are, or none where the records have no magnification.
-        find: From a directory to its records, in an order that does not depend on the file system.
+        find: From a directory to what it holds; ValueError where there is no record.
     """
 
     classes: dict[str, tuple[str, ...]]
     magnifications: tuple[str, ...]
-    find: Callable[[Path], list[Record]]
+    find: Callable[[Path], Found]
 
 
 def patients(records: Iterable[Record]) -> set[str]:

@@ -80,10 +80,11 @@ def describe_protocol(metrics: dict[str, Any]) -> str:
 
 
 def summarise(metrics: dict[str, Any]) -> str:
-    """One sentence: protocol, scores, and how many images and patients of the test set they rest on."""
+    """One sentence: protocol, scores, and how many images and patients they rest on."""
+    part = metrics["scored_on"]
     return (
         f"{describe_protocol(metrics)}: image accuracy {metrics['image_accuracy']:.3f}, "
         f"patient recognition rate {metrics['patient_recognition_rate']:.3f}, "
         f"balanced accuracy {metrics['balanced_accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f} "
-        f"on {metrics['n_images']['test']} images of {metrics['n_patients']['test']} patients"
+        f"on {metrics['n_images'][part]} images of {metrics['n_patients'][part]} patients"
     )

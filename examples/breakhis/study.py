@@ -168,7 +168,7 @@ def _markdown(results: dict[str, Any]) -> str:
         ]
         if score == "image_accuracy" and results["dataset"] == "breakhis" and not results["synthetic"]:
             rows += _paper_rows(results["task"], variants, magnifications)
-        name = score.replace("_", " ").replace("auc", "AUC").replace("ece", "ECE")
+        name = _in_words(score)
         blocks.append(
             f"{name[0].upper()}{name[1:]}, {source}, {results['task']}; "
             "mean ± sd over folds and seeds, n patients in the tests."
@@ -182,7 +182,7 @@ def _markdown(results: dict[str, Any]) -> str:
         rows = [
             [
                 row["variant"],
-                row["score"].replace("_", " "),
+                _in_words(row["score"]),
                 row["magnification"],
                 f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
                 f"{row['n_patients']} patients, {row['n_seeds']} seeds",
@@ -191,6 +191,10 @@ def _markdown(results: dict[str, Any]) -> str:
         ]
         blocks.append(_table(["method", "score", "magnification", "difference", "over"], rows))
     return "\n\n".join(blocks)
+
+
+def _in_words(score: str) -> str:
+    return {"auc": "AUC", "ece": "ECE", "macro_f1": "macro F1"}.get(score, score.replace("_", " "))
 
 
 def _cell(cell: dict[str, Any], score: str) -> str:

@@ -41,6 +41,7 @@ def created(monkeypatch):
 def test_a_pretrained_kfde_model_starts_at_its_backbone_and_loads_again(created, tmp_path):
     model, model_args = build_model(flags(pretrained=True), num_classes=2)
     assert created == [{"pretrained": True, "num_classes": 2, "identity_start": True}]
+    (tmp_path / "part" / "left").mkdir(parents=True)  # as after a kill
     save_model(model, tmp_path, ["benign", "malignant"], model_args)
     again = load_model(tmp_path)
     assert not again.training

@@ -57,19 +57,21 @@ def test_another_name_is_refused_and_named(name):
 def test_images_are_found_in_any_tree_in_the_order_of_their_names(tmp_path, tree):
     for name in ("SOB_M_DC-14-2-100-002.png", "SOB_B_A-14-1-40-001.png", "SOB_M_DC-14-2-100-001.jpg"):
         touch(tmp_path / tree.format(name))
-    found = [record.path.name for record in find_breakhis(tmp_path)]
+    found = [record.path.name for record in find_breakhis(tmp_path).records]
     assert found == ["SOB_B_A-14-1-40-001.png", "SOB_M_DC-14-2-100-001.jpg", "SOB_M_DC-14-2-100-002.png"]
 
 
-def test_misnamed_files_and_second_copies_are_left_out_with_one_line_each(tmp_path, caplog):
-    touch(tmp_path / "test" / "SOB_B_A-14-1-40-001.png")
-    touch(tmp_path / "train" / "SOB_B_A-14-1-40-001.png")
+def test_misnamed_files_and_further_copies_are_left_out(tmp_path, caplog):
+    for folder in ("fold1/test", "fold1/train", "fold2/test"):
+        touch(tmp_path / folder / "SOB_B_A-14-1-40-001.png")
     touch(tmp_path / "figure.png")
     with caplog.at_level(logging.WARNING, logger="breakhis"):
-        assert [record.path.parent.name for record in find_breakhis(tmp_path)] == ["test"]
-    assert len(caplog.messages) == 2
-    assert sum("figure.png" in message for message in caplog.messages) == 1
-    assert sum("second copy" in message for message in caplog.messages) == 1
+        records, misnamed = find_breakhis(tmp_path)
+    assert [record.path.parent.relative_to(tmp_path).as_posix() for record in records] == ["fold1/test"]
+    (message,) = caplog.messages
+    assert message.startswith("left out 2 further copies of images, such as")
+    assert list(misnamed) == [tmp_path / "figure.png"]
+    assert misnamed[tmp_path / "figure.png"].endswith("got 'figure.png'")
 
 
 def test_a_slide_filed_under_two_types_is_reported(tmp_path, caplog):
@@ -77,7 +79,7 @@ def test_a_slide_filed_under_two_types_is_reported(tmp_path, caplog):
         touch(tmp_path / f"SOB_M_{kind}-14-13412-100-001.png")
     touch(tmp_path / "SOB_M_DC-14-2-100-001.png")
     with caplog.at_level(logging.WARNING, logger="breakhis"):
-        assert patients(find_breakhis(tmp_path)) == {"14-13412", "14-2"}
+        assert patients(find_breakhis(tmp_path).records) == {"14-13412", "14-2"}
     (message,) = caplog.messages
     assert message.startswith("WARNING: slide 14-13412 is filed under DC and LC: it counts as one patient")
 
@@ -91,21 +93,19 @@ def test_nothing_found_names_the_directory_and_what_was_looked_for(tmp_path):
         IDC.find(tmp_path)
 
 
-def test_patches_are_found_by_their_folders(tmp_path, caplog):
+def test_patches_are_found_by_their_folders(tmp_path):
     touch(tmp_path / "10253" / "1" / "b.png")
     touch(tmp_path / "10253" / "0" / "a.png")
     touch(tmp_path / "9" / "0" / "a.png")
     touch(tmp_path / "9" / "2" / "a.png")
-    with caplog.at_level(logging.WARNING, logger="breakhis"):
-        records = IDC.find(tmp_path)
+    records, misnamed = IDC.find(tmp_path)
     assert [(record.patient_id, record.labels["binary"]) for record in records] == [
         ("10253", "other"),
         ("10253", "carcinoma"),
         ("9", "other"),
     ]
     assert [record.case_id for record in records] == ["10253", "10253", "9"]
-    (message,) = caplog.messages
-    assert message.endswith("its folder must be named 0 or 1, got '2'")
+    assert misnamed == {tmp_path / "9" / "2" / "a.png": "its folder must be named 0 or 1, got '2'"}
 
 
 def test_classes_stand_in_a_fixed_order():

@@ -62,9 +62,9 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(synthetic
         assert (whole / name).read_text() == (broken / name).read_text()
     first, again = (json.loads((out / "metrics.json").read_text()) for out in (whole, broken))
     assert first == again
-    left = {path.name for path in broken.rglob("*")}
-    assert not [name for name in left if name.endswith(".part") or name.startswith("tmp")]
-    assert "state.pt" not in left
+    files = [{path.relative_to(out) for path in out.rglob("*")} for out in (whole, broken)]
+    assert files[0] == files[1]
+    assert Path("state.pt") not in files[0]
 
 
 @needs_local_dir

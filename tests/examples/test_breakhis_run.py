@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -65,7 +66,7 @@ def assert_consistent(out: Path, data_dir: Path, leak_checker) -> dict:
     for key, value in recompute(rows, classes).items():
         assert metrics[key] == (value if key == "confusion_matrix" else pytest.approx(value)), key
     files = [row["file"] for row in split]
-    found = [record for record in find_breakhis(data_dir) if record.magnification == metrics["magnification"]]
+    found = [record for record in find_breakhis(data_dir).records if record.magnification == metrics["magnification"]]
     assert len(set(files)) == len(files) == len(found)
     assert all((data_dir / file).is_file() for file in files)
     if metrics["protocol"] == "patient":
@@ -135,14 +136,14 @@ def test_the_readme_shows_how_to_load_a_checkpoint(run, synthetic_tree, tmp_path
 
 
 @pytest.fixture
-def another_precision():
-    """Accelerate holds the precision for the life of a process, and this is one process for all tests."""
+def another_accelerator():
+    """Accelerate holds its settings for the life of a process, and this is one process for all tests."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
 
 
-def test_so_it_does_after_training_in_bf16(synthetic_tree, tmp_path, another_precision):
+def test_so_it_does_after_training_in_bf16(synthetic_tree, tmp_path, another_accelerator):
     arguments = ["--task", "subtype", *SMALL, "--mixed-precision", "bf16"]
     (metrics,) = main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *arguments])
     assert metrics["mixed_precision"] == "bf16"
@@ -192,6 +193,13 @@ def test_synthetic_draws_its_own_data_and_says_so(tmp_path, leak_checker, capsys
     assert "patient protocol, fold 0 of 3, synthetic images 400X, binary: image accuracy" in capsys.readouterr().out
 
 
+def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch, leak_checker):
+    monkeypatch.setattr("train_breakhis.download", lambda directory: shutil.copytree(synthetic_tree, directory))
+    arguments = ["--download", "--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")]
+    main([*arguments, *SMALL, "--epochs", "1"])
+    assert_consistent(tmp_path / "out", tmp_path / "data", leak_checker)
+
+
 def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, leak_checker, caplog):
     tree = tmp_path / "data"
     tree.mkdir()
@@ -239,6 +247,32 @@ def test_two_processes_do_what_one_does(synthetic_tree, tmp_path, leak_checker):
         assert float(before["prob_benign"]) == pytest.approx(float(after["prob_benign"]), abs=1e-3)
 
 
+def test_batches_that_accumulate_are_one_batch(synthetic_tree, tmp_path, another_accelerator):
+    arguments = ["--data-dir", str(synthetic_tree), *SMALL, "--output-dir"]
+    (whole,) = main([*arguments, str(tmp_path / "whole"), "--batch-size", "8"])
+    AcceleratorState._reset_state()
+    (parts,) = main([*arguments, str(tmp_path / "parts"), "--batch-size", "4", "--grad-accum-steps", "2"])
+    for before, after in zip(whole["history"], parts["history"], strict=True):
+        assert before == pytest.approx(after, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "densenet121", "vit_tiny_patch16_224"])
+def test_any_timm_model_trains_and_loads_again(model, synthetic_tree, tmp_path, leak_checker):
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL, "--epochs", "1"]
+    main([*arguments, "--model", model])
+    assert_consistent(tmp_path, synthetic_tree, leak_checker)
+
+
+def test_settings_are_chosen_without_the_test_images(synthetic_tree, tmp_path, capsys):
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL, "--score-on", "val"]
+    (metrics,) = main(arguments)
+    assert "patient protocol, fold 0 of 3, validation, breakhis 100X, binary" in capsys.readouterr().out
+    split = {row["file"]: row["split"] for row in read(tmp_path / "split.csv")}
+    assert {split[row["file"]] for row in read(tmp_path / "predictions.csv")} == {"val"}
+    best = metrics["history"][metrics["best_epoch"] - 1]
+    assert metrics["balanced_accuracy"] == pytest.approx(best["val_balanced_accuracy"])
+
+
 def test_a_batch_that_processes_cannot_share_is_refused(synthetic_tree, tmp_path):
     done = launch(tmp_path, 2, "--data-dir", str(synthetic_tree), *SMALL, "--batch-size", "3")
     assert done.returncode != 0
@@ -254,13 +288,16 @@ def test_bad_files_are_named_counted_and_left_out(synthetic_tree, tmp_path, capl
     broken[0].write_bytes(b"")
     broken[1].write_bytes(broken[1].read_bytes()[:1000])
     broken[2].write_text("not an image")
+    broken.append(tree / "figure.png")
+    Image.new("RGB", (40, 40)).save(broken[3])
     arguments = ["--data-dir", str(tree), "--output-dir", str(tmp_path / "out"), *SMALL, "--epochs", "1"]
     (metrics,) = main(arguments)
     assert sum(metrics["n_images"].values()) == 45
     for path in broken:
         assert sum(str(path) in message for message in caplog.messages) == 1
-    assert "WARNING: 3 of 48 images cannot be read" in caplog.messages
-    with pytest.raises(SystemExit, match="data_dir must hold readable images alone with --strict, got 3 of 48"):
+    found = "1 misnamed files, and 3 of 48 images that cannot be read"
+    assert f"WARNING: left out {found}" in caplog.messages
+    with pytest.raises(SystemExit, match=f"data_dir must hold usable images alone with --strict, got {found}"):
         main([*arguments, "--strict"])
 
 

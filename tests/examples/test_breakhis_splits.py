@@ -1,8 +1,9 @@
 import logging
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-from breakhis.naming import BREAKHIS, parse_name
+from breakhis.naming import BREAKHIS, find_breakhis, parse_name
 from breakhis.records import Record, patients
 from breakhis.report import log_split
 from breakhis.splits import LEAK_WARNING, Split, absent_classes, fold_split, leaks, official_split
@@ -95,6 +96,33 @@ def test_each_image_is_tested_in_exactly_one_fold(records, task, group_by, seed)
         return
     splits = [fold_split(records, task, group_by, num_folds, fold, seed) for fold in range(num_folds)]
     assert sorted((record for split in splits for record in split.test), key=str) == sorted(records, key=str)
+
+
+names = st.tuples(
+    st.sampled_from(CLASSES["subtype"]),
+    st.sampled_from(["13412", "2523", "22549AB", "22549CD", "7"]),
+    st.sampled_from([40, 100, 200, 400]),
+    st.integers(1, 9),
+)
+folders = st.sampled_from([".", "400X/benign", "train/malignant", "test/malignant", "BreaKHis_v1/histology_slides"])
+
+
+@settings(deadline=None, max_examples=50)
+@given(files=st.sets(st.tuples(folders, names), min_size=4, max_size=30), seed=st.integers(0, 9))
+def test_no_patient_is_on_two_sides_of_any_tree(leak_checker, files, seed):
+    """Whatever the tree: folders that contradict the names, and copies in several of them."""
+    with TemporaryDirectory() as root:
+        for folder, (kind, slide, magnification, sequence) in files:
+            letter = "B" if kind in ("A", "F", "PT", "TA") else "M"
+            path = Path(root, folder, f"SOB_{letter}_{kind}-14-{slide}-{magnification}-{sequence:03d}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        records = find_breakhis(Path(root)).records
+    assert len(records) == len({name for _, name in files})
+    if len({KEYS["patient"](record.path.stem) for record in records}) > 1:
+        split = fold_split(records, "binary", "patient", num_folds=2, fold=0, seed=seed)
+        assert_partition(split, records)
+        assert leak_checker(rows(split)) == set()
 
 
 def test_cases_are_stricter_than_patients():

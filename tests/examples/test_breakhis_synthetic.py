@@ -34,7 +34,7 @@ def test_the_seed_decides_every_byte(tmp_path):
 
 
 def test_the_tree_is_read_by_the_reader_of_the_real_data(synthetic_tree):
-    records = find_breakhis(synthetic_tree)
+    records = find_breakhis(synthetic_tree).records
     assert len(records) == 48
     assert {record.labels["subtype"] for record in records} == set(SUBTYPES)
     assert len(patients(records)) == 24
@@ -75,7 +75,7 @@ def test_magnification_sets_the_size_of_a_nucleus(subtype):
 
 def test_a_patient_has_one_stain(synthetic_tree):
     by_patient = {}
-    for record in find_breakhis(synthetic_tree):
+    for record in find_breakhis(synthetic_tree).records:
         if record.labels["subtype"] == "F":
             colour = np.asarray(Image.open(record.path), dtype=float).mean(axis=(0, 1))
             by_patient.setdefault(record.patient_id, []).append(colour)
