@@ -20,12 +20,11 @@ from typing import Any
 from breakhis.checkpoints import eval_transform, load_model
 from breakhis.explain import as_picture, by_class, cam_target, decisions, grad_cam, overlay
 from breakhis.figures import CamRow, draw_branch_weights, draw_cam_panels, draw_gates
-from breakhis.options import ABLATION
+from breakhis.options import ABLATION, torch_device
 from breakhis.records import ImageDataset, Record
 from breakhis.report import describe_protocol
 from breakhis.study import groups, read_predictions
 from PIL import Image
-from predict_breakhis import _device
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -49,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, help="for every figure; unset: RUNS/explain")
     parser.add_argument("--images-per-class", type=int, default=1, help="rows of each class in the Grad-CAM figures")
     parser.add_argument("--max-gate-images", type=int, help="test images for gates and branches, at most; unset: all")
-    parser.add_argument("--device", type=_device, default="auto", help="such as cpu or cuda:1")
+    parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
     args = parser.parse_args(argv)
     for name in ("images_per_class", "max_gate_images"):
         value = getattr(args, name)
@@ -229,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             writer = csv.DictWriter(file, table[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
+    logger.info("drawn in %s", out)
     return 0
 
 

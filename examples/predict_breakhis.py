@@ -21,6 +21,7 @@ from breakhis.checkpoints import eval_transform, load_model
 from breakhis.explain import as_picture, cam_target, grad_cam, overlay
 from breakhis.images import find_faults, image_files, open_rgb
 from breakhis.naming import parse_name
+from breakhis.options import torch_device
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,16 +32,6 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 logger = logging.getLogger("breakhis")
 
 NOTHING_PREDICTED = 2  # as argparse's, so that a script sees that there is no result
-
-
-def _device(text: str) -> torch.device:
-    """An argparse type: a device of this machine; "auto" is its accelerator, or else the CPU."""
-    if text == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=text).device
-    except (AssertionError, RuntimeError) as error:  # an assertion where PyTorch lacks its backend
-        raise argparse.ArgumentTypeError(f"must be 'auto' or a device of this machine, got {text!r}") from error
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that load images; 0 loads inline")
-    parser.add_argument("--device", type=_device, default="auto", help="such as cpu or cuda:1")
+    parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
     args = parser.parse_args(argv)
     for name in ("config.json", "model.safetensors"):
         if not (args.checkpoint / name).is_file():

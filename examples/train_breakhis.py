@@ -95,6 +95,7 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Spli
         "synthetic": args.synthetic,
         "protocol": args.protocol,
         "protocol_in_words": split.protocol + (", validation" if args.score_on == "val" else ""),
+        "fold_in_words": split.fold,
         "scored_on": args.score_on,
         "task": args.task,
         "magnification": args.magnification,

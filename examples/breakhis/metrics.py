@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import confusion_matrix, f1_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 CALIBRATION_BINS = 15
@@ -63,6 +63,9 @@ def balanced_accuracy(targets: ArrayLike, probabilities: ArrayLike, sample_weigh
 def auc(targets: ArrayLike, probabilities: ArrayLike, sample_weight: ArrayLike | None = None) -> float | None:
     """Area under the ROC curve of each class present against the rest, averaged over those classes.
 
+    The area is the share of pairs, one image of the class and one of the rest, of which the first has the larger
+    probability; a tie counts half. scikit-learn's takes a millisecond, too long for thousands of resampled worlds.
+
     Args:
         targets: Class index of each image.
         probabilities: A row for each image, a column for each class. With two columns both classes have the same area.
@@ -77,7 +80,12 @@ def auc(targets: ArrayLike, probabilities: ArrayLike, sample_weight: ArrayLike |
         return None
     if probabilities.shape[1] == 2:
         present = present[1:]
-    areas = [roc_auc_score(targets == k, probabilities[:, k], sample_weight=sample_weight) for k in present]
+    weight = np.ones(len(targets)) if sample_weight is None else np.asarray(sample_weight)
+    areas = []
+    for k in present:
+        _, rank = np.unique(probabilities[:, k], return_inverse=True)  # the same for equal probabilities
+        own, rest = np.bincount(rank, weight * (targets == k)), np.bincount(rank, weight * (targets != k))
+        areas.append(own @ (rest.cumsum() - rest / 2) / (own.sum() * rest.sum()))
     return float(np.mean(areas))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import yaml
 
 from breakhis.idc import IDC
@@ -55,6 +56,16 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r}")
     return value
+
+
+def torch_device(text: str) -> torch.device:
+    """An argparse type: a device of this machine; "auto" is its accelerator, or else the CPU."""
+    if text == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:  # an assertion where PyTorch lacks its backend
+        raise argparse.ArgumentTypeError(f"must be 'auto' or a device of this machine, got {text!r}") from error
 
 
 def _fold(text: str) -> int | str:

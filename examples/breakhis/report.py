@@ -76,7 +76,7 @@ def describe_protocol(metrics: dict[str, Any]) -> str:
     """What the scores of a run hold for, such as "patient protocol, fold 0 of 5, breakhis 100X, binary"."""
     source = "synthetic images" if metrics["synthetic"] else metrics["dataset"]
     magnification = "" if metrics["magnification"] == "pooled" else f" {metrics['magnification']}"
-    return f"{metrics['protocol_in_words']}, {source}{magnification}, {metrics['task']}"
+    return f"{metrics['protocol_in_words']}, {metrics['fold_in_words']}, {source}{magnification}, {metrics['task']}"
 
 
 def summarise(metrics: dict[str, Any]) -> str:

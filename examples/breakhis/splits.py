@@ -34,13 +34,15 @@ class Split:
         train: Images to fit the weights on.
         val: Images to choose the checkpoint on.
         test: Images to report on, once.
-        protocol: What a score on `test` must be named with, such as "patient protocol, fold 0 of 5".
+        protocol: What a score must be named with, such as "image protocol (patients leak)".
+        fold: Which of several such splits it is, such as "fold 0 of 5".
     """
 
     train: list[Record]
     val: list[Record]
     test: list[Record]
     protocol: str
+    fold: str
 
     def parts(self) -> dict[str, list[Record]]:
         """The three lists by name, "train", "val" and "test"."""
@@ -102,7 +104,7 @@ def fold_split(records: Sequence[Record], task: str, group_by: str, num_folds: i
     protocol = "image protocol (patients leak)" if group_by == "image" else f"{group_by} protocol"
     rest, test = _folds(records, task, group_by, num_folds, seed)[fold]
     train, val = _carve_validation(rest, task, group_by, seed)
-    split = Split(train, val, test, f"{protocol}, fold {fold} of {num_folds}")
+    split = Split(train, val, test, protocol, f"fold {fold} of {num_folds}")
     if found := leaks(split, group_by):  # a fault of this program, which must not become a number
         raise RuntimeError(f"the split puts {group_by}s on two sides: {', '.join(found)}")
     return split
@@ -136,7 +138,7 @@ def official_split(records: Sequence[Record], task: str, group_by: str, fold_fil
     if unlisted:
         logger.warning("WARNING: left out %d images that %s does not list", unlisted, fold_file.name)
     train, val = _carve_validation(found["train"], task, group_by, seed)
-    split = Split(train, val, found["test"], f"official protocol, {fold_file.stem}")
+    split = Split(train, val, found["test"], "official protocol", fold_file.stem)
     for key in leaks(split, group_by):
         logger.warning("WARNING: %s puts %s %s into both training and test", fold_file.name, group_by, key)
     return split

@@ -37,12 +37,13 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     results = {
         "dataset": runs[0]["dataset"],
         "synthetic": runs[0]["synthetic"],
-        "protocol": runs[0]["protocol"],
+        "protocol": runs[0]["protocol_in_words"],
         "task": runs[0]["task"],
+        "classes": runs[0]["classes"],
         "cells": summarise_cells(runs),
-        "differences": compare_variants(runs),
+        "intervals": compare_variants(runs),
     }
-    tables = _markdown(results)
+    tables = markdown(results)
     write_atomically(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
     write_atomically(out / "results.csv", lambda part: _write_csv(part, runs))
     write_atomically(out / "results.md", lambda part: part.write_text(tables + "\n"))
@@ -61,8 +62,8 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation of each score over folds and seeds, by variant and magnification.
 
     Returns:
-        A cell for each: `variant`, `magnification`, `n_runs`, `n_patients` (distinct ones in the tests), and for each
-        score `mean` and `sd`; `sd` is None for a single run, and both are where a run has no such score.
+        A cell for each: `variant`, `magnification`, `n_runs`, `n_patients` (distinct ones that are scored), and for
+        each score `mean` and `sd`; `sd` is None for a single run, and both are where no run has such a score.
     """
     cells = []
     for (variant, magnification), group in groups(runs, "variant", "magnification").items():
@@ -80,39 +81,32 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare_variants(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Differences of each variant to the first, with 95 % intervals over patients and seeds, by magnification.
+    """Scores of each variant and their differences to the first variant's, with 95 % intervals, by magnification.
 
-    The folds of one seed are laid side by side, so that each patient is tested once per seed; under the official
-    protocol, whose folds share patients, once per fold that holds it.
+    Patients and seeds are resampled. The folds of one seed are laid side by side, so that each patient is tested once
+    per seed; under the official protocol, whose folds share patients, once per fold that holds it. A score of all
+    folds together need not be the mean of the folds' scores.
 
     Returns:
-        A row for each variant but the first, magnification and score: `variant`, `to`, `magnification`, `score`,
-        `n_patients`, `n_seeds`, `difference`, `low`, `high`. Nothing is compared where there is one variant.
+        A row for each variant, magnification and score: `variant`, `magnification`, `score`, `n_patients`, `n_seeds`,
+        the score's `value`, `value_low` and `value_high`; and for all variants but the first `to` (the first),
+        `difference`, `low` and `high`.
     """
     rows = []
     for (magnification,), group in groups(runs, "magnification").items():
         arms = {variant: _pool(part) for (variant,), part in groups(group, "variant").items()}
-        if len(arms) < 2:
-            continue
-        first, *others = arms
+        first = next(iter(arms))
         for score, function in COMPARED.items():
             if function(arms[first].targets, arms[first].probabilities[0]) is None:  # one class only
                 continue
-            _, differences = bootstrap(list(arms.values()), function)
-            for variant, difference in zip(others, differences[1:], strict=True):
-                rows.append(
-                    {
-                        "variant": variant,
-                        "to": first,
-                        "magnification": magnification,
-                        "score": score,
-                        "n_patients": len(set(arms[first].patient_ids.tolist())),
-                        "n_seeds": len(arms[first].probabilities),
-                        "difference": difference.value,
-                        "low": difference.low,
-                        "high": difference.high,
-                    }
-                )
+            for variant, own, difference in zip(arms, *bootstrap(list(arms.values()), function), strict=True):
+                row: dict[str, Any] = {"variant": variant, "magnification": magnification, "score": score}
+                row |= {"n_patients": len(set(arms[first].patient_ids.tolist()))}
+                row |= {"n_seeds": len(arms[first].probabilities)}
+                row |= {"value": own.value, "value_low": own.low, "value_high": own.high}
+                if variant != first:
+                    row |= {"to": first, "difference": difference.value, "low": difference.low, "high": difference.high}
+                rows.append(row)
     return rows
 
 
@@ -143,7 +137,7 @@ def _write_csv(path: Path, runs: Sequence[dict[str, Any]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*keys, "n_images", "n_patients", "best_epoch"])
         for run in runs:
-            sizes = [run["n_images"]["test"], run["n_patients"]["test"], run["best_epoch"]]
+            sizes = [run["n_images"][run["scored_on"]], run["n_patients"][run["scored_on"]], run["best_epoch"]]
             writer.writerow([*(run[key] for key in keys), *sizes])
 
 
@@ -152,18 +146,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The tables, each under a sentence that says what its numbers are."""
-    cells, differences = results["cells"], results["differences"]
+    cells, intervals = results["cells"], results["intervals"]
     variants = list(dict.fromkeys(cell["variant"] for cell in cells))
     magnifications = list(dict.fromkeys(cell["magnification"] for cell in cells))
     found = {(cell["variant"], cell["magnification"]): cell for cell in cells}
     source = "synthetic images" if results["synthetic"] else results["dataset"]
-    protocol = f"{results['protocol']} protocol" + (" (patients leak)" if results["protocol"] == "image" else "")
     blocks = []
     for score in SCORES:
         rows = [
-            [variant, protocol, *(_cell(found[variant, magnification], score) for magnification in magnifications)]
+            [variant, results["protocol"], *(_cell(found[variant, power], score) for power in magnifications)]
             for variant in variants
         ]
         if score == "image_accuracy" and results["dataset"] == "breakhis" and not results["synthetic"]:
@@ -171,25 +164,25 @@ def _markdown(results: dict[str, Any]) -> str:
         name = _in_words(score)
         blocks.append(
             f"{name[0].upper()}{name[1:]}, {source}, {results['task']}; "
-            "mean ± sd over folds and seeds, n patients in the tests."
+            "mean ± sd over folds and seeds, n patients that are scored."
         )
         blocks.append(_table(["method", "protocol", *magnifications], rows))
-    if differences:
-        blocks.append(
-            f"Difference to {differences[0]['to']}, {source}, {results['task']}, {protocol}; "
-            "in brackets 95 % of the bootstrap over patients and seeds."
-        )
-        rows = [
-            [
-                row["variant"],
-                _in_words(row["score"]),
-                row["magnification"],
-                f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
-                f"{row['n_patients']} patients, {row['n_seeds']} seeds",
-            ]
-            for row in differences
+    blocks.append(
+        f"All folds together, {source}, {results['task']}, {results['protocol']}; "
+        "in brackets 95 % of the bootstrap over patients and seeds."
+    )
+    rows = [
+        [
+            row["variant"],
+            _in_words(row["score"]),
+            row["magnification"],
+            f"{row['value']:.3f} [{row['value_low']:.3f}, {row['value_high']:.3f}]",
+            f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if "difference" in row else "",
+            f"{row['n_patients']} patients, {row['n_seeds']} seeds",
         ]
-        blocks.append(_table(["method", "score", "magnification", "difference", "over"], rows))
+        for row in intervals
+    ]
+    blocks.append(_table(["method", "score", "magnification", "value", f"less {variants[0]}", "over"], rows))
     return "\n\n".join(blocks)
 
 

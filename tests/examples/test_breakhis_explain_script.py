@@ -166,14 +166,10 @@ def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
 
 
 def test_limits(study, tmp_path):
-    out = tmp_path / "figures"
-    code, drawn = run_script(
-        study, "--output-dir", str(out), "--images-per-class", "2", "--max-gate-images", "6", "--data-dir", "/"
-    )
-    assert code == 2  # the images are not below that directory
-    flags = ["--output-dir", str(out), "--images-per-class", "2", "--max-gate-images", "6"]
+    flags = ["--output-dir", str(tmp_path / "figures"), "--images-per-class", "2", "--max-gate-images", "6"]
     code, drawn = run_script(study, *flags)
     assert code == 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {*drawn, "decisions.csv"}
     panels, title = drawn["cam-100X.png"]
     tested = [row["target"] for row in in_test_set(study)]
     assert [panel.label.split("\n")[0] for panel in panels] == [
@@ -181,8 +177,17 @@ def test_limits(study, tmp_path):
     ]
     assert "first 2 test images of each class" in title
     means, _, title = drawn["gates-KFDE-100X.png"]
-    assert f"on 6 of {len(tested)} test images" in title or f"on 5 of {len(tested)} test images" in title
+    assert f"on 6 of {len(tested)} test images" in title
     assert np.isfinite(means).all(axis=1).sum() >= 4  # spread over the classes, not the first six of the list
+
+
+def test_images_that_are_gone_are_an_error(study, tmp_path, caplog):
+    code, drawn = run_script(study, "--output-dir", str(tmp_path / "figures"), "--data-dir", str(tmp_path))
+    assert (code, drawn) == (2, {})
+    assert f"error: path must be an image file, got '{tmp_path}/BreaKHis_v1/" in caplog.text
+    code, drawn = run_script(study, "--output-dir", str(tmp_path / "figures"), "--data-dir", str(tmp_path / "nowhere"))
+    assert (code, drawn) == (2, {})
+    assert f"got {str(tmp_path / 'nowhere')!r}" in caplog.text
 
 
 @pytest.fixture
@@ -209,6 +214,18 @@ def plant(study, tmp_path):
 
 def figures(out: Path) -> set[str]:
     return {path.name for path in (out / "explain").iterdir()}
+
+
+def test_names_and_not_the_order_of_the_table_choose_the_images(plant, drawn):
+    run = plant("resnet10t", "resnet")
+    header, *rows = (run / "predictions.csv").read_text().splitlines()
+    assert rows[::-1] != sorted(rows)
+    (run / "predictions.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
+    code, again = run_script(run)
+    assert code == 0
+    panels, wanted = again["cam-100X.png"][0], drawn["cam-100X.png"][0]
+    assert [panel.label for panel in panels] == [panel.label for panel in wanted]
+    assert [panel.picture.tobytes() for panel in panels] == [panel.picture.tobytes() for panel in wanted]
 
 
 def test_a_model_without_kfde_has_panels_alone(plant, caplog):

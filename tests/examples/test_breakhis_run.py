@@ -104,7 +104,11 @@ def test_every_output_is_there_and_agrees(run, synthetic_tree, leak_checker):
     assert metrics["task"] == "subtype"
     assert metrics["magnification"] == "100X"
     assert metrics["classes"] == ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
-    assert (metrics["protocol_in_words"], metrics["seed"]) == ("patient protocol, fold 0 of 3", 0)
+    assert (metrics["protocol_in_words"], metrics["fold_in_words"], metrics["seed"]) == (
+        "patient protocol",
+        "fold 0 of 3",
+        0,
+    )
     assert metrics["model"] == metrics["variant"] == "kfde_convnextv2_atto"
     assert metrics["flags"]["img_size"] == 64
     assert sum(metrics["n_images"].values()) == 48
@@ -266,7 +270,7 @@ def test_any_timm_model_trains_and_loads_again(model, synthetic_tree, tmp_path, 
 def test_settings_are_chosen_without_the_test_images(synthetic_tree, tmp_path, capsys):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL, "--score-on", "val"]
     (metrics,) = main(arguments)
-    assert "patient protocol, fold 0 of 3, validation, breakhis 100X, binary" in capsys.readouterr().out
+    assert "patient protocol, validation, fold 0 of 3, breakhis 100X, binary" in capsys.readouterr().out
     split = {row["file"]: row["split"] for row in read(tmp_path / "split.csv")}
     assert {split[row["file"]] for row in read(tmp_path / "predictions.csv")} == {"val"}
     best = metrics["history"][metrics["best_epoch"] - 1]

@@ -71,9 +71,8 @@ def test_no_group_is_on_two_sides(leak_checker, records, task, group_by, num_fol
     assert_partition(split, records)
     assert leak_checker(rows(split, group_by)) == set()
     assert leaks(split, group_by) == []
-    assert split.protocol.endswith(
-        f"protocol{' (patients leak)' * (group_by == 'image')}, fold {fold} of {min(num_folds, many)}"
-    )
+    assert split.protocol == f"{group_by} protocol{' (patients leak)' * (group_by == 'image')}"
+    assert split.fold == f"fold {fold} of {min(num_folds, many)}"
     assert split.train
     assert split.test
     # Validation takes no class away from training.
@@ -137,7 +136,7 @@ def test_a_planted_leak_is_seen_by_the_program_and_by_the_checker(leak_checker):
     split = fold_split(TYPICAL, "binary", "patient", num_folds=3, fold=0, seed=0)
     assert leak_checker(rows(split)) == set()
     moved = split.test[0]
-    planted = Split([*split.train, moved], split.val, split.test[1:], split.protocol)
+    planted = Split([*split.train, moved], split.val, split.test[1:], split.protocol, split.fold)
     assert leak_checker(rows(planted)) == set(leaks(planted, "patient")) == {moved.patient_id}
 
 
@@ -157,7 +156,7 @@ def test_the_image_protocol_leaks_and_says_so(leak_checker, caplog):
         split = fold_split(TYPICAL, "binary", "image", num_folds=5, fold=0, seed=0)
     assert leak_checker(rows(split))
     assert LEAK_WARNING in caplog.messages
-    assert split.protocol == "image protocol (patients leak), fold 0 of 5"
+    assert (split.protocol, split.fold) == ("image protocol (patients leak)", "fold 0 of 5")
 
 
 def test_the_slide_filed_twice_stays_on_one_side():
@@ -187,7 +186,7 @@ def test_folds_shrink_with_a_warning(caplog):
     records = make("A", "1", 3) + make("DC", "2", 3) + make("DC", "3", 3)
     with caplog.at_level(logging.WARNING, logger="breakhis"):
         split = fold_split(records, "binary", "patient", num_folds=5, fold=2, seed=0)
-    assert split.protocol == "patient protocol, fold 2 of 3"
+    assert (split.protocol, split.fold) == ("patient protocol", "fold 2 of 3")
     assert "WARNING: the number of folds shrinks from 5 to 3, one per patient" in caplog.messages
     with pytest.raises(ValueError, match="fold must be from 0 to 2, got 4"):
         fold_split(records, "binary", "patient", num_folds=5, fold=4, seed=0)
@@ -242,7 +241,7 @@ def test_the_official_protocol_follows_the_authors_lists_and_reports_their_leak(
     assert split.test == test
     assert sorted(split.train + split.val, key=str) == sorted(train, key=str)
     assert split.val
-    assert split.protocol == "official protocol, dsfold1"
+    assert (split.protocol, split.fold) == ("official protocol", "dsfold1")
     assert leak_checker(rows(split)) == {"14-13412"}
     assert "WARNING: dsfold1.txt puts patient 14-13412 into both training and test" in caplog.messages
     assert "WARNING: left out 2 images that dsfold1.txt does not list" in caplog.messages

@@ -28,7 +28,8 @@ def write_run(tmp_path):
         classes = EIGHT if changes.get("task") == "subtype" else TWO
         folder = tmp_path / "runs" / f"{variant}-{magnification}-fold{fold}-seed{seed}"
         folder.mkdir(parents=True)
-        metrics = {"dataset": "breakhis", "synthetic": False, "protocol": "patient", "task": "binary"}
+        metrics = {"dataset": "breakhis", "synthetic": False, "task": "binary", "scored_on": "test"}
+        metrics |= {"protocol_in_words": "patient protocol"}
         metrics |= {"variant": variant, "magnification": magnification, "fold": fold, "seed": seed}
         metrics |= {"classes": classes, "best_epoch": 3, **dict.fromkeys(SCORES, 0.5)}
         metrics |= {"n_images": {"test": len(images)}, "n_patients": {"test": len(set(images))}}
@@ -72,7 +73,7 @@ def test_means_deviations_and_differences_worked_by_hand(write_run, tmp_path):
     write_study(tmp_path, two_variants(write_run))
     results = json.loads((tmp_path / "results.json").read_text())
     assert [results[key] for key in ("dataset", "synthetic", "protocol", "task")] == [
-        *("breakhis", False, "patient", "binary")
+        *("breakhis", False, "patient protocol", "binary")
     ]
     first, second = results["cells"]
     assert (first["variant"], first["magnification"], first["n_runs"], first["n_patients"]) == ("baseline", "40X", 4, 5)
@@ -84,7 +85,12 @@ def test_means_deviations_and_differences_worked_by_hand(write_run, tmp_path):
     assert second["variant"] == "KFDE"
     assert second["image_accuracy"] == {"mean": pytest.approx(0.9), "sd": pytest.approx(0, abs=1e-12)}
 
-    rows = {row["score"]: row for row in results["differences"]}
+    own = [row for row in results["intervals"] if row["variant"] == "baseline"]
+    assert [row["score"] for row in own] == ["image_accuracy", "balanced_accuracy", "auc"]
+    assert not any({"to", "difference", "low", "high"} & row.keys() for row in own)
+    assert own[0]["value"] == pytest.approx((5 / 7 + 4 / 7) / 2)
+    assert own[0]["value_low"] < own[0]["value"] < own[0]["value_high"]
+    rows = {row["score"]: row for row in results["intervals"] if row["variant"] == "KFDE"}
     assert list(rows) == ["image_accuracy", "balanced_accuracy", "auc"]
     for row in rows.values():
         assert (row["variant"], row["to"], row["magnification"]) == ("KFDE", "baseline", "40X")
@@ -107,16 +113,19 @@ def test_the_interval_is_that_of_the_patients_and_seeds(write_run):
         for seed in (0, 1)
     ]
     runs = [json.loads((folder / "metrics.json").read_text()) | {"folder": folder} for folder in folders]
-    assert [(row["variant"], row["difference"], row["low"], row["high"]) for row in compare_variants(runs)] == [
-        ("better", 1, 1, 1)
+    rows = compare_variants(runs)
+    assert [(row["variant"], row["value"], row["value_low"], row["value_high"]) for row in rows] == [
+        ("worse", 0, 0, 0),
+        ("better", 1, 1, 1),
     ] * 3
+    assert [(row["difference"], row["low"], row["high"]) for row in rows if "to" in row] == [(1, 1, 1)] * 3
 
 
 def test_the_tables_put_each_number_next_to_its_protocol(write_run, tmp_path):
     tables = write_study(tmp_path, two_variants(write_run))
     assert (tmp_path / "results.md").read_text() == tables + "\n"
     sentence, header, *rows = table(tables, "Image accuracy")
-    assert sentence == ["Image accuracy, breakhis, binary; mean ± sd over folds and seeds, n patients in the tests."]
+    assert sentence == ["Image accuracy, breakhis, binary; mean ± sd over folds and seeds, n patients that are scored."]
     assert header == ["method", "protocol", "40X"]
     assert rows[:2] == [
         ["baseline", "patient protocol", "0.650 ± 0.129 (n = 5)"],
@@ -125,16 +134,20 @@ def test_the_tables_put_each_number_next_to_its_protocol(write_run, tmp_path):
     for start in ("Patient recognition rate", "Balanced accuracy", "Macro F1", "AUC", "ECE"):
         _, _, *rows = table(tables, start)
         assert [row[:2] for row in rows] == [["baseline", "patient protocol"], ["KFDE", "patient protocol"]]
-    sentence, _, *rows = table(tables, "Difference")
+    sentence, header, *rows = table(tables, "All folds together")
     assert sentence == [
-        "Difference to baseline, breakhis, binary, patient protocol; in brackets 95 % of the bootstrap over patients "
-        "and seeds."
+        "All folds together, breakhis, binary, patient protocol; in brackets 95 % of the bootstrap over patients and "
+        "seeds."
     ]
+    assert header == ["method", "score", "magnification", "value", "less baseline", "over"]
     assert [row[:3] for row in rows] == [
-        ["KFDE", score, "40X"] for score in ("image accuracy", "balanced accuracy", "AUC")
+        [variant, score, "40X"]
+        for score in ("image accuracy", "balanced accuracy", "AUC")
+        for variant in ("baseline", "KFDE")
     ]
-    assert rows[0][3].startswith("+0.071 [")
-    assert rows[0][4] == "5 patients, 2 seeds"
+    assert (rows[0][3].split()[0], rows[0][4]) == ("0.643", "")
+    assert (rows[1][3].split()[0], rows[1][4].split()[0]) == ("0.714", "+0.071")
+    assert rows[1][5] == "5 patients, 2 seeds"
 
 
 def test_the_file_of_runs_has_a_row_for_each(write_run, tmp_path):
@@ -163,8 +176,9 @@ def test_variants_and_magnifications_keep_their_order(write_run, tmp_path):
     assert header[2:] == ["200X", "40X"]
     assert [row[0] for row in rows[:3]] == ["zeta", "alpha", "mu"]
     assert {cell for row in rows[:3] for cell in row[2:]} == {"0.500 (n = 2)"}  # of a single run, without deviation
-    _, _, *rows = table(tables, "Difference to zeta")
-    assert list(dict.fromkeys(row[0] for row in rows)) == ["alpha", "mu"]
+    _, header, *rows = table(tables, "All folds together")
+    assert header[4] == "less zeta"
+    assert list(dict.fromkeys(row[0] for row in rows)) == ["zeta", "alpha", "mu"]
 
 
 def test_a_score_that_no_run_has_is_undefined(write_run, tmp_path):
@@ -172,15 +186,17 @@ def test_a_score_that_no_run_has_is_undefined(write_run, tmp_path):
     folders = [write_run(variant, "yny", images=images, auc=None) for variant in ("baseline", "KFDE")]
     tables = write_study(tmp_path, folders)
     assert {row[2] for row in table(tables, "AUC")[2:]} == {"undefined"}
-    assert [row[1] for row in table(tables, "Difference")[2:]] == ["image accuracy", "balanced accuracy"]
+    rows = table(tables, "All folds together")[2:]
+    assert [row[1] for row in rows] == [*["image accuracy"] * 2, *["balanced accuracy"] * 2]
     (cell, _) = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert cell["auc"] == {"mean": None, "sd": None}
 
 
 def test_one_variant_has_nothing_to_differ_from(write_run, tmp_path):
     tables = write_study(tmp_path, [write_run("KFDE", "yyy"), write_run("KFDE", "yyyy", 1)])
-    assert "Difference" not in tables
-    assert json.loads((tmp_path / "results.json").read_text())["differences"] == []
+    assert {row[4] for row in table(tables, "All folds together")[2:]} == {""}
+    rows = json.loads((tmp_path / "results.json").read_text())["intervals"]
+    assert [row["value"] for row in rows] == [1, 1, 1]
 
 
 def test_variants_that_predict_other_images_are_no_silence(write_run, tmp_path):
@@ -190,11 +206,12 @@ def test_variants_that_predict_other_images_are_no_silence(write_run, tmp_path):
 
 
 def test_leaking_patients_are_named_beside_the_numbers(write_run, tmp_path):
-    tables = write_study(tmp_path, [write_run(name, "yyy", protocol="image") for name in ("baseline", "KFDE")])
+    named = {"protocol_in_words": "image protocol (patients leak)"}
+    tables = write_study(tmp_path, [write_run(name, "yyy", **named) for name in ("baseline", "KFDE")])
     _, _, *rows = table(tables, "Image accuracy")
     assert [row[1] for row in rows[:2]] == ["image protocol (patients leak)"] * 2
-    assert table(tables, "Difference")[0][0].startswith(
-        "Difference to baseline, breakhis, binary, image protocol (patients leak); "
+    assert table(tables, "All folds together")[0][0].startswith(
+        "All folds together, breakhis, binary, image protocol (patients leak); "
     )
 
 

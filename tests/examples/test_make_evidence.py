@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from breakhis.metrics import balanced_accuracy, image_accuracy
+from breakhis.study import markdown
 
 from tests.helpers import needs_local_dir
 
@@ -62,6 +63,7 @@ def test_a_study_is_run_and_kept(synthetic_tree, tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
 def test_what_is_kept_agrees_with_itself_and_with_its_flags(folder):
     assert_kept(folder)
+    assert (folder / "results.md").read_text() == markdown(json.loads((folder / "results.json").read_text())) + "\n"
     flags = yaml.safe_load(folder.with_suffix(".yaml").read_text())
     with (folder / "results.csv").open(newline="") as file:
         runs = list(csv.DictReader(file))
