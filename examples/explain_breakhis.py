@@ -3,12 +3,11 @@
     python examples/explain_breakhis.py --runs OUT
 
 OUT is what `train_breakhis.py` had as its output directory, for a single run or a study. At each magnification the
-first run of each variant, by fold and then by seed, stands for the variant. Only test images are shown, and they are
-chosen by their names, so that none is there for its looks.
+first run of each variant, by fold and then by seed, stands for the variant. Only images that the run was scored on are
+shown, and they are chosen by their names, so that none is there for its looks.
 """
 
 import argparse
-import csv
 import json
 import logging
 import math
@@ -23,7 +22,8 @@ from breakhis.figures import CamRow, draw_branch_weights, draw_cam_panels, draw_
 from breakhis.options import ABLATION, torch_device
 from breakhis.records import ImageDataset, Record
 from breakhis.report import describe_protocol
-from breakhis.study import groups, read_predictions
+from breakhis.study import groups
+from breakhis.tables import read_csv, write_csv
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,6 +33,7 @@ from kfde_layers import CFE, MFDF  # the import registers the kfde_* models with
 
 logger = logging.getLogger("breakhis")
 
+PARTS = {"test": "test", "val": "validation"}
 FAILED = 2  # as argparse's exit code
 
 
@@ -47,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="directory with the images; unset: the one that each run names")
     parser.add_argument("--output-dir", type=Path, help="for every figure; unset: RUNS/explain")
     parser.add_argument("--images-per-class", type=int, default=1, help="rows of each class in the Grad-CAM figures")
-    parser.add_argument("--max-gate-images", type=int, help="test images for gates and branches, at most; unset: all")
+    parser.add_argument("--max-gate-images", type=int, help="images for gates and branches, at most; unset: all")
     parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
     args = parser.parse_args(argv)
     for name in ("images_per_class", "max_gate_images"):
@@ -77,7 +78,9 @@ def find_runs(out: Path, data_dir: Path | None) -> list[dict[str, Any]]:
         images = data_dir or (out / "synthetic" if run["synthetic"] else Path(run["flags"]["data_dir"]))
         if not images.is_dir():
             raise ValueError(f"--data-dir must be a directory with the images of {file.parent}, got {str(images)!r}")
-        runs.append(run | {"folder": file.parent, "data_dir": images, "predictions": read_predictions(file.parent)})
+        runs.append(
+            run | {"folder": file.parent, "data_dir": images, "predictions": read_csv(file.parent / "predictions.csv")}
+        )
     if not runs:
         raise ValueError(f"--runs must be a directory with a finished run, which has metrics.json, got {str(out)!r}")
     study = out / "results.json"  # is there once all runs of a study are finished
@@ -139,7 +142,8 @@ def draw_looks(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, pa
         picture, *_ = answers[0]
         overlays = {variant: answer[1:] for variant, answer in zip(looks, answers, strict=True)}
         panels.append(CamRow(f"{row['target']}\npatient {row['patient']}", picture, overlays))
-    which = "first test image" if count == 1 else f"first {count} test images"
+    part = PARTS[first["scored_on"]]
+    which = f"first {part} image" if count == 1 else f"first {count} {part} images"
     title = f"Grad-CAM of the true class, {which} of each class by file name; {describe_protocol(first)}"
     draw_cam_panels(panels, f"{title}, seed {first['seed']}", path)
     return True
@@ -150,12 +154,12 @@ def _tested(run: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out: Path) -> list[dict[str, Any]]:
-    """Draws what each KFDE layer of a model decides about the test images, by class.
+    """Draws what each KFDE layer of a model decides about the images that it was scored on, by class.
 
     Args:
         run: From `find_runs`.
         model: Of the run.
-        limit: Number of images at most, spread evenly over the test set; None takes them all.
+        limit: Number of images at most, spread evenly over them; None takes them all.
         out: Directory for the figures.
 
     Returns:
@@ -172,8 +176,8 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
                 parts, values = branch_names(model.get_submodule(module)), values.mean(axis=2)
             means, deviations = by_class(values, found.targets, len(run["classes"]))
             title = (
-                f"{run['variant']}, {module}, on {len(shown)} of {len(tested)} test images; {describe_protocol(run)}, "
-                f"seed {run['seed']}"
+                f"{run['variant']}, {module}, on {len(shown)} of {len(tested)} {PARTS[run['scored_on']]} images; "
+                f"{describe_protocol(run)}, seed {run['seed']}"
             )
             name = where if len(layers) == 1 else f"{where}-{module}"
             if kind == "gate":
@@ -224,10 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("error: %s", error)
         return FAILED
     if table:
-        with (out / "decisions.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, table[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(out / "decisions.csv", table)
     logger.info("drawn in %s", out)
     return 0
 

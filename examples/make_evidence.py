@@ -4,40 +4,37 @@
     python examples/make_evidence.py breakhis-binary --data-dir BreaKHis_v1 --output-dir runs/evidence
 
 What is kept, in `examples/evidence/<study>/`: `results.json`, `results.csv` and `results.md` as the study wrote them,
-and `predictions.csv`, from which every number can be computed again.
+and `predictions.csv`, from which the numbers can be computed again, to the four digits that are kept.
 """
 
 import argparse
-import csv
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from breakhis.tables import read_csv, write_csv
 from train_breakhis import main as train
 
 STUDIES = Path(__file__).with_name("evidence")
 
 
 def keep_predictions(folders: Sequence[Path], path: Path) -> None:
-    """Writes the predictions of many runs as one CSV: an image a row, a run and class a column.
+    """Writes the predictions of many runs as one CSV: an image a row, a variant, seed and class a column.
 
     Args:
-        folders: Of the runs; each is the name of its columns, as in "KFDE-pooled-fold0-seed0 prob_carcinoma". Folds
-            stand in one column, which is named without them, because they are of different images.
+        folders: Of the runs. All seeds and variants have the same folds, so that an image is in one.
         path: The file. Probabilities have four digits.
     """
     table: dict[str, dict[str, str]] = {}
     for folder in folders:
-        run = "-".join(part for part in folder.name.split("-") if not part.startswith("fold"))
-        with (folder / "predictions.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                line = table.setdefault(row["file"], {key: row[key] for key in ("file", "patient", "target")})
-                line |= {f"{run} {key}": f"{float(row[key]):.4f}" for key in row if key.startswith("prob_")}
-    columns = list(dict.fromkeys(key for line in table.values() for key in line))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.values())
+        run = json.loads((folder / "metrics.json").read_text())
+        column = f"{run['variant']} seed {run['seed']}"
+        for row in read_csv(folder / "predictions.csv"):
+            known = {key: row[key] for key in ("file", "patient", "target")} | {"fold": run["fold"]}
+            line = table.setdefault(row["file"], known)
+            line |= {f"{column} {key}": f"{float(row[key]):.4f}" for key in row if key.startswith("prob_")}
+    write_csv(path, list(table.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,13 +7,13 @@ Images may have any name and lie at any depth. Those named like BreakHis' are al
 """
 
 import argparse
-import csv
 import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from breakhis.explain import as_picture, cam_target, grad_cam, overlay
 from breakhis.images import find_faults, image_files, open_rgb
 from breakhis.naming import parse_name
 from breakhis.options import torch_device
+from breakhis.tables import write_csv
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -63,6 +64,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "argument --cam-dir: must not lie below --images, whose next run would take the overlays for images, "
             f"got {str(args.cam_dir)!r}"
         )
+    for name, folder in (("output", args.output.parent), ("cam-dir", args.cam_dir)):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                TemporaryFile(dir=folder).close()
+        except OSError as error:  # now, rather than when every image is predicted
+            parser.error(f"argument --{name}: must be in a writable folder, got {str(folder)!r}: {error}")
     for name, minimum in (("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) < minimum:
             flag = name.replace("_", "-")
@@ -153,13 +161,6 @@ def _load(transform: Callable[[Image.Image], Tensor], paths: Sequence[Path]) -> 
     return torch.stack([transform(open_rgb(path)) for path in paths])
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, str | int | float]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns 0, or 2 where there was nothing to predict."""
     args = parse_args(argv)
@@ -189,12 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"file": name, "patient": patient_id, **_prediction(row, classes)}
         for name, patient_id, row in zip(names, patient_ids, probabilities, strict=True)
     ]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    _write_csv(args.output, rows)
+    write_csv(args.output, rows)
     known = [index for index, patient_id in enumerate(patient_ids) if patient_id]
     if known:
         votes = patient_votes([patient_ids[index] for index in known], probabilities[known], classes)
-        _write_csv(args.output.with_name(f"{args.output.stem}_patients.csv"), votes)
+        write_csv(args.output.with_name(f"{args.output.stem}_patients.csv"), votes)
     return 0
 
 

@@ -8,11 +8,14 @@ Several processes: `accelerate launch --num_processes 2 examples/train_breakhis.
 """
 
 import argparse
+import copy
 import json
 import logging
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
 from breakhis.checkpoints import PRETRAINED_NOTE, eval_transform, load_model
 from breakhis.download import download
 from breakhis.engine import predict
@@ -32,11 +35,12 @@ from breakhis.metrics import score
 from breakhis.naming import BREAKHIS
 from breakhis.options import SOURCES, differences, expand, parse_args, recorded
 from breakhis.records import ImageDataset, Record, patients
-from breakhis.report import describe_protocol, log_split, summarise, write_predictions, write_split
+from breakhis.report import describe_protocol, log_split, prediction_rows, split_rows, summarise
 from breakhis.splits import Split, absent_classes, fold_split, official_split
 from breakhis.state import write_atomically
 from breakhis.study import write_study
 from breakhis.synthetic import draw_tree
+from breakhis.tables import read_csv, write_csv
 from breakhis.training import STATE, fit
 from torch.utils.data import DataLoader
 
@@ -60,7 +64,7 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
             download(data_dir)
         if args.synthetic:
             wanted = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
-            logger.info("drew %d images in %s", draw_tree(data_dir, args.split_seed, wanted), data_dir)
+            logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=wanted), data_dir)
     accelerator.wait_for_everyone()
     records, misnamed = SOURCES[args.dataset].find(data_dir)
     faults = find_faults([record.path for record in records]) if accelerator.is_main_process else {}
@@ -76,15 +80,20 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
 
 
 def make_split(args: argparse.Namespace, records: Sequence[Record]) -> Split:
-    """Splits the images of a run's magnification by its protocol."""
+    """Splits the images of a run's magnification by its protocol; a part to score must not be empty."""
     chosen = [record for record in records if args.magnification in ("pooled", record.magnification)]
     if not chosen:
-        raise ValueError(f"magnification {args.magnification} has no image in the data directory")
+        there = ", ".join(sorted({record.magnification for record in records}))
+        raise ValueError(f"--magnification must be one that the images have, {there}, got {args.magnification}")
     if args.protocol == "official":
         fold_file = args.fold_dir / f"dsfold{args.fold + 1}.txt"
-        return official_split(chosen, args.task, args.group_by, fold_file, args.split_seed)
-    group_by = "image" if args.protocol == "image" else args.group_by
-    return fold_split(chosen, args.task, group_by, args.num_folds, args.fold, args.split_seed)
+        split = official_split(chosen, args.task, args.group_by, fold_file, args.split_seed)
+    else:
+        group_by = "image" if args.protocol == "image" else args.group_by
+        split = fold_split(chosen, args.task, group_by, args.num_folds, args.fold, args.split_seed)
+    if not split.parts()[args.score_on]:
+        raise ValueError(f"--score-on must name a part with images, got {args.score_on!r}, which has none")
+    return split
 
 
 def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Split) -> dict[str, Any]:
@@ -121,28 +130,35 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Spli
     }
 
 
-def run_once(
-    args: argparse.Namespace, accelerator: Accelerator, data_dir: Path, records: Sequence[Record]
-) -> dict[str, Any]:
-    """Trains, tests and writes one run, or what is left of it; returns its `metrics.json`."""
+def run_once(args: argparse.Namespace, accelerator: Accelerator, data_dir: Path, split: Split) -> dict[str, Any]:
+    """Trains, tests and writes one run, or what is left of it; returns its `metrics.json`.
+
+    Raises:
+        ValueError: The run would go on with other flags, or with images divided otherwise, than it was started with.
+    """
     out, classes = args.output_dir, SOURCES[args.dataset].classes[args.task]
-    config, finished = out / "config.yaml", out / "metrics.json"
+    config, division, finished = out / "config.yaml", out / "split.csv", out / "metrics.json"
     if args.resume and config.is_file():
         if changed := differences(yaml.safe_load(config.read_text()), recorded(args)):
             raise ValueError(f"--resume must go on with the flags that {out} was started with: {'; '.join(changed)}")
+        if division.is_file() and read_csv(division) != split_rows(split, data_dir):
+            # Else patients that were trained on could now be tested.
+            raise ValueError(f"--resume must find the images that {out} was started with, as {division} lists them")
         if finished.is_file():
             logger.info("%s is finished", out)
             return json.loads(finished.read_text())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        finished.unlink(missing_ok=True)
         if not args.resume:
-            (out / STATE).unlink(missing_ok=True)
+            for stale in (finished, out / STATE, division):
+                stale.unlink(missing_ok=True)
+            for stale in ("best", "last"):
+                shutil.rmtree(out / stale, ignore_errors=True)
         write_atomically(config, lambda part: part.write_text(yaml.safe_dump(recorded(args), sort_keys=False)))
+        write_csv(division, split_rows(split, data_dir))
     accelerator.wait_for_everyone()
 
-    split = make_split(args, records)
     log_split(split, args.task, classes)
     history, best_epoch = fit(args, accelerator, split, classes)
 
@@ -150,8 +166,6 @@ def run_once(
     # float32 whatever the training ran in, so that whoever loads the checkpoint gets the same numbers.
     model = load_model(out / "best").to(accelerator.device)
     scored = split.parts()[args.score_on]
-    if not scored:
-        raise ValueError(f"--score-on must name a part with images, got {args.score_on!r}, which has none")
     data = ImageDataset(scored, args.task, classes, eval_transform(model))
     loader = accelerator.prepare(DataLoader(data, batch_size=args.batch_size, num_workers=args.num_workers))
     probabilities = predict(accelerator, model, loader).softmax(1).tolist()
@@ -160,15 +174,14 @@ def run_once(
     metrics |= score(data.targets, probabilities, [record.patient_id for record in scored])
     if accelerator.is_main_process:
         title = describe_protocol(metrics)
-        write_split(out / "split.csv", split, data_dir)
-        write_predictions(out / "predictions.csv", scored, probabilities, args.task, classes, data_dir)
+        write_csv(out / "predictions.csv", prediction_rows(scored, probabilities, args.task, classes, data_dir))
         draw_confusion_matrix(metrics["confusion_matrix"], classes, title, out / "confusion_matrix.png")
         draw_curves(history, best_epoch, title, out / "curves.png")
         draw_roc(data.targets, probabilities, classes, title, out / "roc.png")
         draw_calibration(data.targets, probabilities, title, out / "calibration.png")
         # Last, because it is what says that the run is finished.
         write_atomically(finished, lambda part: part.write_text(json.dumps(metrics, indent=2) + "\n"))
-        (out / STATE).unlink()
+        (out / STATE).unlink(missing_ok=True)
         print(summarise(metrics))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -182,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # so that a batch is one, however many share it
+        # The others wait while one process downloads and checks the images.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -192,9 +207,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             )
         if args.pretrained and "convnextv2" in args.model:
             logger.info(PRETRAINED_NOTE)
+        args.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have set it
+        scaler = copy.deepcopy(accelerator.scaler)
         data_dir, records = find_records(args, accelerator)
         runs = expand(args)
-        results = [run_once(run, accelerator, data_dir, records) for run in runs]
+        splits = [make_split(run, records) for run in runs]  # all of them now, so that none fails after hours
+        results = []
+        for run, split in zip(runs, splits, strict=True):
+            accelerator.scaler = copy.deepcopy(scaler)  # of fp16; a run must not depend on those before it
+            results.append(run_once(run, accelerator, data_dir, split))
         if len(runs) > 1 and accelerator.is_main_process:
             print(write_study(args.output_dir, [run.output_dir for run in runs]))
     except (ValueError, FloatingPointError, OSError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.models import save_for_hf
+from timm.models import load_state_dict, save_for_hf
 from torch import Tensor, nn
 
 from breakhis.stain import StainJitter
@@ -32,28 +32,35 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         The model, and the arguments besides the name that are needed to build it again.
 
     Raises:
-        RuntimeError: The weights do not fit the model.
+        ValueError: The model does not take its arguments, or the weights do not fit it.
     """
     model_args = dict(args.model_kwargs)
     has_blocks = model_args.get("csfe", True) is not False or model_args.get("mfdf", True) is not False
     loads = args.pretrained or args.checkpoint_path is not None
     if loads and args.model.startswith("kfde_") and has_blocks:
-        model_args.setdefault("identity_start", True)
+        keys = [] if args.checkpoint_path is None else load_state_dict(str(args.checkpoint_path), device="cpu")
+        own = [key for key in keys if ".kfde." in key]  # a KFDE checkpoint goes on as it was, blended or not
+        model_args.setdefault("identity_start", not own or any(key.endswith(".blend") for key in own))
     if args.drop_path is not None:
         model_args["drop_path_rate"] = args.drop_path
     if timm.models.get_pretrained_cfg(args.model).fixed_input_size:
         model_args["img_size"] = args.img_size
     source = None if args.checkpoint_path is None else {"file": str(args.checkpoint_path)}
-    model = timm.create_model(
-        args.model, pretrained=loads, pretrained_cfg_overlay=source, num_classes=num_classes, **model_args
-    )
+    try:
+        model = timm.create_model(
+            args.model, pretrained=loads, pretrained_cfg_overlay=source, num_classes=num_classes, **model_args
+        )
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model {args.model} with arguments {model_args} cannot be built: {error}") from error
     # The whole height of the field, rather than timm's usual 7/8 of it: a diagnosis may hang on the rim.
     wanted = {"img_size": args.img_size, "crop_pct": 1.0, "crop_mode": "center"}
     # The sizes that ImageNet testing would use contradict this one, and without ImageNet's weights their origin and
-    # licence say nothing about the model.
+    # licence say nothing about the model. Weights from a file may come from ImageNet's, so the licence stays.
     untrue = ["file", "test_input_size", "test_crop_pct"]
     if not args.pretrained:
-        untrue += ["tag", "license", "origin_url", "paper_name", "paper_ids"]
+        untrue += ["tag", "origin_url", "paper_name", "paper_ids"]
+    if not loads:
+        untrue.append("license")
     model.pretrained_cfg = {
         **model.pretrained_cfg,
         **resolve_data_config(wanted, model=model),

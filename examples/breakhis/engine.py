@@ -48,7 +48,7 @@ def train_one_epoch(
         The mean loss over the images of all processes, in nats.
 
     Raises:
-        FloatingPointError: The loss is not finite. The message names the step and the batch's files.
+        FloatingPointError: The loss or the gradient is not finite. The message names the step and the batch's files.
     """
     set_train(model)
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum of the losses, number of images
@@ -60,14 +60,14 @@ def train_one_epoch(
         with accelerator.accumulate(model):
             loss = loss_fn(model(inputs), targets)
             value = loss.item()
+            where = f"in epoch {epoch + 1}, step {step + 1}: {', '.join(names[index] for index in indices.tolist())}"
             if not math.isfinite(value):
-                files = ", ".join(names[index] for index in indices.tolist())
-                raise FloatingPointError(
-                    f"loss must be finite, got {value} in epoch {epoch + 1}, step {step + 1}: {files}"
-                )
+                raise FloatingPointError(f"loss must be finite, got {value} {where}")
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+                norm = float(accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM))
+                if not math.isfinite(norm) and accelerator.scaler is None:  # which would skip the step itself
+                    raise FloatingPointError(f"gradient must be finite, got norm {norm} {where}")
             optimizer.step()
             optimizer.zero_grad()
             if accelerator.sync_gradients:

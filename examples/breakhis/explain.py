@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class CamTarget(NamedTuple):
 
     Attributes:
         name: Of the module within the model.
-        layout: Order of the output's dimensions, "NCHW" or "NHWC".
+        layout: Order of the output's dimensions, "NCHW", "NHWC" or, of tokens, "NLC".
     """
 
     name: str
@@ -32,8 +33,11 @@ class CamTarget(NamedTuple):
 def cam_target(model: nn.Module) -> CamTarget:
     """Finds the last feature map of a timm model; behind it the position in the image is lost.
 
+    Of a plain vision transformer it is what the last block's attention takes in: behind that, a class token no longer
+    hangs on the others.
+
     Raises:
-        ValueError: The model has no feature map, as a plain vision transformer.
+        ValueError: The model has no such map.
     """
     names = [info["module"] for info in getattr(model, "feature_info", [])]
     modules, points = dict(model.named_modules()), insertion_points(model)
@@ -43,6 +47,8 @@ def cam_target(model: nn.Module) -> CamTarget:
         # Where a block stands already there is no room for another, so this is no insertion point; the map is there.
         if hasattr(modules.get(name), "kfde"):
             return CamTarget(name, getattr(model, "output_fmt", "NCHW"))
+    if hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size"):
+        return CamTarget(f"blocks.{len(model.blocks) - 1}.norm1", "NLC")
     raise ValueError(
         "model must have a module in its feature_info that returns a feature map, (N, C, H, W) or (N, H, W, C), "
         f"got a {type(model).__name__} with {', '.join(names) or 'none'}"
@@ -72,12 +78,19 @@ def grad_cam(model: nn.Module, inputs: Tensor, targets: Iterable[int]) -> np.nda
     """
     name, layout = cam_target(model)
     model = copy.deepcopy(model).requires_grad_(False)  # the library hooks it, switches its mode, clears its gradients
-    channels_first = None if layout == "NCHW" else lambda x: x.permute(0, 3, 1, 2)
     module = model.get_submodule(name)
-    cam = GradCAM(model, [module], reshape_transform=channels_first)
+    cam = GradCAM(model, [module], reshape_transform=partial(_channels_first, model, layout))
     module.register_forward_hook(lambda module, args, output: output.clone())  # what follows may overwrite the map
     inputs = inputs.detach().to(_device(model)).requires_grad_()  # frozen, the weights start no graph themselves
     return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets])
+
+
+def _channels_first(model: nn.Module, layout: str, x: Tensor) -> Tensor:
+    if layout == "NCHW":
+        return x
+    if layout == "NLC":
+        x = x[:, model.num_prefix_tokens :].unflatten(1, model.patch_embed.grid_size)
+    return x.permute(0, 3, 1, 2)
 
 
 def as_picture(model: nn.Module, image: Tensor) -> Image.Image:

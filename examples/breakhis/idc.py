@@ -6,13 +6,16 @@ Janowczyk and Madabhushi (2016), after Cruz-Roa et al. (2014): patches of 50 x 5
 from pathlib import Path
 
 from breakhis.images import image_files
-from breakhis.records import Found, Record, Source
+from breakhis.records import Found, Record, Source, report_copies
 
 _CLASSES = {"0": "other", "1": "carcinoma"}
 
 
 def find_idc(data_dir: Path) -> Found:
     """Finds every patch below a directory.
+
+    Of several files of one patient, label and name the first counts: the archive in circulation holds each patient
+    twice. The others are counted in the log.
 
     Args:
         data_dir: Where to look, to any depth.
@@ -23,17 +26,21 @@ def find_idc(data_dir: Path) -> Found:
     Raises:
         ValueError: `data_dir` is no directory, or holds no patch.
     """
-    records: list[Record] = []
+    records: dict[tuple[str, str, str], Record] = {}
     misnamed: dict[Path, str] = {}
+    copies: list[Path] = []
     for path in image_files(data_dir):
         label, patient_id = path.parent.name, path.parent.parent.name
         if label not in _CLASSES:
             misnamed[path] = f"its folder must be named 0 or 1, got {label!r}"
             continue
-        records.append(Record(path, {"binary": _CLASSES[label]}, patient_id=patient_id, case_id=patient_id))
+        record = Record(path, {"binary": _CLASSES[label]}, patient_id=patient_id, case_id=patient_id)
+        if records.setdefault((patient_id, label, path.name), record) is not record:
+            copies.append(path)
     if not records:
         raise ValueError(f"data_dir must hold patches in <patient>/<0 or 1>/, got none in {str(data_dir)!r}")
-    return Found(records, misnamed)
+    report_copies(copies)
+    return Found(list(records.values()), misnamed)
 
 
 IDC = Source(classes={"binary": tuple(_CLASSES.values())}, magnifications=(), find=find_idc)

@@ -35,7 +35,7 @@ def image_files(directory: Path) -> list[Path]:
     names = [
         path.relative_to(directory)
         for path in directory.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()  # a link that leads nowhere is a fault to report
     ]
     wanted = [name for name in names if not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)]
     return [directory / name for name in sorted(wanted, key=Path.as_posix)]

@@ -37,8 +37,8 @@ def bootstrap(
 ) -> tuple[list[Interval], list[Interval]]:
     """Resamples patients, and seeds, with replacement; the same patients and seeds for every arm.
 
-    Patients are drawn, not images, because the images of one patient are right or wrong together. A world in which a
-    score is not defined, such as an area under a curve where one class is left, is drawn again.
+    Patients are drawn, not images, because the images of one patient are right or wrong together. A world that lacks a
+    class is drawn again: a mean over fewer classes, or a curve of one, is another score.
 
     Args:
         arms: Two or more that predict the same images, from as many seeds; the first is what the others are compared
@@ -63,10 +63,13 @@ def bootstrap(
             )
     rng = np.random.default_rng(seed)
     _, patient_of = np.unique(first.patient_ids, return_inverse=True)
+    num_classes = len(set(first.targets.tolist()))
     num_patients, num_seeds = patient_of.max() + 1, len(first.probabilities)
 
     def world(weight: NDArray, seeds: NDArray) -> list[float] | None:
         seen = weight > 0
+        if len(set(first.targets[seen].tolist())) < num_classes:
+            return None
         scores = [
             [score(arm.targets[seen], arm.probabilities[s][seen], weight[seen]) for s in seeds.tolist()] for arm in arms
         ]

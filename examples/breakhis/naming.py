@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from breakhis.images import IMAGE_SUFFIXES, image_files
-from breakhis.records import Found, Record, Source
+from breakhis.records import Found, Record, Source, report_copies
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ def find_breakhis(data_dir: Path) -> Found:
             copies.append(path)
     if not records:
         raise ValueError(f"data_dir must hold images named {GRAMMAR} at any depth, got none in {str(data_dir)!r}")
-    if copies:
-        logger.warning("left out %d further copies of images, such as %s", len(copies), copies[0])
+    report_copies(copies)
     _report_conflicts(records.values())
     return Found([records[name] for name in sorted(records)], misnamed)
 

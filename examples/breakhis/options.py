@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ ABLATION: dict[str, dict[str, Any]] = {
     "MFDF": {"csfe": False},
     "KFDE": {},
 }
-# What may differ between a run and the one that resumes it: it changes no number, or says where things are.
-_MACHINE = ("num_workers", "data_dir", "fold_dir", "checkpoint_path", "download")
+# What may differ between a run and the one that resumes it: it changes no number, or says where the images are, whose
+# division is compared by itself.
+_MACHINE = ("num_workers", "data_dir", "fold_dir", "download")
+_VARIANT = re.compile(r"[\w.+-]+")  # it names a folder
 
 _SWITCH = argparse.BooleanOptionalAction  # so that the command line can switch off what a file switches on
 
@@ -113,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "--magnification",
         nargs="+",
         choices=(*BREAKHIS.magnifications, "all", "pooled"),
-        default=["100X"],
-        help="one run for each; all: the four; pooled: one run on all images",
+        default=None,
+        help="one run for each; all: the four; pooled: one run on all images; unset: 100X of BreakHis",
     )
 
     split = parser.add_argument_group("protocol")
@@ -166,7 +169,12 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--lr", type=_positive, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
     recipe.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")
     recipe.add_argument("--weight-decay", type=rate, default=0.05, help="of AdamW")
-    recipe.add_argument("--layer-decay", type=share, default=1, help="factor on the rate, layer by layer from the head")
+    recipe.add_argument(
+        "--layer-decay",
+        type=_number(float, 0.01, 1),
+        default=1,
+        help="factor on the rate, layer by layer from the head",
+    )
     recipe.add_argument("--ema-decay", type=share, default=0, help="average of the weights, which is then what is kept")
     recipe.add_argument("--mixup", type=rate, default=0, help="alpha of mixup; 0: none")
     recipe.add_argument("--cutmix", type=rate, default=0, help="alpha of cutmix; 0: none")
@@ -186,6 +194,8 @@ def _as_argv(config: dict[str, Any]) -> list[str]:
         match value:
             case None:  # as saved where a flag was not given
                 continue
+            case False if name == "mixed-precision":  # what YAML makes of a bare "no"
+                argv += [f"--{name}", "no"]
             case bool():
                 argv.append(f"--{name}" if value else f"--no-{name}")
             case dict():
@@ -218,16 +228,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             config = yaml.safe_load(known.config.read_text())
         except (OSError, yaml.YAMLError) as error:
             parser.error(f"argument --config: must be a YAML file that can be read, got {error}")
-        if not isinstance(config, dict):
-            parser.error(f"argument --config: must be a mapping from flags to values, got {config!r}")
+        if not isinstance(config, dict) or "config" in config:
+            parser.error(f"argument --config: must be a mapping from flags to values without config, got {config!r}")
         rest = ["--config", str(known.config), *_as_argv(config), *rest]
     args = parser.parse_args(rest)
     _check(parser, args)
-    if "all" in args.magnification:
+    if args.magnification is None:
+        args.magnification = ["100X"] if SOURCES[args.dataset].magnifications else ["pooled"]
+    if args.magnification == ["all"]:
         args.magnification = list(BREAKHIS.magnifications)
-    if SOURCES[args.dataset].magnifications == ():
-        args.magnification = ["pooled"]
-    if "all" in args.folds:
+    if args.folds == ["all"]:
         args.folds = list(range(args.num_folds))
     return args
 
@@ -244,8 +254,25 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("argument --download: not allowed with argument --synthetic")
     if args.task not in SOURCES[args.dataset].classes:
         parser.error(f"argument --task: must be {', '.join(SOURCES[args.dataset].classes)}, got {args.task!r}")
+    if args.magnification not in (None, ["pooled"]) and not SOURCES[args.dataset].magnifications:
+        parser.error(
+            f"argument --magnification: must be pooled with --dataset {args.dataset}, got {args.magnification}"
+        )
+    for flag in ("magnification", "folds", "seeds"):
+        values = getattr(args, flag) or []
+        if len(set(values)) < len(values) or (len(values) > 1 and {"all", "pooled"} & set(values)):
+            parser.error(f"argument --{flag}: must name each once, and all or pooled alone, got {values}")
+    inside = args.data_dir is not None and args.output_dir.resolve().is_relative_to(args.data_dir.resolve())
+    if inside:
+        parser.error(
+            "argument --output-dir: must not lie in --data-dir, where its figures would be taken for images, "
+            f"got {str(args.output_dir)!r}"
+        )
+    if args.protocol == "image" and args.group_by != "patient":
+        parser.error(f"argument --group-by: not allowed with --protocol image, got {args.group_by!r}")
     if args.protocol == "official":
-        args.num_folds = 5
+        if args.num_folds != 5:
+            parser.error(f"argument --num-folds: must be 5 with --protocol official, got {args.num_folds}")
         if args.dataset != "breakhis" or args.synthetic:
             parser.error("argument --protocol: 'official' lists the images of BreakHis alone")
         if args.fold_dir is None or not args.fold_dir.is_dir():
@@ -259,6 +286,12 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"argument --ablation: needs a model that starts with kfde_, got --model {args.model}")
     if args.ablation and args.variants:
         parser.error("argument --variants: not allowed with argument --ablation, which is four variants")
+    for name, kwargs in args.variants.items():
+        if not isinstance(name, str) or not _VARIANT.fullmatch(name) or not isinstance(kwargs, dict | None):
+            parser.error(
+                "argument --variants: must map names of letters, digits and .+-_ to mappings of model arguments, "
+                f"got {name!r}: {kwargs!r}"
+            )
     if args.pretrained and args.checkpoint_path is not None:
         parser.error("argument --checkpoint-path: not allowed with argument --pretrained")
     if args.checkpoint_path is not None and not args.checkpoint_path.is_file():
@@ -290,7 +323,7 @@ def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def recorded(run: argparse.Namespace) -> dict[str, Any]:
     """A run's flags as a mapping that `--config` takes to repeat it."""
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(run).items()}
+    flags = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in vars(run).items()}
     del flags["config"], flags["output_dir"], flags["resume"], flags["variant"]
     flags["folds"], flags["seeds"] = [flags.pop("fold")], [flags.pop("seed")]
     return flags | {"magnification": [run.magnification]}

@@ -1,5 +1,6 @@
 """What is known of an image without opening it, and the data set that serves the pictures."""
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from breakhis.images import open_rgb
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class Source(NamedTuple):
     classes: dict[str, tuple[str, ...]]
     magnifications: tuple[str, ...]
     find: Callable[[Path], Found]
+
+
+def report_copies(copies: Sequence[Path]) -> None:
+    """Counts in the log the files that were left out as copies of others."""
+    if copies:
+        logger.warning("left out %d further copies of images, such as %s", len(copies), copies[0])
 
 
 def patients(records: Iterable[Record]) -> set[str]:

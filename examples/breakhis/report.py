@@ -1,6 +1,5 @@
 """Tables and sentences about a run. No sentence gives a score without its protocol."""
 
-import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,57 +25,58 @@ def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
         logger.warning("WARNING: too few patients or images for a validation set, so best = last epoch")
 
 
-def write_split(path: Path, split: Split, data_dir: Path) -> None:
-    """Writes `file` (relative to `data_dir`), `patient`, `case`, `split` for each image, as CSV."""
-    rows = [
-        (record.path.relative_to(data_dir).as_posix(), record.patient_id, record.case_id, name)
+def split_rows(split: Split, data_dir: Path) -> list[dict[str, str]]:
+    """`file` (relative to `data_dir`), `patient`, `case`, `split` for each image."""
+    return [
+        {
+            "file": record.path.relative_to(data_dir).as_posix(),
+            "patient": record.patient_id,
+            "case": record.case_id,
+            "split": name,
+        }
         for name, records in split.parts().items()
         for record in records
     ]
-    _write_csv(path, ["file", "patient", "case", "split"], rows)
 
 
-def write_predictions(
-    path: Path,
+def prediction_rows(
     records: Sequence[Record],
     probabilities: Sequence[Sequence[float]],
     task: str,
     classes: Sequence[str],
     data_dir: Path,
-) -> None:
-    """Writes `file`, `patient`, `target`, `prediction` and a probability for each class, as CSV.
+) -> list[dict[str, str]]:
+    """`file`, `patient`, `target`, `prediction` and a probability for each class, for each image.
 
     Args:
-        path: The file to write.
         records: The images predicted.
         probabilities: A row for each image, a column for each class.
         task: Whose labels are the targets.
         classes: Names of the columns.
         data_dir: What `file` is relative to.
     """
-    rows = [
-        (
-            record.path.relative_to(data_dir).as_posix(),
-            record.patient_id,
-            record.labels[task],
-            classes[max(range(len(classes)), key=row.__getitem__)],
-            *(f"{probability:.9g}" for probability in row),  # 9 digits restore a float32
-        )
+    return [
+        {
+            "file": record.path.relative_to(data_dir).as_posix(),
+            "patient": record.patient_id,
+            "target": record.labels[task],
+            "prediction": classes[max(range(len(classes)), key=row.__getitem__)],
+            **{f"prob_{name}": f"{value:.9g}" for name, value in zip(classes, row, strict=True)},  # restores a float32
+        }
         for record, row in zip(records, probabilities, strict=True)
     ]
-    _write_csv(path, ["file", "patient", "target", "prediction", *(f"prob_{name}" for name in classes)], rows)
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+def name_source(results: dict[str, Any]) -> str:
+    """Where the images come from, of a run or a study."""
+    return "synthetic images" if results["synthetic"] else results["dataset"]
 
 
 def describe_protocol(metrics: dict[str, Any]) -> str:
     """What the scores of a run hold for, such as "patient protocol, fold 0 of 5, breakhis 100X, binary"."""
-    source = "synthetic images" if metrics["synthetic"] else metrics["dataset"]
     magnification = "" if metrics["magnification"] == "pooled" else f" {metrics['magnification']}"
-    return f"{metrics['protocol_in_words']}, {metrics['fold_in_words']}, {source}{magnification}, {metrics['task']}"
+    source = f"{name_source(metrics)}{magnification}"
+    return f"{metrics['protocol_in_words']}, {metrics['fold_in_words']}, {source}, {metrics['task']}"
 
 
 def summarise(metrics: dict[str, Any]) -> str:

@@ -69,14 +69,13 @@ def absent_classes(records: Sequence[Record], task: str, classes: Sequence[str])
 def fold_split(records: Sequence[Record], task: str, group_by: str, num_folds: int, fold: int, seed: int) -> Split:
     """Takes one fold of a stratified k-fold over groups as test; validation comes out of the rest.
 
-    With fewer groups than folds, the number of folds shrinks to the number of groups, with a warning. Validation never
-    takes the last training images of a class; where that cannot be avoided it stays empty.
+    Validation never takes the last training images of a class; where that cannot be avoided it stays empty.
 
     Args:
-        records: Images of at least two groups.
+        records: Images of at least as many groups as folds.
         task: Its classes are what is balanced over the folds.
         group_by: What stays on one side: "patient", "case", or "image", which lets patients leak and warns of it.
-        num_folds: Number of folds wanted, at least 2.
+        num_folds: Number of folds, at least 2.
         fold: Which fold is the test set, from 0.
         seed: Shuffles the groups.
 
@@ -84,19 +83,14 @@ def fold_split(records: Sequence[Record], task: str, group_by: str, num_folds: i
         The split; no group is in two of its lists.
 
     Raises:
-        ValueError: There are fewer than two groups, or `fold` is not below the number of folds.
+        ValueError: There are fewer groups than folds, or `fold` is not below the number of folds.
     """
     groups = {record.group(group_by) for record in records}
-    if len(groups) < 2:
-        raise ValueError(
-            f"records must show at least 2 {group_by}s, one to train on and one to test on, got {len(groups)}: "
-            f"{', '.join(sorted(groups))}"
-        )
     if len(groups) < num_folds:
-        logger.warning(
-            "WARNING: the number of folds shrinks from %d to %d, one per %s", num_folds, len(groups), group_by
+        raise ValueError(
+            f"num_folds must be at most the number of {group_by}s, {len(groups)}, got {num_folds}; "
+            f"they are {', '.join(sorted(groups))}"
         )
-        num_folds = len(groups)
     if not 0 <= fold < num_folds:
         raise ValueError(f"fold must be from 0 to {num_folds - 1}, got {fold}")
     if group_by == "image":

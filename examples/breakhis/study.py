@@ -4,7 +4,6 @@ A study is whatever runs were asked for at once. Its tables have the paper's lay
 across; the paper's figures stand below, labelled with their protocol, because they are of another one.
 """
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ import numpy as np
 from breakhis import paper
 from breakhis.intervals import Predictions, bootstrap
 from breakhis.metrics import auc, balanced_accuracy, image_accuracy
+from breakhis.report import name_source
 from breakhis.state import write_atomically
+from breakhis.tables import read_csv, write_csv
 
 SCORES = ("image_accuracy", "patient_recognition_rate", "balanced_accuracy", "macro_f1", "auc", "ece")
 COMPARED = {"image_accuracy": image_accuracy, "balanced_accuracy": balanced_accuracy, "auc": auc}
@@ -45,7 +46,7 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     }
     tables = markdown(results)
     write_atomically(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
-    write_atomically(out / "results.csv", lambda part: _write_csv(part, runs))
+    write_csv(out / "results.csv", [_row(run) for run in runs])
     write_atomically(out / "results.md", lambda part: part.write_text(tables + "\n"))
     return tables
 
@@ -67,7 +68,7 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     cells = []
     for (variant, magnification), group in groups(runs, "variant", "magnification").items():
-        tested = {row["patient"] for run in group for row in read_predictions(run["folder"])}
+        tested = {row["patient"] for run in group for row in read_csv(run["folder"] / "predictions.csv")}
         cell: dict[str, Any] = {"variant": variant, "magnification": magnification}
         cell |= {"n_runs": len(group), "n_patients": len(tested)}
         for score in SCORES:
@@ -114,7 +115,7 @@ def _pool(runs: Sequence[dict[str, Any]]) -> Predictions:
     """The predictions of one variant: folds side by side, seeds one above the other."""
     by_seed = []
     for (_,), folds in groups(runs, "seed").items():
-        by_seed.append([row for run in folds for row in read_predictions(run["folder"])])
+        by_seed.append([row for run in folds for row in read_csv(run["folder"] / "predictions.csv")])
     classes = runs[0]["classes"]
     return Predictions(
         targets=np.array([classes.index(row["target"]) for row in by_seed[0]]),
@@ -125,20 +126,12 @@ def _pool(runs: Sequence[dict[str, Any]]) -> Predictions:
     )
 
 
-def read_predictions(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's `predictions.csv`, in their order."""
-    with (folder / "predictions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write_csv(path: Path, runs: Sequence[dict[str, Any]]) -> None:
-    keys = ["variant", "magnification", "fold", "seed", *SCORES]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*keys, "n_images", "n_patients", "best_epoch"])
-        for run in runs:
-            sizes = [run["n_images"][run["scored_on"]], run["n_patients"][run["scored_on"]], run["best_epoch"]]
-            writer.writerow([*(run[key] for key in keys), *sizes])
+def _row(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's row in `results.csv`."""
+    part = run["scored_on"]
+    row = {key: run[key] for key in ("variant", "magnification", "fold", "seed", *SCORES)}
+    sizes = {"n_images": run["n_images"][part], "n_patients": run["n_patients"][part]}
+    return row | sizes | {"best_epoch": run["best_epoch"]}
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -152,7 +145,7 @@ def markdown(results: dict[str, Any]) -> str:
     variants = list(dict.fromkeys(cell["variant"] for cell in cells))
     magnifications = list(dict.fromkeys(cell["magnification"] for cell in cells))
     found = {(cell["variant"], cell["magnification"]): cell for cell in cells}
-    source = "synthetic images" if results["synthetic"] else results["dataset"]
+    source = name_source(results)
     blocks = []
     for score in SCORES:
         rows = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
@@ -51,6 +51,8 @@ def fit(
     """
     set_seed(args.seed)
     model, model_args = build_model(args, len(classes))
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # the only device that it exists for
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.freeze_backbone:
         freeze_backbone(model)
     transform = train_transform(args, model, open_rgb(split.train[0].path))
@@ -93,6 +95,8 @@ def fit(
             mixup,
             ema,
         )
+        for buffer in kept.buffers():  # of batch norm, else each process would validate another model than is saved
+            buffer.copy_(broadcast(buffer))
         if split.val:
             logits, targets = predict(accelerator, kept, val_loader), torch.tensor(val_data.targets)
             row["val_loss"] = F.cross_entropy(logits, targets).item()

@@ -76,17 +76,35 @@ def test_what_a_model_is_built_with(created, changes, wanted):
     assert {key: created[0].get(key) for key in wanted} == wanted
 
 
-@pytest.mark.parametrize("donor", ["convnextv2_atto", "kfde_convnextv2_atto"])
-def test_weights_from_a_file_start_training_whatever_their_classes(tmp_path, donor):
-    bare = timm.create_model(donor, num_classes=5, **({"identity_start": True} if donor.startswith("kfde") else {}))
+@pytest.mark.parametrize(
+    ("donor", "kwargs", "blended"),
+    [
+        ("convnextv2_atto", {}, True),
+        ("kfde_convnextv2_atto", {"identity_start": True}, True),
+        ("kfde_convnextv2_atto", {}, False),  # as trained from random weights
+    ],
+)
+def test_weights_from_a_file_start_training_whatever_their_classes(tmp_path, donor, kwargs, blended):
+    bare = timm.create_model(donor, num_classes=5, **kwargs)
     path = tmp_path / "donor.pth"
     torch.save(bare.state_dict(), path)
     model, model_args = build_model(flags(checkpoint_path=path), num_classes=2)
-    assert model_args == {"identity_start": True}
+    assert model_args == {"identity_start": blended}
     assert model.pretrained_cfg["file"] is None  # whoever loads the trained model must not look for it
+    assert model.pretrained_cfg["license"] == "cc-by-nc-4.0"  # the file's weights may come from ImageNet's
     images = torch.randn(2, 3, 96, 96)
     torch.testing.assert_close(model.eval().forward_features(images), bare.eval().forward_features(images))
     assert model.get_classifier().out_features == 2
+
+
+def test_arguments_and_weights_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"model kfde_convnextv2_atto with arguments {'foo': 1} cannot be built: .*foo"
+    ):
+        build_model(flags(model_kwargs={"foo": 1}), num_classes=2)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"cannot be built: The checkpoint does not fit the model"):
+        build_model(flags(checkpoint_path=tmp_path / "other.pth"), num_classes=2)
 
 
 def test_evaluation_is_deterministic_and_sees_the_whole_height():

@@ -46,6 +46,7 @@ MODELS = {
         "layers.3",
         "NHWC",
     ),
+    "vit": (partial(small, "vit_tiny_patch16_224", depth=2), "blocks.1.norm1", "NLC"),
     "convnext": (partial(small, "convnextv2_atto"), "stages.3", "NCHW"),
     "kfde": (partial(small, "kfde_convnextv2_atto"), "stages.3", "NCHW"),
     "inserted": (inserted, "layer4", "NCHW"),
@@ -72,8 +73,11 @@ def by_hand(model, name, layout, inputs, targets):
     logits = model(inputs)
     handle.remove()
     (gradient,) = torch.autograd.grad(logits[torch.arange(len(targets)), targets].sum(), maps)
+    values = maps[0].detach()
+    if layout == "NLC":  # a class token and 14 x 14 patches
+        values, gradient, layout = values[:, 1:].unflatten(1, (14, 14)), gradient[:, 1:].unflatten(1, (14, 14)), "NHWC"
     dims = [layout.index(letter) for letter in "NCHW"]
-    values, gradient = maps[0].detach().permute(dims), gradient.permute(dims)
+    values, gradient = values.permute(dims), gradient.permute(dims)
     cam = (gradient.mean((2, 3), keepdim=True) * values).sum(1, keepdim=True).relu()
     cam = F.interpolate(cam, size=inputs.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
@@ -98,8 +102,8 @@ def test_grad_cam_follows_its_definition(case):
 
 
 def test_a_model_without_a_feature_map_is_refused():
-    with pytest.raises(ValueError, match=r"returns a feature map, .* got a VisionTransformer with blocks\.0"):
-        cam_target(small("vit_tiny_patch16_224", depth=1))
+    with pytest.raises(ValueError, match=r"returns a feature map, .* got a CrossVit with blocks\.0"):
+        cam_target(small("crossvit_9_240"))
     with pytest.raises(ValueError, match="got a Sequential with none"):
         cam_target(nn.Sequential(nn.Conv2d(3, 4, 1)))
 

@@ -93,12 +93,15 @@ def test_nothing_found_names_the_directory_and_what_was_looked_for(tmp_path):
         IDC.find(tmp_path)
 
 
-def test_patches_are_found_by_their_folders(tmp_path):
+def test_patches_are_found_by_their_folders(tmp_path, caplog):
     touch(tmp_path / "10253" / "1" / "b.png")
     touch(tmp_path / "10253" / "0" / "a.png")
     touch(tmp_path / "9" / "0" / "a.png")
     touch(tmp_path / "9" / "2" / "a.png")
-    records, misnamed = IDC.find(tmp_path)
+    touch(tmp_path / "archive" / "10253" / "0" / "a.png")
+    with caplog.at_level(logging.WARNING, logger="breakhis"):
+        records, misnamed = IDC.find(tmp_path)
+    assert caplog.messages == [f"left out 1 further copies of images, such as {tmp_path}/archive/10253/0/a.png"]
     assert [(record.patient_id, record.labels["binary"]) for record in records] == [
         ("10253", "other"),
         ("10253", "carcinoma"),

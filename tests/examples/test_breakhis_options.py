@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 from breakhis.options import differences, expand, parse_args, recorded
@@ -48,7 +50,7 @@ def test_variants_add_to_the_models_arguments(tmp_path):
 def test_a_file_of_flags_is_read_like_the_command_line_which_goes_before_it(tmp_path):
     flags = {"synthetic": True, "lr": 0.01, "epochs": 3, "class_weights": True, "strict": False, "seeds": [4, 5]}
     flags |= {"model_kwargs": {"output_stride": 8}, "checkpoint_path": None}
-    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags))
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags) + "mixed_precision: no\n")
     argv = [
         "--config",
         str(tmp_path / "flags.yaml"),
@@ -60,6 +62,7 @@ def test_a_file_of_flags_is_read_like_the_command_line_which_goes_before_it(tmp_
     ]
     args = parse_args(argv)
     assert (args.synthetic, args.lr, args.epochs, args.class_weights) == (True, 0.01, 7, False)
+    assert args.mixed_precision == "no"  # which YAML reads as false
     assert (args.seeds, args.model_kwargs, args.checkpoint_path) == ([4, 5], {"output_stride": 8}, None)
 
 
@@ -112,6 +115,18 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         (["--ablation", "--variants", "{a: {}}"], "argument --variants: not allowed with argument --ablation"),
         (["--dataset", "idc"], "argument --dataset: must be 'breakhis' to be downloaded or drawn, got 'idc'"),
         (["--protocol", "official"], "'official' lists the images of BreakHis alone"),
+        (
+            ["--protocol", "official", "--num-folds", "3"],
+            "argument --num-folds: must be 5 with --protocol official, got 3",
+        ),
+        (["--protocol", "image", "--group-by", "case"], "argument --group-by: not allowed with --protocol image"),
+        (["--seeds", "0", "0"], "argument --seeds: must name each once, and all or pooled alone, got [0, 0]"),
+        (["--folds", "1", "all"], "argument --folds: must name each once, and all or pooled alone, got [1, 'all']"),
+        (["--magnification", "all", "pooled"], "argument --magnification: must name each once"),
+        (["--variants", "{1: {}}"], "argument --variants: must map names of letters, digits and .+-_ to mappings"),
+        (["--variants", "{../x: {}}"], "got '../x': {}"),
+        (["--variants", "{a: 3}"], "got 'a': 3"),
+        (["--layer-decay", "0"], "argument --layer-decay: must be from 0.01 to 1, got 0.0"),
         (["--checkpoint-path", "none.safetensors"], "argument --checkpoint-path: must be a file"),
         (
             ["--mixup", "0.2", "--batch-size", "3"],
@@ -131,15 +146,15 @@ def test_wrong_flags_are_named_with_their_values(tmp_path, arguments, message, c
     ("arguments", "message"),
     [
         (["--data-dir", "none"], "argument --data-dir: must be a directory, got 'none'"),
-        (["--data-dir", ".", "--protocol", "official"], "argument --fold-dir: must be a directory with dsfold1.txt"),
-        (
-            ["--data-dir", ".", "--dataset", "idc", "--task", "subtype"],
-            "argument --task: must be binary, got 'subtype'",
-        ),
+        (["--data-dir", "docs", "--protocol", "official"], "argument --fold-dir: must be a directory with dsfold1.txt"),
+        (["--data-dir", ".."], "argument --output-dir: must not lie in --data-dir, where its figures"),
+        (["--data-dir", "docs", "--dataset", "idc", "--task", "subtype"], "argument --task: must be binary, got"),
+        (["--data-dir", "docs", "--dataset", "idc", "--magnification", "40X"], "must be pooled with --dataset idc"),
         ([], "one of the arguments --data-dir and --synthetic is required"),
     ],
 )
-def test_wrong_data_are_named_with_their_values(arguments, message, capsys):
+def test_wrong_data_are_named_with_their_values(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(SystemExit):
         parse_args(["--output-dir", "out", *arguments])
     assert message in capsys.readouterr().err

@@ -205,6 +205,8 @@ def test_a_model_without_maps_is_refused_before_it_runs(checkpoint, images, tmp_
         ({"--images": "nowhere"}, "argument --images: must be a directory, got"),
         ({"--output": "images"}, "argument --output: must be a file, got the directory"),
         ({"--cam-dir": "images/cams"}, "argument --cam-dir: must not lie below --images"),
+        ({"--output": "/proc/out.csv"}, "argument --output: must be in a writable folder, got '/proc'"),
+        ({"--cam-dir": "/proc/cams"}, "argument --cam-dir: must be in a writable folder, got '/proc/cams'"),
         ({"--batch-size": "0"}, "argument --batch-size: must be at least 1, got 0"),
         ({"--num-workers": "-1"}, "argument --num-workers: must be at least 0, got -1"),
         ({"--device": "abacus"}, "argument --device: must be 'auto' or a device of this machine, got 'abacus'"),

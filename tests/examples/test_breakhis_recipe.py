@@ -146,3 +146,19 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_files():
     with pytest.raises(FloatingPointError, match=r"finite, got nan in epoch 5, step 2: image2.png, image3.png"):
         train_one_epoch(accelerator, model, batches, F.cross_entropy, optimizer, scheduler, 4, names)
     assert torch.isfinite(model.weight).all()  # the step was not taken
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights():
+    from accelerate import Accelerator
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long), torch.arange(2))]
+    scheduler = make_scheduler(flags(), optimizer, updates_per_epoch=1)
+
+    def loss_fn(logits, targets):
+        return (logits - logits.detach()).abs().sqrt().sum()  # 0, with an infinite slope
+
+    with pytest.raises(FloatingPointError, match="gradient must be finite, got norm nan in epoch 1, step 1: a, b"):
+        train_one_epoch(Accelerator(cpu=True), model, batches, loss_fn, optimizer, scheduler, 0, ["a", "b"])
+    assert torch.isfinite(model.weight).all()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,24 @@ def test_a_run_goes_on_from_the_state_rather_than_from_the_start(synthetic_tree,
     monkeypatch.setattr("breakhis.training.train_one_epoch", lambda *rest: epochs.append(rest[6]) or train(*rest))
     main(arguments[:-1])
     assert epochs == [0, 1, 2, 3]
+
+
+@needs_local_dir
+def test_a_run_does_not_go_on_with_images_that_are_divided_otherwise(synthetic_tree, tmp_path, monkeypatch):
+    tree, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(synthetic_tree, tree)
+    arguments = ["--data-dir", str(tree), "--output-dir", str(out), *RECIPE]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("breakhis.training.train_one_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    picture = next(tree.rglob("SOB_B_F-*.png"))
+    picture.with_name("SOB_B_F-14-999-100-001.png").write_bytes(picture.read_bytes())
+    with pytest.raises(SystemExit, match=r"--resume must find the images that .*out was started with, as .*split.csv"):
+        main(arguments)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

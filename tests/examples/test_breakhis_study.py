@@ -7,7 +7,7 @@ from statistics import stdev
 import pytest
 from breakhis import paper, study
 from breakhis.intervals import bootstrap
-from breakhis.study import SCORES, compare_variants, groups, read_predictions, write_study
+from breakhis.study import SCORES, compare_variants, groups, write_study
 
 TWO, EIGHT = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
 # The images of two folds: patient and class. Patients a and c have two images, the others one.
@@ -272,8 +272,7 @@ def test_the_papers_tables():
     assert [len(rows) for rows in paper.TABLES.values()] == [8, 8]
 
 
-def test_runs_are_grouped_in_the_order_of_first_meeting(write_run):
+def test_runs_are_grouped_in_the_order_of_first_meeting():
     runs = [{"fold": fold, "seed": seed} for fold, seed in ((2, 0), (0, 1), (2, 1))]
     assert groups(runs, "fold") == {(2,): [runs[0], runs[2]], (0,): [runs[1]]}
     assert list(groups(runs, "fold", "seed")) == [(2, 0), (0, 1), (2, 1)]
-    assert [row["patient"] for row in read_predictions(write_run("KFDE", "yyy"))] == ["a", "a", "b"]

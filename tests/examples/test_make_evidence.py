@@ -1,6 +1,5 @@
 """The script that makes the evidence, and what it has kept."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,39 +7,34 @@ import make_evidence
 import numpy as np
 import pytest
 import yaml
-from breakhis.metrics import balanced_accuracy, image_accuracy
+from breakhis.metrics import auc, balanced_accuracy, image_accuracy
 from breakhis.study import markdown
+from breakhis.tables import read_csv
 
 from tests.helpers import needs_local_dir
 
 KEPT = sorted(path.parent for path in make_evidence.STUDIES.glob("*/results.json"))
 
 
-def columns(folder: Path, variant: str, seed: int) -> tuple[list[int], np.ndarray]:
-    """Targets and probabilities of one variant and seed, over all folds, from what is kept."""
-    classes = json.loads((folder / "results.json").read_text())["classes"]
-    with (folder / "predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    (name,) = {key.split(" prob_")[0] for key in rows[0] if key.startswith(f"{variant}-") and f"-seed{seed} " in key}
-    probabilities = np.array([[float(row[f"{name} prob_{kind}"]) for kind in classes] for row in rows])
-    return [classes.index(row["target"]) for row in rows], probabilities
-
-
 def assert_kept(folder: Path) -> None:
     """Scores of single runs, computed again from the predictions, are those of the results."""
-    with (folder / "results.csv").open(newline="") as file:
-        runs = list(csv.DictReader(file))
+    classes = json.loads((folder / "results.json").read_text())["classes"]
+    predictions, runs = read_csv(folder / "predictions.csv"), read_csv(folder / "results.csv")
     assert runs
-    for variant, seed in {(run["variant"], int(run["seed"])) for run in runs}:
-        folds = [run for run in runs if (run["variant"], int(run["seed"])) == (variant, seed)]
-        targets, probabilities = columns(folder, variant, seed)
-        sizes = [int(run["n_images"]) for run in folds]
-        wanted = np.average([float(run["image_accuracy"]) for run in folds], weights=sizes)
-        # Four digits may turn a tie, and no more than that.
-        assert image_accuracy(targets, probabilities) == pytest.approx(wanted, abs=2 / sum(sizes))
-        if len(folds) == 1:
-            wanted = float(folds[0]["balanced_accuracy"])
-            assert balanced_accuracy(targets, probabilities) == pytest.approx(wanted, abs=0.01)
+    for run in runs:
+        rows = [row for row in predictions if row["fold"] == run["fold"]]
+        assert len(rows) == int(run["n_images"])
+        assert len({row["patient"] for row in rows}) == int(run["n_patients"])
+        targets = [classes.index(row["target"]) for row in rows]
+        column = f"{run['variant']} seed {run['seed']}"
+        probabilities = np.array([[float(row[f"{column} prob_{name}"]) for name in classes] for row in rows])
+        # Four digits may turn a tie or two, and no more than that.
+        smallest = min(targets.count(target) for target in set(targets))
+        assert image_accuracy(targets, probabilities) == pytest.approx(float(run["image_accuracy"]), abs=2 / len(rows))
+        wanted = pytest.approx(float(run["balanced_accuracy"]), abs=2 / smallest / len(set(targets)))
+        assert balanced_accuracy(targets, probabilities) == wanted
+        if run["auc"]:
+            assert auc(targets, probabilities) == pytest.approx(float(run["auc"]), abs=0.01)
 
 
 @needs_local_dir
@@ -65,7 +59,6 @@ def test_what_is_kept_agrees_with_itself_and_with_its_flags(folder):
     assert_kept(folder)
     assert (folder / "results.md").read_text() == markdown(json.loads((folder / "results.json").read_text())) + "\n"
     flags = yaml.safe_load(folder.with_suffix(".yaml").read_text())
-    with (folder / "results.csv").open(newline="") as file:
-        runs = list(csv.DictReader(file))
+    runs = read_csv(folder / "results.csv")
     assert {run["variant"] for run in runs} == set(flags["variants"])
     assert {int(run["seed"]) for run in runs} == set(flags.get("seeds", [0]))
