@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 
+import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.idc import IDC
 from breakhis.naming import BREAKHIS
 from breakhis.splits import PROTOCOLS
@@ -199,7 +200,7 @@ def _as_argv(config: dict[str, Any]) -> list[str]:
             case bool():
                 argv.append(f"--{name}" if value else f"--no-{name}")
             case dict():
-                argv += [f"--{name}", yaml.safe_dump(value, default_flow_style=True, width=math.inf)]
+                argv += [f"--{name}", yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)]
             case list():
                 argv += [f"--{name}", *map(str, value)]
             case _:

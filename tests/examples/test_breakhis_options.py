@@ -49,7 +49,11 @@ def test_variants_add_to_the_models_arguments(tmp_path):
 
 def test_a_file_of_flags_is_read_like_the_command_line_which_goes_before_it(tmp_path):
     flags = {"synthetic": True, "lr": 0.01, "epochs": 3, "class_weights": True, "strict": False, "seeds": [4, 5]}
-    flags |= {"model_kwargs": {"output_stride": 8}, "checkpoint_path": None}
+    flags |= {
+        "model_kwargs": {"output_stride": 8},
+        "checkpoint_path": None,
+        "variants": {"z": {}, "a": {"csfe": False}},
+    }
     (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags) + "mixed_precision: no\n")
     argv = [
         "--config",
@@ -61,6 +65,7 @@ def test_a_file_of_flags_is_read_like_the_command_line_which_goes_before_it(tmp_
         "--no-class-weights",
     ]
     args = parse_args(argv)
+    assert list(args.variants) == ["z", "a"]  # the first is what the others are compared with
     assert (args.synthetic, args.lr, args.epochs, args.class_weights) == (True, 0.01, 7, False)
     assert args.mixed_precision == "no"  # which YAML reads as false
     assert (args.seeds, args.model_kwargs, args.checkpoint_path) == ([4, 5], {"output_stride": 8}, None)
