@@ -54,7 +54,7 @@ def test_a_file_of_flags_is_read_like_the_command_line_which_goes_before_it(tmp_
         "checkpoint_path": None,
         "variants": {"z": {}, "a": {"csfe": False}},
     }
-    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags) + "mixed_precision: no\n")
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags, sort_keys=False) + "mixed_precision: no\n")
     argv = [
         "--config",
         str(tmp_path / "flags.yaml"),
