@@ -1,10 +1,28 @@
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
+
+from tests.cells import Cells
 
 # No deadline: the first call of an operator loads it, and machines differ. In CI the same examples every time.
 settings.register_profile("kfde", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("kfde")
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only get in the way
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cells", type=Path, metavar="FILE", help="write what the marked tests found to FILE (JSON)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Cells(config.getoption("--cells")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,0 +1,82 @@
+"""Collects what tests say of the table of compatibility: which layer works with what.
+
+A test marked `cell(table, row, column)` is evidence for a cell. Without a column, the cell is in the one that the first
+word of the test's parameters names, as `CFE` of `test_compile[CFE, one group-bfloat16]`. A cell works if all of its tests
+pass. What a test passes to `record_property("note", ...)` is kept with the cell.
+"""
+
+import json
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGES = (
+    "torch",
+    "timm",
+    "torchvision",
+    "transformers",
+    "segmentation-models-pytorch",
+    "monai",
+    "onnxruntime",
+    "accelerate",
+    "lightning",
+)
+
+
+def cell_of(item: pytest.Item) -> tuple[str, str, str] | None:
+    """Table, row and column of a marked test."""
+    mark = item.get_closest_marker("cell")
+    if mark is None:
+        return None
+    if len(mark.args) == 3:
+        return mark.args
+    word = re.search(r"\[(\w+)", item.name)
+    if len(mark.args) != 2 or word is None:
+        raise pytest.UsageError(f"{item.nodeid}: cell(table, row) needs a column or a parameter that names it")
+    return (*mark.args, word[1])
+
+
+class Cells:
+    """A plugin that gathers the outcomes of marked tests and writes them to a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.cells: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self.cell_of_test: dict[str, tuple[str, str, str]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            if (cell := cell_of(item)) is not None:
+                self.cell_of_test[item.nodeid] = cell
+                self.cells.setdefault(cell, {"passed": 0, "failed": 0, "skipped": 0, "notes": []})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.nodeid not in self.cell_of_test or (report.when != "call" and report.passed):
+            return
+        found = self.cells[self.cell_of_test[report.nodeid]]
+        found[report.outcome] += 1
+        notes = [str(value) for name, value in report.user_properties if name == "note"]
+        if report.skipped and isinstance(report.longrepr, tuple):
+            notes.append(report.longrepr[2].removeprefix("Skipped: "))
+        found["notes"] += [note for note in notes if note not in found["notes"]]
+
+    def pytest_sessionfinish(self) -> None:
+        if self.path is not None:
+            cells = [dict(zip(("table", "row", "column"), cell, strict=True)) | at for cell, at in self.cells.items()]
+            text = json.dumps({"versions": versions(), "cells": cells}, indent=1)
+            self.path.write_text(text + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """What the tests ran with."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package).split("+")[0]
+        except PackageNotFoundError:
+            continue
+    return found
