@@ -2,9 +2,9 @@
 
 from kfde_layers import functional
 from kfde_layers import models as models  # registers them with timm
-from kfde_layers.insertion import insert, insertion_points
+from kfde_layers.insertion import insert, insertion_points, remove
 from kfde_layers.layers import CFE, CSFE, MFDF, SFE
 
 __version__ = "0.1.0"
 
-__all__ = ["CFE", "CSFE", "MFDF", "SFE", "functional", "insert", "insertion_points"]
+__all__ = ["CFE", "CSFE", "MFDF", "SFE", "functional", "insert", "insertion_points", "remove"]

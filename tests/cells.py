@@ -1,8 +1,8 @@
 """Collects what tests say of the table of compatibility: which layer works with what.
 
 A test marked `cell(table, row, column)` is evidence for a cell. Without a column, the cell is in the one that the first
-word of the test's parameters names, as `CFE` of `test_compile[CFE, one group-bfloat16]`. A cell works if all of its tests
-pass. What a test passes to `record_property("note", ...)` is kept with the cell.
+word of the test's parameters names, as `CFE` of `test_compile[CFE, one group-bfloat16]`. A cell works if all of its
+tests pass. What a test passes to `record_property("note", ...)` is kept with the cell.
 """
 
 import json

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "kfde_layers/__init__.py": tuple(f"kfde_layers.{room}" for room in ("layers", "functional", "insertion", "models")),
     "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "kfde_layers._checks", "timm"),
-    "kfde_layers/insertion.py": ("kfde_layers.layers", "kfde_layers._checks"),
+    "kfde_layers/insertion": ("kfde_layers.layers", "kfde_layers.insertion", "kfde_layers._checks"),
     "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
     "kfde_layers/functional.py": ("kfde_layers.ops",),
     "kfde_layers/ops": ("kfde_layers.ops", "kfde_layers.kernels", "kfde_layers._impl", "kfde_layers._checks"),

@@ -1,26 +1,44 @@
 import copy
 import functools
 import pickle
+import tempfile
+from collections import OrderedDict
+from dataclasses import dataclass, is_dataclass
+from typing import NamedTuple
 
 import pytest
 import timm
 import torch
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
-from kfde_layers import CFE, CSFE, MFDF, SFE, insert, insertion_points
+from kfde_layers import CFE, CSFE, MFDF, SFE, insert, insertion_points, remove
 from kfde_layers.insertion import Point
 from kfde_layers.layers import Blend
 from kfde_layers.testing import scatter_parameters
 from tests.helpers import draw
 
 
-class Sequence(nn.Sequential):
-    """Gives its children to itself, in a way of its own."""
+class Series(nn.Module):
+    """Runs whatever children it has, one behind the other."""
+
+    def __init__(self, *children):
+        super().__init__()
+        for index, child in enumerate(children):
+            self.add_module(str(index), child)
 
     def forward(self, x):
-        for child in self:
+        for child in self.children():
             x = child(x)
         return x
+
+
+class Sum(Series):
+    """Gives each child the same input."""
+
+    def forward(self, x):
+        return sum(child(x) for child in self.children())
 
 
 def plain_backbone():
@@ -264,18 +282,11 @@ class Odd(nn.Module):
         self.conv = nn.Conv2d(3, 7, 3, padding=1)
         self.twice = nn.ReLU()
         self.never = nn.ReLU()
-        self.own = Sequence(nn.Identity())
-        self.pair = Pair()
+        self.parts = nn.ModuleDict({"own": Sum(nn.Identity())})
         self.flat = nn.Flatten()
 
     def forward(self, x):
-        x = self.own(self.twice(self.twice(self.conv(x))))
-        return self.flat(self.pair(x)[0])
-
-
-class Pair(nn.Module):
-    def forward(self, x):
-        return x, x
+        return self.flat(self.parts["own"](self.twice(self.twice(self.conv(x)))))
 
 
 @pytest.mark.parametrize(
@@ -301,9 +312,9 @@ def test_unfit_blocks_are_refused(blocks, error, message):
         ("", SFE, "cannot insert at '': the model has no submodule of that name"),
         ("never", SFE, "cannot insert at 'never': the forward pass does not call it"),
         ("twice", SFE, "cannot insert at 'twice': the forward pass calls it 2 times"),
-        ("own", SFE, "cannot insert at 'own': a Sequence runs its children in its own way"),
-        ("pair", SFE, "cannot insert at 'pair': it returns a tuple, not a tensor"),
-        ("flat", SFE, r"cannot insert at 'flat': it returns no feature map but torch.float32 of shape \(1, 1792\)"),
+        ("parts.own", SFE, "cannot insert at 'parts.own': a Sum runs its children in its own way, and would take"),
+        ("parts", SFE, "cannot insert at 'parts': the forward pass does not call it"),
+        ("flat", SFE, r"it returns no feature map of the input, .* but torch.float32 of shape \(1, 1792\)"),
         ("conv", CSFE, "channels must be even, since CFE crosses two halves of them, got 7"),
     ],
 )
@@ -311,17 +322,229 @@ def test_refusals_leave_the_model_unchanged(name, block, message):
     model = Odd()
     keys, expected = list(model.state_dict()), model(images(16))
     with pytest.raises(ValueError, match=message):
-        insert(model, {"own.0": SFE, name: block}, example_input=torch.zeros(1, 3, 16, 16))
+        insert(model, {"parts.own.0": SFE, name: block}, example_input=torch.zeros(1, 3, 16, 16))
     assert list(model.state_dict()) == keys
     assert torch.equal(model(images(16)), expected)
     assert not any(hasattr(module, "kfde") or module._forward_hooks for module in model.modules())
-    assert set(insertion_points(model, example_input=torch.zeros(1, 3, 16, 16))) == {"conv", "own.0"}
+    assert set(insertion_points(model, example_input=torch.zeros(1, 3, 16, 16))) == {"conv", "parts.own", "parts.own.0"}
 
 
-def test_a_point_takes_one_block():
+def test_a_point_takes_one_block_and_others_go_on_taking_theirs():
     model = insert(plain_backbone(), {"1": SFE})
     with pytest.raises(ValueError, match="cannot insert at '1': it already holds a block"):
         insert(model, {"1": SFE})
+    assert list(insertion_points(model)) == ["0.0", "0.1", "0", "1.0", "1.1", "2", "3"]
+    insert(model, {"2": CFE})
+    assert set(model.state_dict()) - set(plain_backbone().state_dict()) == {"2.kfde.weight", "2.kfde.bias"}
+    assert type(model[1].kfde) is SFE
+
+
+def test_a_module_that_runs_its_children_runs_the_block_once():
+    model = Series(nn.Conv2d(3, 8, 3), Series(nn.Conv2d(8, 6, 3)))
+    expected = SFE()(model(images(16)))
+    insert(model, {"1": SFE})
+    assert torch.equal(model(images(16)), expected)
+    remove(model)
+    assert torch.equal(SFE()(model(images(16))), expected)
+
+
+class Both(NamedTuple):
+    head: Tensor
+    tail: Tensor
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    tail: Tensor | None = None
+
+
+class Packed(nn.Module):
+    """Returns its input and a summary of it, packed in some way."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.pack = pack
+
+    def forward(self, x):
+        return self.pack(x.mean((2, 3)), x)
+
+
+PACKS = {
+    "tuple": lambda mean, x: (mean, x),
+    "list": lambda mean, x: [x, mean],
+    "named tuple": Both,
+    "dict": lambda mean, x: {"mean": mean, 1: x},
+    "ordered dict": lambda mean, x: OrderedDict(map=x, mean=mean),
+    "dataclass": Output,
+}
+
+
+def unpacked(output):
+    if is_dataclass(output):
+        output = vars(output)
+    return list(output.values() if isinstance(output, dict) else output)
+
+
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS.keys())
+@pytest.mark.parametrize("container", [nn.Sequential, Series])
+def test_the_first_map_of_an_output_goes_through_the_block(pack, container):
+    """Behind a module of its own, and behind the last child of a container."""
+    for name in ("1", ""):
+        model = container(nn.Conv2d(3, 6, 3, stride=2, padding=1), Packed(pack))
+        if not name:
+            model, name = container(model), "0"
+        x = images(16)
+        before = model(x)
+        insert(model, {name: SFE})
+        after = model(x)
+        assert type(after) is type(before)
+        assert not isinstance(after, dict) or list(after) == list(before)
+        for old, new in zip(unpacked(before), unpacked(after), strict=True):
+            assert torch.equal(new, SFE()(old) if old.ndim == 4 else old)
+        assert torch.equal(unpacked(copy.deepcopy(model)(x))[1], unpacked(after)[1])
+        assert all(map(torch.equal, unpacked(remove(model)(x)), unpacked(before)))
+
+
+class Patches(nn.Module):
+    """Patches of 4 x 4 px as a sequence of tokens behind some prefix tokens."""
+
+    def __init__(self, num_prefix_tokens, declared=True):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+        self.tokens = nn.Identity()
+        self.prefix = nn.Parameter(torch.randn(1, num_prefix_tokens, 8))
+        if declared:
+            self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x):
+        tokens = rearrange(self.conv(x), "n c h w -> n (h w) c")
+        return self.tokens(torch.cat((self.prefix.expand(len(x), -1, -1), tokens), 1))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 40), (40, 16), (30, 41)])
+@pytest.mark.parametrize(("num_prefix_tokens", "declared"), [(0, False), (1, False), (2, False), (5, False), (3, True)])
+def test_tokens_reach_the_block_as_the_rows_of_a_map(size, num_prefix_tokens, declared):
+    model = Patches(num_prefix_tokens, declared)
+    x = draw(2, 3, *size, dtype=torch.float32)
+    assert insertion_points(model, example_input=x)["tokens"] == Point(8, 4, "NLC", num_prefix_tokens)
+    before, block = model(x), scatter_parameters(MFDF(8))
+    insert(model, {"tokens": block}, example_input=x)
+    prefix, tokens = before.split((num_prefix_tokens, before.shape[1] - num_prefix_tokens), 1)
+    maps = rearrange(tokens, "n (h w) c -> n c h w", h=size[0] // 4)
+    expected = torch.cat((prefix, rearrange(block(maps), "n c h w -> n (h w) c")), 1)
+    torch.testing.assert_close(model(x), expected)
+    twice = draw(2, 3, 2 * (size[0] // 4 * 4), 2 * (size[1] // 4 * 4), dtype=torch.float32)
+    tokens = remove(copy.deepcopy(model))(twice)[:, num_prefix_tokens:]
+    maps = rearrange(tokens, "n (h w) c -> n c h w", h=2 * (size[0] // 4))
+    torch.testing.assert_close(model(twice)[:, num_prefix_tokens:], rearrange(block(maps), "n c h w -> n (h w) c"))
+
+
+def test_tokens_of_another_aspect_ratio_are_refused():
+    model = insert(Patches(1), {"tokens": SFE}, example_input=images(16))
+    with pytest.raises(
+        ValueError, match=r"x must have 1 tokens and a map with the aspect ratio of \(4, 4\), .* got 13"
+    ):
+        model(torch.zeros(1, 3, 16, 12))
+
+
+def test_tokens_that_are_no_map_are_left_alone():
+    """A square image gives no grid of 4 x 5, wherever 20 tokens may come from."""
+    model = nn.Sequential(nn.Conv2d(3, 20, 4, stride=4), nn.Flatten(2))
+    assert list(insertion_points(model, example_input=images(64, 1))) == ["0"]
+
+
+def distributed(wrap):
+    def wrapped(model):
+        with tempfile.NamedTemporaryFile() as file:
+            torch.distributed.init_process_group(
+                "gloo", store=torch.distributed.FileStore(file.name), rank=0, world_size=1
+            )
+            try:
+                return wrap(model)
+            finally:
+                torch.distributed.destroy_process_group()
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, "model must not be wrapped yet, got DataParallel: insert first, wrap then"),
+        (
+            distributed(nn.parallel.DistributedDataParallel),
+            "must not be wrapped yet, got DistributedDataParallel: insert",
+        ),
+        (distributed(fully_shard), "model must not be wrapped yet, got FSDPModule: insert first, wrap then"),
+        (torch.compile, "model must not be compiled yet, got a compiled one: insert first, compile then"),
+        (lambda model: model.compile() or model, "model must not be compiled yet, got a compiled one: insert first"),
+        (
+            lambda model: nn.Sequential(torch.compile(model)),
+            r"got a compiled one \(at '0'\): insert first, compile then",
+        ),
+        (torch.jit.script, "model must not be scripted yet, got a ScriptModule: insert first, script then"),
+    ],
+)
+def test_a_wrapped_model_is_refused_with_what_to_do_first(wrap, message):
+    model = wrap(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    for call in (insertion_points, lambda model: insert(model, {"0": SFE})):
+        with pytest.raises(ValueError, match=message):
+            call(model)
+
+
+def test_a_block_without_effect_on_the_output_is_said():
+    vit = timm.create_model("test_vit", img_size=32)
+    with pytest.warns(UserWarning, match=r"output does not depend on the feature map at 'blocks.5': the block there"):
+        insert(vit, {"blocks.4": SFE, "blocks.5": SFE}, example_input=images(32))
+    for model in (
+        timm.create_model("test_vit", img_size=32, global_pool="avg"),
+        timm.create_model("test_vit", img_size=32, features_only=True),
+        nn.Sequential(OrderedDict(blocks=nn.Sequential(*[nn.Identity()] * 5, nn.Conv2d(3, 4, 1)))),
+    ):
+        name = next(name for name, _ in model.named_modules() if name.endswith("blocks.5"))
+        insert(model, {name: SFE}, example_input=images(32))  # a warning would be an error here
+
+
+def test_nothing_is_said_where_the_head_starts_from_zeros():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 2))
+    nn.init.zeros_(model[2].weight)
+    insert(model, {"0": SFE}, example_input=images(8))
+
+
+def test_other_hooks_see_the_blocks_output():
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = SFE()(model[0](images(8)))
+    insert(model, {"0": SFE})
+    seen.clear()
+    model(images(8))
+    assert torch.equal(seen[0], expected)
+
+
+def test_remove_leaves_nothing_behind():
+    for make in (lambda: timm.create_model("test_resnet"), lambda: timm.create_model("kfde_convnextv2_atto")):
+        bare = make().eval()
+        model = insert(copy.deepcopy(bare), dict.fromkeys(list(insertion_points(bare))[:3], CSFE))
+        for changed in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert remove(changed) is changed
+            assert repr(changed) == repr(bare)
+            assert list(changed.state_dict()) == list(bare.state_dict())
+            for old, new in zip(bare.modules(), changed.modules(), strict=True):
+                assert old.__dict__.keys() == new.__dict__.keys()
+                assert not new._forward_hooks
+            assert torch.equal(changed(images(64)), bare(images(64)))
+
+
+def test_remove_takes_names():
+    model = insert(plain_backbone(), {"0": SFE, "1": CFE, "2": SFE})
+    remove(model, ["0", "2"])
+    assert [name for name, _ in model.named_modules() if "kfde" in name] == ["1.kfde"]
+    with pytest.raises(ValueError, match=r"names must be modules behind which a block was inserted \('1'\), got '0'"):
+        remove(model, ["1", "0"])
+    assert type(model[1].kfde) is CFE
+    with pytest.raises(ValueError, match=r"inserted \(nowhere\), got 'x'"):
+        remove(plain_backbone(), ["x"])
 
 
 def test_models_that_do_not_run_ask_for_an_example():

@@ -1,62 +1,31 @@
-"""Put attention blocks into a network that already exists."""
+"""Put blocks behind the modules of a network, and take them out again."""
 
 import copy
-import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from kfde_layers._checks import check_bool, check_mapping
+from kfde_layers.insertion.adapters import ChannelsFirst, Item, Tokens
+from kfde_layers.insertion.probing import (
+    CHILD,
+    Found,
+    check_unwrapped,
+    example_of,
+    probe,
+    run,
+)
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_CHILD = "kfde"  # the name under which a block joins the module it stands behind
-
-
-class Point(NamedTuple):
-    """A feature map behind which a block can stand."""
-
-    channels: int
-    """C of the map."""
-    reduction: int
-    """Factor by which the image has shrunk to the map."""
-    layout: str
-    """Order of the map's dimensions, "NCHW" or "NHWC"."""
-
-
-def insertion_points(model: nn.Module, *, example_input: Tensor | None = None) -> dict[str, Point]:
-    """Find where `insert` can put a block.
-
-    Args:
-        model: Left as it is, but that lazy modules take their shapes. Of a timm model, the points are the modules in
-            its `feature_info`; of any other, all submodules.
-        example_input: What to run the model on once, without gradient and in eval mode. None makes an image of zeros
-            of the size that the model's `pretrained_cfg` gives (else 224 px), with the model's `in_chans` (else the
-            channels of the first convolution).
-
-    Returns:
-        The points by module name, in the order in which the forward pass meets them: those that it meets just once
-        and that return a feature map, (N, C, H, W) or (N, H, W, C).
-
-    Raises:
-        ValueError: The model does not run on the example, or has no convolution to make one from.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Flatten())
-        >>> insertion_points(model)
-        {'0': Point(channels=16, reduction=2, layout='NCHW')}
-    """
-    declared: Any = getattr(model, "feature_info", None)
-    if isinstance(declared, list):
-        names = [info["module"] for info in declared]
-    else:
-        names = [name for name, _ in model.named_modules() if name]
-    found = _probe(model, names, example_input)
-    return {name: point[0] for name, point in found.items() if not isinstance(point, str)}
+# marks a module behind which `insert` has put a block: a block of another's making can bear the same name, as in the
+# stages of this package's own models
+_INSERTED = f"{CHILD}_inserted"
 
 
 def insert(
@@ -70,7 +39,9 @@ def insert(
 
     The block becomes part of the module it stands behind, so that the model's own API (`forward_intermediates`,
     `reset_classifier` and the like) goes on as before and passes through it. Every old key of the state dict keeps
-    its name, and a checkpoint of the bare model loads with `strict=False`, the block's keys alone missing.
+    its name, and a checkpoint of the bare model loads with `strict=False`, the block's keys alone missing. Blocks see
+    maps (N, C, H, W) whatever the module returns: of tokens (N, L, C), those behind the prefix tokens are laid out in
+    rows; of several tensors, the first that is a feature map goes through the block.
 
     Args:
         model: Changed in place.
@@ -86,8 +57,14 @@ def insert(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A name is no submodule, or its module is not called once, returns no feature map or already holds
-            a block; or the block does not run on the map or does not keep its shape. The model is then unchanged.
+        ValueError: The model is compiled or wrapped for several devices; a name is no submodule, or its module is not
+            called once, returns no feature map or already holds a block; or the block does not run on the map or does
+            not keep its shape. The model is then unchanged.
+
+    Warns:
+        UserWarning: The model's output does not depend on what the block changes, as behind the last block of a
+            transformer that classifies by its class token alone. The block then only serves those who read features
+            there, and the output gives it no gradient.
 
     Examples:
         >>> from kfde_layers import CSFE
@@ -97,152 +74,177 @@ def insert(
     """
     check_mapping("blocks", blocks, "from module names to blocks")
     check_bool("identity_start", identity_start)
-    found = _probe(model, blocks, example_input)
-    prepared: list[tuple[nn.Module, nn.Module, Tensor]] = []
+    check_unwrapped(model)
+    example = example_of(model) if example_input is None else example_input
+    found = probe(model, blocks, example)
+    modules: dict[nn.Module, str] = {}
+    prepared: list[tuple[nn.Module, Found, nn.Module, bool]] = []
     for name, block in blocks.items():
-        point = found[name]
-        if isinstance(point, str):
-            raise ValueError(f"cannot insert at {name!r}: {point}")
-        (channels, _, layout), output = point
+        at = found[name]
+        if isinstance(at, str):
+            raise ValueError(f"cannot insert at {name!r}: {at}")
         module = model.get_submodule(name)
+        if module in modules:
+            raise ValueError(f"cannot insert at {name!r}: it is one module with another of the names")
+        modules[module] = name
         if not callable(block):
             raise TypeError(
                 f"the block at {name!r} must be a module or make one of a number of channels, got {block!r}"
             )
-        new = block if isinstance(block, nn.Module) else block(channels)
+        new = block if isinstance(block, nn.Module) else block(at.point.channels)
+        _try(name, new, at)
         if identity_start:
-            new = Blend(new, channels)
-        if layout == "NHWC":
-            new = ChannelsFirst(new)
-        if any(module is other for other, _, _ in prepared):
-            raise ValueError(f"cannot insert at {name!r}: it is one module with another of the names")
-        _try(name, new, output)
-        prepared.append((module, new, output))
+            new = Blend(new, at.point.channels)
+        prepared.append((module, at, _adapted(new, at), _runs_a_child(model, example, module, name)))
 
-    for module, new, output in prepared:  # nothing can fail from here on
-        module.add_module(_CHILD, new.to(output.device, output.dtype).train(module.training))
-        if not _runs_its_children(module):
-            module.register_forward_hook(_run_child)
+    for module in _without_effect(model, example, {module: at for module, at, _, _ in prepared}):
+        warnings.warn(
+            f"the model's output does not depend on the feature map at {modules[module]!r}: the block there will not "
+            "change it, and gets no gradient from it",
+            stacklevel=2,
+        )
+    for module, at, block, is_run in prepared:  # nothing can fail from here on
+        module.add_module(CHILD, block.to(at.output.device, at.output.dtype).train(module.training))
+        module.__dict__[_INSERTED] = True
+        if not is_run:
+            # before other hooks, so that those see the block's output
+            module.register_forward_hook(_run_child if at.key is None else _run_child_of_any, prepend=True)
     return model
 
 
-def _try(name: str, block: nn.Module, output: Tensor) -> None:
+def remove(model: Model, names: Iterable[str] | None = None) -> Model:
+    """Take blocks out that `insert` has put in, in place.
+
+    Args:
+        model: Changed in place.
+        names: The modules behind which the blocks stand. None takes out all.
+
+    Returns:
+        The same model, as it was before `insert`.
+
+    Raises:
+        ValueError: A name is no submodule behind which a block was inserted. The model is then unchanged.
+
+    Examples:
+        >>> from kfde_layers import CSFE, insert
+        >>> model = insert(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()), {"1": CSFE})
+        >>> sorted(remove(model).state_dict())
+        ['0.bias', '0.weight']
+    """
+    holding = {name: module for name, module in model.named_modules() if _INSERTED in module.__dict__}
+    chosen = holding if names is None else dict.fromkeys(names)
+    for name in chosen:
+        if name not in holding:
+            there = ", ".join(map(repr, holding)) or "nowhere"
+            raise ValueError(f"names must be modules behind which a block was inserted ({there}), got {name!r}")
+    for name in chosen:
+        module = holding[name]
+        delattr(module, CHILD)
+        delattr(module, _INSERTED)
+        hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]
+        for key in [key for key, hook in hooks.items() if hook in (_run_child, _run_child_of_any)]:
+            del hooks[key]
+    return model
+
+
+def _adapted(block: nn.Module, at: Found) -> nn.Module:
+    """The block in what makes it run on the output of the module."""
+    if at.point.layout == "NHWC":
+        block = ChannelsFirst(block)
+    elif at.point.layout == "NLC":
+        block = Tokens(block, at.grid, at.point.num_prefix_tokens)
+    return block if at.key is None else Item(block, at.key)
+
+
+def _try(name: str, block: nn.Module, at: Found) -> None:
     """Refuse a block that does not run on the map or changes its shape; neither it nor the model is touched."""
-    given = tuple(output.shape)
+    height, width = at.grid
+    given = (at.output.shape[0], at.point.channels, height, width)
     try:
         with torch.no_grad():
-            shape = tuple(copy.deepcopy(block).to(output.device, output.dtype).eval()(output).shape)
+            x = torch.zeros(given, device=at.output.device, dtype=at.output.dtype)
+            shape = tuple(copy.deepcopy(block).to(x.device, x.dtype).eval()(x).shape)
     except Exception as error:
         raise ValueError(f"the block at {name!r} does not run on its map of shape {given}: {error}") from error
     if shape != given:
         raise ValueError(f"the block at {name!r} must keep the shape {given} of its map, got {shape}")
 
 
-class ChannelsFirst(nn.Module):
-    """Run a block made for (N, C, H, W) on (N, H, W, C)."""
+class _Trial(nn.Module):
+    """Hand on what comes, and remember it."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.block = block
+        self.seen: list[Any] = []
+
+    def forward(self, x: Any) -> Any:
+        self.seen.append(x)
+        return x
+
+
+def _runs_a_child(model: nn.Module, example: Tensor, module: nn.Module, name: str) -> bool:
+    """Whether the module runs a child that is added to it, behind all others, as nn.Sequential does."""
+    trial = _Trial()
+    outputs: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+
+    module.add_module(CHILD, trial)
+    try:
+        run(model, example, [(module, keep)])
+        in_order = all(seen is output for seen, output in zip(trial.seen, outputs, strict=bool(trial.seen)))
+    except ValueError:
+        in_order = False
+    finally:
+        delattr(module, CHILD)
+    if not in_order:
+        raise ValueError(
+            f"cannot insert at {name!r}: a {type(module).__name__} runs its children in its own way, and would take "
+            "the block for one of them"
+        )
+    return bool(trial.seen)
+
+
+class _Noise(nn.Module):
+    """Disturb a map by as much as it varies."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
+        return x + noise * (1 + x.abs().mean())
 
 
-def _runs_its_children(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+def _without_effect(model: nn.Module, example: Tensor, points: Mapping[nn.Module, Found]) -> list[nn.Module]:
+    """The modules on whose map the model's output does not depend, by disturbing each once."""
+    if example.is_meta:
+        return []
+    before = _numbers(run(model, example, ()))
+
+    def has_effect(after: Any) -> bool:
+        return not all(map(torch.equal, before, _numbers(after)))
+
+    if not has_effect(run(model, _Noise()(example), ())):
+        return []  # the head starts from zeros, so that nothing can be told
+
+    def disturb(at: Found) -> Callable[..., Any]:
+        noise = _adapted(_Noise(), at)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return noise(output)
+
+        return hook
+
+    return [module for module, at in points.items() if not has_effect(run(model, example, [(module, disturb(at))]))]
+
+
+def _numbers(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _run_child(self: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-    # TorchScript compiles a hook like a method; hence the attribute by name, and `self`
+    # TorchScript compiles a hook like a method; hence the attribute by name, `self`, and the one type of output
     return self.kfde(output)  # pyright: ignore[reportCallIssue]
 
 
-def _probe(
-    model: nn.Module, names: Iterable[str], example_input: Tensor | None
-) -> dict[str, tuple[Point, Tensor] | str]:
-    """Run the model once: for each name, the point and its map, or why there is none; in order of the calls."""
-    example = _example(model) if example_input is None else example_input
-    modules = dict(model.named_modules(remove_duplicate=False))
-    outputs: dict[str, list[Any]] = {}
-    found: dict[str, tuple[Point, Tensor] | str] = {}
-    handles: list[Any] = []
-    names = list(names)
-    for name in names:
-        if not name or name not in modules:
-            close = ", ".join(map(repr, get_close_matches(name, modules))) or "none"
-            found[name] = f"the model has no submodule of that name; close to it: {close}"
-            continue
-
-        def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            outputs.setdefault(name, []).append(output)
-
-        handles.append(modules[name].register_forward_hook(keep))
-
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    except Exception as error:
-        given = f"an input of shape {tuple(example.shape)}"
-        raise ValueError(f"the model does not run on {given}; pass a fitting example_input") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for handle in handles:
-            handle.remove()
-
-    usual = getattr(model, "output_fmt", "NCHW")
-    for name, calls in outputs.items():
-        found[name] = _point(modules[name], calls, example, usual)
-    for name in names:
-        found.setdefault(name, "the forward pass does not call it")
-    return found
-
-
-def _point(module: nn.Module, calls: list[Any], example: Tensor, usual_layout: str) -> tuple[Point, Tensor] | str:
-    if hasattr(module, _CHILD):
-        return "it already holds a block"
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and not _runs_its_children(module):
-        return f"a {type(module).__name__} runs its children in its own way, and would take the block for one of them"
-    if len(calls) > 1:
-        return f"the forward pass calls it {len(calls)} times, and the block would serve them all"
-    output = calls[0]
-    if not isinstance(output, Tensor):
-        return f"it returns a {type(output).__name__}, not a tensor"
-    if output.ndim != 4 or not output.is_floating_point():
-        return f"it returns no feature map but {output.dtype} of shape {tuple(output.shape)}"
-    image, shape = tuple(example.shape[-2:]), output.shape
-    candidates = {
-        "NCHW": (shape[1], _reduction(image, tuple(shape[2:]))),
-        "NHWC": (shape[3], _reduction(image, tuple(shape[1:3]))),
-    }
-    points = [Point(channels, reduction, layout) for layout, (channels, reduction) in candidates.items() if reduction]
-    if not points:
-        return f"it returns neither (N, C, H, W) nor (N, H, W, C) of the input but shape {tuple(shape)}"
-    return next((point for point in points if point.layout == usual_layout), points[0]), output
-
-
-def _reduction(image: tuple[int, ...], side: tuple[int, ...]) -> int | None:
-    """By what factor an image has shrunk to a map, or None where height and width tell of different ones.
-
-    A side of n px becomes n / r rounded in either direction, so a side only tells r to within an interval. Of the
-    whole numbers that both sides allow, a power of two is the likeliest.
-    """
-    low = max(given / (left + 1) for given, left in zip(image, side, strict=True))
-    high = min(given / (left - 1) if left > 1 else math.inf for given, left in zip(image, side, strict=True))
-    if not low < high:
-        return None
-    mean = math.sqrt(math.prod(image) / math.prod(side))
-    power = 2 ** math.ceil(math.log2(low))
-    return power if low < power < high else max(1, round(mean))
-
-
-def _example(model: nn.Module) -> Tensor:
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        raise ValueError("example_input is needed: the model has no nn.Conv2d from which to guess its input")
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size", (3, 224, 224))[-2:]
-    channels = getattr(model, "in_chans", first.in_channels)
-    return torch.zeros(1, channels, *size, device=first.weight.device, dtype=first.weight.dtype)
+def _run_child_of_any(self: nn.Module, args: Any, output: Any) -> Any:
+    return self.kfde(output)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,315 @@
+"""`insert` in the smallest model of each of timm's families, at as few pixels as it takes."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from einops import rearrange
+
+from kfde_layers import CSFE, SFE, insert, insertion_points, remove
+from kfde_layers.testing import scatter_parameters
+from tests.helpers import draw
+
+SIDE = 64  # px
+
+# family -> the smallest model and what makes it take an image of SIDE
+FAMILIES = {
+    "beit": ("beit_base_patch16_224", {"img_size": SIDE}),
+    "byoanet": ("halonet_h1", {}),
+    "byobnet": ("test_byobnet", {}),
+    "cait": ("cait_xxs24_224", {"img_size": SIDE}),
+    "coat": ("coat_tiny", {"img_size": SIDE}),
+    "convit": ("convit_tiny", {"img_size": SIDE}),
+    "convmixer": ("convmixer_768_32", {}),
+    "convnext": ("test_convnext", {}),
+    "cpubone": ("cpubone_nano", {}),
+    "crossvit": ("crossvit_tiny_240", {}),
+    "csatv2": ("csatv2", {}),
+    "cspnet": ("cs3darknet_focus_s", {}),
+    "cspnext": ("cspnext_tiny", {}),
+    "davit": ("davit_tiny", {}),
+    "deepseek_vit": ("deepseek_vit_412m", {"depth": 3}),
+    "deit": ("deit_tiny_patch16_224", {"img_size": SIDE}),
+    "densenet": ("densenet121", {}),
+    "dla": ("dla46x_c", {}),
+    "dpn": ("dpn48b", {}),
+    "edgenext": ("edgenext_xx_small", {}),
+    "efficientformer": ("efficientformer_l1", {}),
+    "efficientformer_v2": ("efficientformerv2_s0", {"img_size": SIDE}),
+    "efficientnet": ("test_efficientnet", {}),
+    "efficientvim": ("efficientvim_m1", {}),
+    "efficientvit_mit": ("efficientvit_b0", {}),
+    "efficientvit_msra": ("efficientvit_m0", {}),
+    "eva": ("vit_tiny_patch16_dinov3_qkvb", {}),
+    "fasternet": ("fasternet_t0", {}),
+    "fastvit": ("fastvit_t8", {}),
+    "focalnet": ("focalnet_tiny_srf", {}),
+    "gcvit": ("gcvit_xxtiny", {"img_size": SIDE}),
+    "gemma4_vit": ("gemma4_vit_167m", {"depth": 3}),
+    "ghostnet": ("ghostnet_050", {}),
+    "hardcorenas": ("hardcorenas_b", {}),
+    "hgnet": ("hgnetv2_b0", {}),
+    "hiera": ("hiera_tiny_224", {"img_size": SIDE}),
+    "hieradet_sam2": ("sam2_hiera_tiny", {}),
+    "hrnet": ("hrnet_w18_small", {}),
+    "iformer": ("iformer_t", {}),
+    "inception_next": ("inception_next_atto", {}),
+    "inception_resnet_v2": ("inception_resnet_v2", {}),
+    "inception_v3": ("inception_v3", {}),
+    "inception_v4": ("inception_v4", {}),
+    "lcnetv2": ("lcnetv2_small", {}),
+    "levit": ("levit_128s", {"img_size": SIDE}),
+    "lowformer": ("lowformer_b0", {}),
+    "mambaout": ("test_mambaout", {}),
+    "maxxvit": ("test_coatnet", {"img_size": SIDE}),
+    "metaformer": ("poolformerv2_s12", {}),
+    "mlp_mixer": ("gmlp_ti16_224", {"img_size": SIDE}),
+    "mobilenetv3": ("mobilenetv3_small_050", {}),
+    "mobilenetv5": ("mobilenetv5_base", {}),
+    "mobilevit": ("mobilevit_xxs", {}),
+    "mvitv2": ("mvitv2_tiny", {}),
+    "naflexvit": ("naflexvit_base_patch16_parfac_gap", {}),
+    "nasnet": ("nasnetalarge", {}),
+    "nest": ("nest_tiny", {"img_size": SIDE}),
+    "nextvit": ("nextvit_small", {}),
+    "nfnet": ("test_nfnet", {}),
+    "pit": ("pit_ti_224", {}),
+    "pnasnet": ("pnasnet5large", {}),
+    "pvt_v2": ("pvt_v2_b0", {}),
+    "qwen3_vit": ("qwen3_vit_88m", {}),
+    "rdnet": ("rdnet_tiny", {}),
+    "regnet": ("regnetx_002", {}),
+    "repghost": ("repghostnet_050", {}),
+    "repvit": ("repvit_m1", {}),
+    "res2net": ("res2next50", {}),
+    "resnest": ("resnest14d", {}),
+    "resnet": ("test_resnet", {}),
+    "resnetv2": ("resnetv2_18", {}),
+    "rexnet": ("rexnet_100", {}),
+    "selecsls": ("selecsls42", {}),
+    "senet": ("legacy_seresnet18", {}),
+    "sequencer": ("sequencer2d_s", {}),
+    "shvit": ("shvit_s1", {}),
+    "sknet": ("skresnet18", {}),
+    "starnet": ("starnet_s050", {}),
+    "swiftformer": ("swiftformer_xs", {}),
+    "swin_transformer": ("swin_tiny_patch4_window7_224", {"img_size": SIDE}),
+    "swin_transformer_v2": ("swinv2_tiny_window8_256", {"img_size": SIDE}),
+    "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", {"img_size": SIDE}),
+    "tiny_vit": ("tiny_vit_5m_224", {}),
+    "tnt": ("tnt_s_legacy_patch16_224", {"img_size": SIDE}),
+    "tresnet": ("tresnet_m", {}),
+    "twins": ("twins_svt_small", {}),
+    "vgg": ("vgg11", {}),
+    "visformer": ("visformer_tiny", {"img_size": SIDE}),
+    "vision_transformer": ("test_vit", {}),
+    "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": SIDE}),
+    "vision_transformer_relpos": ("test_vit_relpos", {"img_size": SIDE}),
+    "vision_transformer_sam": ("samvit_base_patch16_224", {"img_size": SIDE}),
+    "vitamin": ("vitamin_small_224", {"img_size": SIDE}),
+    "volo": ("volo_d1_224", {"img_size": SIDE}),
+    "vovnet": ("ese_vovnet19b_slim_dw", {}),
+    "xception": ("legacy_xception", {}),
+    "xception_aligned": ("xception41p", {}),
+    "xcit": ("xcit_nano_12_p8_224", {}),
+}
+LARGER = {  # px, where the model takes no less or where less would round its reductions away
+    "byoanet": 256,
+    "crossvit": 240,
+    "deepseek_vit": 224,
+    "efficientformer": 224,
+    "gemma4_vit": 96,
+    "inception_resnet_v2": 299,
+    "inception_v3": 299,
+    "inception_v4": 299,
+    "pit": 224,
+    "sequencer": 224,
+}
+# Families whose forward pass calls no module of their feature_info: among all submodules, the ends of stages.
+CHOSEN = {
+    "coat": ["serial_blocks1.1", "serial_blocks2.1", "serial_blocks3.1"],
+    "gemma4_vit": ["encoder.blocks.0", "encoder.blocks.1", "encoder.blocks.2"],
+    "hrnet": ["act1", "incre_modules.0", "incre_modules.1", "incre_modules.2", "incre_modules.3"],
+    "mvitv2": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "twins": ["blocks.0.1", "blocks.1.1", "blocks.2.9", "blocks.3.3"],
+}
+REFUSED = {
+    "hiera": "its tokens are sorted into mask units, not by rows of the image",
+}
+TABLE = "timm families"
+
+
+def make(family, **kwargs):
+    name, own = FAMILIES[family]
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    torch.manual_seed(0)
+    model = timm.create_model(name, **own, **kwargs).eval()
+    with torch.no_grad():  # heads and the ends of residual branches that start from zeros would hide what comes before
+        for parameter in model.parameters():
+            if not parameter.any() and parameter.ndim > 1:
+                parameter.normal_(std=0.02)
+    return model
+
+
+class Host:
+    """A bare model, its image, and the points in it that take an even number of channels."""
+
+    def __init__(self, family):
+        side = LARGER.get(family, SIDE)
+        self.family = family
+        self.x = draw(1, 3, side, side, dtype=torch.float32)
+        self.bare = make(family, num_classes=5)
+        self.points = insertion_points(self.bare, example_input=self.x)
+        self.names = CHOSEN.get(family, [name for name, point in self.points.items() if point.channels % 2 == 0])
+        with torch.no_grad():
+            self.expected = self.bare(self.x)
+
+    def inserted(self, blocks, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the model's output does not depend on")
+            return insert(copy.deepcopy(self.bare), blocks, example_input=self.x, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def host(request):
+    return Host(request.param)
+
+
+def cell(column):
+    """The cell of a family's row; the plugin takes rows from marks, so each parameter carries its own."""
+    families = [pytest.param(family, marks=pytest.mark.cell(TABLE, family, column)) for family in FAMILIES]
+    return pytest.mark.parametrize("host", families, indirect=True)
+
+
+def test_the_table_holds_nearly_every_family_of_this_timm():
+    families = {family for family in timm.list_modules() if timm.list_models(module=family)}
+    assert len(families & FAMILIES.keys()) >= 0.95 * len(families)
+    assert len(REFUSED) <= 0.05 * len(FAMILIES)
+
+
+@cell("points")
+def test_points_are_what_timm_declares(host, record_property):
+    declared = {info["module"]: info for info in reversed(host.bare.feature_info)}
+    for name, point in host.points.items():
+        assert host.family in CHOSEN or host.family in REFUSED or name in declared
+        if name in declared:
+            assert point.channels == declared[name]["num_chs"]
+            # convolutions without padding shrink a map by more than their strides: 299 px to 35 is no 8
+            assert abs(point.reduction - declared[name]["reduction"]) <= host.family.startswith("inception_")
+    assert host.names
+    layouts = sorted({host.points[name].layout for name in host.names})
+    record_property("note", f"{len(host.points)} of {len(declared)}, {' and '.join(layouts)}")
+    if host.family in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[host.family]):
+            insert(host.bare, {next(iter(declared)): SFE}, example_input=host.x)
+        record_property("note", f"{', '.join(declared)}: {REFUSED[host.family]}")
+
+
+@cell("starts equal")
+@torch.no_grad()
+def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_back(host):
+    keys = list(host.bare.state_dict())
+    model = host.inserted(dict.fromkeys(host.names, CSFE), identity_start=True)
+    assert torch.equal(model(host.x), host.expected)
+    added = set(model.state_dict()) - set(keys)
+    assert all(any(key.startswith(f"{name}.kfde.") for name in host.names) for key in added)
+    assert all(any(key.startswith(f"{name}.kfde.") for key in added) for name in host.names)
+    result = model.load_state_dict(host.bare.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == added
+    scatter_parameters(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(host.x), model(host.x))
+    remove(copied).load_state_dict(host.bare.state_dict())
+    assert list(copied.state_dict()) == keys
+    assert not any(module._forward_hooks for module in copied.modules())
+    assert torch.equal(copied(host.x), host.expected)
+
+
+@cell("trains")
+def test_blocks_train_wherever_the_output_depends_on_their_map(host, record_property):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = insert(
+            copy.deepcopy(host.bare), dict.fromkeys(host.names, CSFE), example_input=host.x, identity_start=True
+        )
+    said = " ".join(str(warning.message) for warning in caught)
+    without_effect = [name for name in host.names if f"{name!r}: the block there will not change it" in said]
+    cotangent = draw(*host.expected.shape, seed=1, dtype=torch.float32)
+    added = {name: parameter for name, parameter in model.named_parameters() if ".kfde." in name}
+    optimizer = torch.optim.Adam(added.values(), lr=0.1)
+    for _ in range(2):  # behind a blend of zero, the block's own parameters wait for the second step
+        optimizer.zero_grad()
+        (model(host.x) * cotangent).sum().backward()
+        optimizer.step()
+    for name, parameter in added.items():
+        dead = parameter.grad is None or not parameter.grad.any()
+        assert dead == (name.split(".kfde.")[0] in without_effect), name
+    if without_effect:
+        record_property("note", f"features alone come from {', '.join(without_effect)}")
+
+
+def assert_first_changed(before, after, index):
+    """The maps before a block are as they were, the one at it went through the block, none has another shape."""
+    assert [tuple(old.shape) for old in before] == [tuple(new.shape) for new in after]
+    assert all(map(torch.equal, before[:index], after[:index]))
+    old, new = before[index], after[index]
+    assert not torch.equal(old, new)
+    if old.shape[1] == old.shape[2] != old.shape[3]:
+        old, new = (rearrange(x, "n h w c -> n c h w") for x in (old, new))
+    torch.testing.assert_close(new, SFE()(old), rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+
+
+def middle(host):
+    """A point in the middle, and which of timm's feature maps it is."""
+    names = CHOSEN.get(host.family, [info["module"] for info in host.bare.feature_info])
+    index = next(i for i in (names.index(names[len(names) // 2]), *range(len(names))) if names[i] in host.names)
+    return names[index], index
+
+
+# timm takes these maps not behind the modules that it declares for them, but where something else follows
+ELSEWHERE = {
+    "coat": "no module returns the maps that timm takes, which have run through several blocks in parallel",
+    "hiera": REFUSED["hiera"],
+    "nasnet": "timm takes the map before the module that it declares for it",
+    "pnasnet": "timm takes the map before the module that it declares for it",
+    "xception": "timm takes the map before the module that it declares for it",
+}
+
+
+@cell("forward_intermediates")
+@torch.no_grad()
+def test_intermediates_come_with_the_block(host, record_property):
+    name, index = middle(host) if host.family != "hiera" else (host.names[0], 0)
+    model = host.inserted({name: SFE})
+    before, after = (m.forward_intermediates(host.x, intermediates_only=True) for m in (host.bare, model))
+    if host.family in ELSEWHERE:
+        record_property("note", ELSEWHERE[host.family])
+        assert not torch.equal(before[-1], after[-1])
+    else:
+        assert_first_changed(before, after, index)
+
+
+@cell("features_only")
+@torch.no_grad()
+def test_features_come_with_the_block(host, record_property):
+    name, index = middle(host) if host.family != "hiera" else (host.names[0], 0)
+    first = int(host.family == "tresnet")  # whose first map timm declares but cannot give
+    maps = tuple(range(first, len(host.bare.feature_info)))
+    model = make(host.family, features_only=True, out_indices=maps)
+    before = model(host.x)
+    modules = dict(model.named_modules())
+    forms = (name, name.replace(".", "_"), name.replace(".", "_", 1), f"model.{name}", f"body.{name}")
+    wrapped = next(form for form in forms if form in modules)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the model's output does not depend on")
+        insert(model, {wrapped: SFE}, example_input=host.x)
+    after = model(host.x)
+    if host.family in ("coat", "hiera"):
+        record_property("note", ELSEWHERE[host.family])
+        assert not torch.equal(before[-1], after[-1])
+    else:
+        assert_first_changed(before, after, index - first)
