@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -60,21 +61,30 @@ def test_docstring_examples_are_found_and_can_fail():
         assert runner.run(test, out=lambda text: None).failed == 1
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[needs_local_dir] if "local-dir:" in page.read_text() else []) for page in PAGES],
-    ids=lambda page: page.name,
-)
+def marks_of(page):
+    """What the code of a page needs and may find lacking."""
+    text = page.read_text()
+    marks = [needs_local_dir] if "local-dir:" in text else []
+    for package in ("accelerate", "lightning"):
+        if re.search(rf"^(import|from) {package}\b", text, re.MULTILINE):
+            marks.append(pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}"))
+    return marks
+
+
+# Lightning looks at data loaders in a way that torch has deprecated, and its advice hangs on the number of cores.
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning")
+@pytest.mark.parametrize("page", [pytest.param(page, marks=marks_of(page), id=page.name) for page in PAGES])
 def test_code_blocks_run(page, offline_weights, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    names = {}
+    names = {"__name__": page.stem}
     for block in BLOCK.findall(page.read_text()):
         exec(compile(block, str(page), "exec"), names)  # the blocks of a page build on each other
     assert "kfde_layers" in {getattr(value, "__module__", "").split(".")[0] for value in names.values()}
 
 
 def test_every_page_that_should_have_code_has_some():
-    assert {page.stem for page in PAGES} >= {"README", "insertion", "layers", "models"}
+    assert {page.stem for page in PAGES} >= {"README", "hub", "insertion", "layers", "models", "training"}
 
 
 def test_the_readme_prints_what_it_says(offline_weights, capsys):
@@ -152,6 +162,20 @@ def test_the_api_page_shows_every_public_name(site):
     for name in [*kfde_layers.__all__, *(f"functional.{name}" for name in kfde_layers.functional.__all__)]:
         if name != "functional":
             assert f'id="kfde_layers.{name}"' in text or f'id="kfde_layers.ops.{name}' in text, name
+
+
+def test_the_compatibility_page_has_a_cell_for_each_that_is_tested(site, tmp_path):
+    paths = tmp_path / "cells.json", ROOT / "docs/compatibility.json"
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--cells", paths[0]]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    tested, kept = (json.loads(path.read_text())["cells"] for path in paths)
+    assert {(cell["table"], cell["row"], cell["column"]) for cell in tested} == {
+        (cell["table"], cell["row"], cell["column"]) for cell in kept
+    }
+    assert not any(cell["failed"] for cell in kept)
+    page = (site / "compatibility/index.html").read_text()
+    assert page.count("✓") == sum(cell["passed"] > 0 for cell in kept)
+    assert "✗" not in page
 
 
 def test_the_benchmarks_page_holds_the_committed_figures(site):

@@ -18,6 +18,7 @@ SIGNATURES = {
     "groups='depthwise' * impl='auto'",
     kfde_layers.insert: "model blocks * example_input=None identity_start=False",
     kfde_layers.insertion_points: "model * example_input=None",
+    kfde_layers.remove: "model names=None",
 }
 
 
@@ -32,7 +33,7 @@ def written(function) -> str:
 
 
 def test_names():
-    assert kfde_layers.__all__ == ["CFE", "CSFE", "MFDF", "SFE", "functional", "insert", "insertion_points"]
+    assert kfde_layers.__all__ == ["CFE", "CSFE", "MFDF", "SFE", "functional", "insert", "insertion_points", "remove"]
     assert functional.__all__ == ["cfe", "csfe", "mfdf", "sfe"]
     assert kfde_layers.__version__.count(".") == 2
 

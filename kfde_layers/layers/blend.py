@@ -31,7 +31,7 @@ class Blend(nn.Module):
     ) -> None:
         super().__init__()
         self.block = block
-        self.blend = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+        self.blend: nn.Parameter = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Go back to the identity."""

@@ -59,13 +59,13 @@ class CFE(nn.Module):
         super().__init__()
         check_int("channels", channels, minimum=1)
         self.channels = channels
-        self.num_groups = default_num_groups(channels) if num_groups is None else num_groups
+        self.num_groups: int = default_num_groups(channels) if num_groups is None else num_groups
         self.threshold = threshold
         self.eps = eps
         self.impl = resolve_impl(impl).value
         check_cfe(channels, self.num_groups, threshold, eps)
-        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -71,8 +71,8 @@ class CSFE(nn.Module):
         self.arrangement = arrangement
         self.fusion = fusion
         self.impl = resolve_impl(impl).value
-        self.cfe = CFE(channels, num_groups, threshold, eps, impl=impl, device=device, dtype=dtype)
-        self.sfe = SFE(channels, lambd, beta, correction, impl=impl)
+        self.cfe: CFE = CFE(channels, num_groups, threshold, eps, impl=impl, device=device, dtype=dtype)
+        self.sfe: SFE = SFE(channels, lambd, beta, correction, impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
         return _csfe(

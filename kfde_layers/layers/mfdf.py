@@ -66,6 +66,10 @@ class MFDF(nn.Module):
     bare: Final[bool]  # nothing but convolutions: the operation runs them itself, and is free to merge them
     linear: Final[bool]  # the same can be had outside training, by folding each batch norm into its convolution
 
+    # declared here, because TorchScript refuses such types in __init__, and a tuple of any length but as a constant
+    kernel_sizes: Final[tuple[int, ...]]
+    dilation: list[int]
+
     def __init__(
         self,
         channels: int,
@@ -98,7 +102,7 @@ class MFDF(nn.Module):
         for size in self.kernel_sizes:
             check_kernel_size("kernel_sizes", size)
         self.dilation = list(resolve_dilations(dilation, len(self.kernel_sizes)))
-        self.groups = resolve_groups(channels, groups)
+        self.groups: int = resolve_groups(channels, groups)
         self.impl = resolve_impl(impl).value
         self.bare = norm_layer is None and act_layer is None
         if self.impl == Impl.FUSED and (self.groups != channels or not self.bare):
@@ -117,14 +121,14 @@ class MFDF(nn.Module):
             norm = nn.Identity() if norm_layer is None else norm_layer(channels).to(device=device, dtype=dtype)
             return ConvNormAct(convolution, norm, nn.Identity() if act_layer is None else act_layer())
 
-        self.branches = nn.ModuleList(map(branch, self.kernel_sizes, self.dilation))
+        self.branches: nn.ModuleList = nn.ModuleList(map(branch, self.kernel_sizes, self.dilation))
         self.linear = (
             act_layer is None
             and self.groups == channels
             and all(isinstance(branch, ConvNormAct) and branch.foldable for branch in self.branches)
         )
-        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, len(self.kernel_sizes) * channels, device=device, dtype=dtype)
+        self.fc1: nn.Linear = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc2: nn.Linear = nn.Linear(hidden, len(self.kernel_sizes) * channels, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,7 +10,14 @@ from typing import Any, cast
 
 import torch
 from timm.layers import get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint_seq, convnext, generate_default_cfgs, register_model
+from timm.models import (
+    DefaultCfg,
+    build_model_with_cfg,
+    checkpoint_seq,
+    convnext,
+    generate_default_cfgs,
+    register_model,
+)
 from timm.models import get_pretrained_cfg as backbone_cfg
 from torch import Tensor, nn
 
@@ -35,9 +42,9 @@ class KFDEStage(nn.Module):
 
     def __init__(self, stage: convnext.ConvNeXtStage, kfde: nn.Sequential) -> None:
         super().__init__()
-        self.grad_checkpointing = stage.grad_checkpointing
-        self.downsample = stage.downsample
-        self.blocks = stage.blocks
+        self.grad_checkpointing: bool = stage.grad_checkpointing
+        self.downsample: nn.Module = stage.downsample
+        self.blocks: nn.Sequential = stage.blocks
         self.kfde = kfde
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +177,7 @@ _backbone_cfgs: dict[str, Any] = {
     for size in _SIZES
     for tag in convnext.default_cfgs[f"convnextv2_{size}"].tags
 }
-default_cfgs = generate_default_cfgs(_backbone_cfgs)
+default_cfgs: dict[str, DefaultCfg] = generate_default_cfgs(_backbone_cfgs)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> KFDEConvNeXt:

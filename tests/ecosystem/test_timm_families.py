@@ -131,7 +131,6 @@ LARGER = {  # px, where the model takes no less or where less would round its re
 CHOSEN = {
     "coat": ["serial_blocks1.1", "serial_blocks2.1", "serial_blocks3.1"],
     "gemma4_vit": ["encoder.blocks.0", "encoder.blocks.1", "encoder.blocks.2"],
-    "hrnet": ["act1", "incre_modules.0", "incre_modules.1", "incre_modules.2", "incre_modules.3"],
     "mvitv2": ["stages.0", "stages.1", "stages.2", "stages.3"],
     "twins": ["blocks.0.1", "blocks.1.1", "blocks.2.9", "blocks.3.3"],
 }
@@ -195,10 +194,11 @@ def test_points_are_what_timm_declares(host, record_property):
     declared = {info["module"]: info for info in reversed(host.bare.feature_info)}
     for name, point in host.points.items():
         assert host.family in CHOSEN or host.family in REFUSED or name in declared
-        if name in declared:
+        if name in declared and host.family != "hrnet":  # which returns a list of maps, the first of them the largest
             assert point.channels == declared[name]["num_chs"]
-            # convolutions without padding shrink a map by more than their strides: 299 px to 35 is no 8
-            assert abs(point.reduction - declared[name]["reduction"]) <= host.family.startswith("inception_")
+            # convolutions without padding shrink a map by more than their strides do: 299 px to 8 and not to 9.3
+            shrunk = 1.2 if host.family.startswith("inception_") else 1
+            assert declared[name]["reduction"] <= point.reduction <= shrunk * declared[name]["reduction"]
     assert host.names
     layouts = sorted({host.points[name].layout for name in host.names})
     record_property("note", f"{len(host.points)} of {len(declared)}, {' and '.join(layouts)}")
@@ -220,7 +220,8 @@ def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_bac
     result = model.load_state_dict(host.bare.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) == added
-    scatter_parameters(model)
+    for name in host.names:
+        scatter_parameters(model.get_submodule(f"{name}.kfde"))
     copied = copy.deepcopy(model)
     assert torch.equal(copied(host.x), model(host.x))
     remove(copied).load_state_dict(host.bare.state_dict())
@@ -274,6 +275,7 @@ def middle(host):
 ELSEWHERE = {
     "coat": "no module returns the maps that timm takes, which have run through several blocks in parallel",
     "hiera": REFUSED["hiera"],
+    "hrnet": "timm takes the maps behind modules that follow on those that it declares for them",
     "nasnet": "timm takes the map before the module that it declares for it",
     "pnasnet": "timm takes the map before the module that it declares for it",
     "xception": "timm takes the map before the module that it declares for it",
@@ -308,7 +310,7 @@ def test_features_come_with_the_block(host, record_property):
         warnings.filterwarnings("ignore", message="the model's output does not depend on")
         insert(model, {wrapped: SFE}, example_input=host.x)
     after = model(host.x)
-    if host.family in ("coat", "hiera"):
+    if host.family in ("coat", "hiera", "hrnet"):
         record_property("note", ELSEWHERE[host.family])
         assert not torch.equal(before[-1], after[-1])
     else:

@@ -1,0 +1,46 @@
+"""Two processes that share a batch do what one does with the whole of it."""
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from tests.ecosystem.distributed_worker import NAMES, PROCESSES, work
+from tests.ecosystem.training import build, exact
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One start of the processes for all networks, since it takes longer than the training."""
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
+    return folder
+
+
+def assert_as_in_one_process(results, engine: str, name: str) -> None:
+    found = torch.load(results / f"{engine} {name}.pt")
+    losses, state = exact(name)
+    torch.testing.assert_close(found["losses"], losses, rtol=1e-12, atol=0)
+    assert found["state"].keys() == state.keys()
+    for key, tensor in state.items():
+        torch.testing.assert_close(found["state"][key], tensor, rtol=1e-11, atol=1e-13, msg=key)
+    for key, start in build(name).named_parameters():
+        assert not torch.equal(found["state"][key], start), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cell("Training engines", "DDP, two processes")
+def test_ddp_trains_like_one_process(name, results):
+    assert_as_in_one_process(results, "DDP", name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cell("Training engines", "FSDP2, two processes")
+def test_fsdp2_trains_like_one_process(name, results):
+    assert_as_in_one_process(results, "FSDP2", name)
+
+
+@pytest.mark.parametrize("name", ["CSFE", "MFDF"])
+@pytest.mark.cell("Training engines", "FSDP2, two processes")
+def test_fsdp2_refuses_a_layer_of_which_a_part_is_sharded_by_itself(name, results):
+    for rank in range(PROCESSES):
+        assert "got mixed torch.Tensor and DTensor" in torch.load(results / f"refusals {rank}.pt")[name]

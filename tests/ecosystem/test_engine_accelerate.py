@@ -1,0 +1,61 @@
+"""Accelerate's loop, in one process and in two, against the plain one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ecosystem.training import MODELS, SMALL, batch, build, exact, train
+
+accelerate = pytest.importorskip("accelerate")
+ROOT = Path(__file__).parents[2]
+each_network = pytest.mark.parametrize("name", [*SMALL, *MODELS])
+CELL = pytest.mark.cell("Training engines", "Accelerate")
+
+
+@pytest.fixture
+def accelerator():
+    """Accelerate holds its settings for the life of a process, and this is one process for all tests."""
+    from tests.ecosystem.accelerate_worker import make_accelerator
+
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield make_accelerator()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@each_network
+@CELL
+def test_one_process_does_what_the_plain_loop_does_to_the_last_bit(name, accelerator):
+    from tests.ecosystem import accelerate_worker
+
+    losses, state = accelerate_worker.train(accelerator, name)
+    model = build(name)
+    assert torch.equal(losses, train(name, model, *batch(name)))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accelerate")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--module", "tests.ecosystem.accelerate_worker", str(folder)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@each_network
+@CELL
+def test_two_processes_do_what_the_plain_loop_does(name, results):
+    found = torch.load(results / f"{name}.pt")
+    assert found["processes"] == 2
+    losses, state = exact(name)
+    torch.testing.assert_close(found["losses"], losses, rtol=1e-12, atol=0)
+    for key, tensor in state.items():
+        torch.testing.assert_close(found["state"][key], tensor, rtol=1e-11, atol=1e-13, msg=key)

@@ -1,0 +1,130 @@
+"""What is pushed to the Hub comes back, and so do weights in safetensors."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, load_model, save_model
+from timm.models import push_to_hf_hub
+
+from kfde_layers.testing import scatter_parameters
+from tests.ecosystem.hub_folder import stand_in
+from tests.ecosystem.training import INSERTED, MODELS, SMALL, WITH_BATCH_NORM, batch, build
+from tests.helpers import draw, needs_local_dir
+
+PAGE = Path(__file__).parents[2] / "docs/hub.md"
+REPO_ID = "me/model"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def images():
+    return draw(2, 3, 64, 64, dtype=torch.float32)
+
+
+OPTIONS = {
+    "plain": {},
+    "no MFDF": {"mfdf": False},
+    "stages": {"kfde_stages": [1, 3], "identity_start": True},
+    "options": {
+        "csfe": {"arrangement": "cfe_sfe", "num_groups": 4},
+        "mfdf": {"kernel_sizes": [3, 5], "norm_layer": "batchnorm2d"},
+    },
+}
+SOURCES = [pytest.param("hf-hub:", id="hf-hub"), pytest.param("local-dir:", id="local-dir", marks=needs_local_dir)]
+
+
+def source_of(prefix, hub):
+    return f"{prefix}{REPO_ID}" if prefix == "hf-hub:" else f"{prefix}{hub / REPO_ID}"
+
+
+@pytest.mark.parametrize("prefix", SOURCES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
+def test_a_pushed_model_comes_back(options, prefix, hub):
+    model = scatter_parameters(timm.create_model("kfde_convnextv2_atto", num_classes=3, **options), 0.02).eval()
+    labels = {"label_names": ["a", "b", "c"]}
+    push_to_hf_hub(model, REPO_ID, model_config=labels, model_args=options, safe_serialization=True)
+    assert {path.name for path in (hub / REPO_ID).iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    config = json.loads((hub / REPO_ID / "config.json").read_text())
+    assert config["architecture"] == "kfde_convnextv2_atto"
+    assert options.items() <= config.get("model_args", {}).items()
+    state = load_file(hub / REPO_ID / "model.safetensors")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+    assert "library_name: timm" in (hub / REPO_ID / "README.md").read_text()
+
+    again = timm.create_model(source_of(prefix, hub), pretrained=True).eval()
+    assert torch.equal(again(images()), model(images()))
+    assert again.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    assert [name for name, _ in again.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+@pytest.mark.parametrize("prefix", SOURCES)
+@pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
+def test_a_pushed_model_takes_another_classifier(prefix, hub):
+    model = scatter_parameters(timm.create_model("kfde_convnextv2_atto", num_classes=3, mfdf=False), 0.02).eval()
+    push_to_hf_hub(model, REPO_ID, model_args={"mfdf": False}, safe_serialization=True)
+    other = timm.create_model(source_of(prefix, hub), pretrained=True, num_classes=5).eval()
+    assert other(images()).shape == (2, 5)
+    assert torch.equal(other.forward_features(images()), model.forward_features(images()))
+
+
+@pytest.mark.parametrize("prefix", SOURCES)
+@pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
+def test_a_pushed_model_that_lacks_keys_is_refused(prefix, hub):
+    model = timm.create_model("kfde_convnextv2_atto", num_classes=3, mfdf=False)
+    push_to_hf_hub(model, REPO_ID, model_args={"mfdf": True}, safe_serialization=True)  # says more than it holds
+    with pytest.raises(RuntimeError, match=r"Missing keys: stages\.3\.kfde\.mfdf\.branches\.0\.bias"):
+        timm.create_model(source_of(prefix, hub), pretrained=True)
+
+
+@pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
+def test_a_model_in_channels_last_is_pushed_once_it_is_turned(hub):
+    model = timm.create_model("kfde_convnextv2_atto", num_classes=3).eval()
+    expected = model(images())
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="trying to save a non contiguous tensor"):
+        push_to_hf_hub(model, REPO_ID, safe_serialization=True)
+    push_to_hf_hub(model.to(memory_format=torch.contiguous_format), REPO_ID, safe_serialization=True)
+    again = timm.create_model(f"hf-hub:{REPO_ID}", pretrained=True).eval()
+    torch.testing.assert_close(again(images()), expected)
+
+
+@pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
+def test_the_page_pushes_what_loads_again(hub):
+    block = re.search(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)[1]
+    names = {}
+    exec(compile(block, str(PAGE), "exec"), names)
+    names["push"](REPO_ID)
+    again = timm.create_model(f"hf-hub:{REPO_ID}", pretrained=True).eval()
+    assert torch.equal(again(images()), names["model"](images()))
+    assert again.pretrained_cfg["label_names"] == ["benign", "malignant"]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", [*SMALL, *WITH_BATCH_NORM, *MODELS, *INSERTED])
+@pytest.mark.cell("Hub and files", "safetensors")
+def test_weights_in_safetensors_come_back_to_the_last_bit(name, memory_format, tmp_path):
+    model = build(name, torch.float32)
+    model(batch(name, torch.float32)[0])  # batch norms have statistics now
+    model.eval()
+    state = model.state_dict()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == len(state)  # none is shared
+    assert all(tensor.is_contiguous() for tensor in state.values())
+    save_model(model.to(memory_format=memory_format), tmp_path / "model.safetensors")
+    assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
+    torch.manual_seed(1)
+    again = scatter_parameters(build(name, torch.float32)).to(memory_format=memory_format).eval()
+    load_model(again, tmp_path / "model.safetensors")
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+    x = batch(name, torch.float32)[0].contiguous(memory_format=memory_format)
+    assert torch.equal(again(x), model(x))

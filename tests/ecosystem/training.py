@@ -1,0 +1,104 @@
+"""Small networks with a layer in them, and the plain loop in one process that every engine is compared with."""
+
+import functools
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfde_layers import CFE, CSFE, MFDF, SFE, insert
+from kfde_layers.testing import random_tensor, scatter_parameters
+
+CHANNELS = 8
+CLASSES = 4
+STEPS = 4
+
+
+def small(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, CHANNELS, 3, padding=1),
+        scatter_parameters(layer),
+        nn.Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(CHANNELS, CLASSES),
+    )
+
+
+def inserted() -> nn.Module:
+    blocks = {"layer2": CSFE, "layer3": MFDF}
+    model = insert(timm.create_model("resnet18", num_classes=CLASSES), blocks, identity_start=True)
+    return model.eval()  # its batch norms would else see the images of one process only
+
+
+def kfde_model() -> nn.Module:
+    model = timm.create_model("kfde_convnextv2_atto", num_classes=CLASSES)
+    scatter_parameters(model.stages[3].kfde, deviation=0.1)
+    return model
+
+
+# Fused where there is such a form: on maps this small "auto" may take the reference, which they are held against.
+SMALL = {
+    "CFE": lambda: small(CFE(CHANNELS, impl="fused")),
+    "SFE": lambda: small(SFE(CHANNELS, impl="fused")),
+    "CSFE": lambda: small(CSFE(CHANNELS, impl="fused")),
+    "CSFE, in turn": lambda: small(CSFE(CHANNELS, arrangement="cfe_sfe", impl="fused")),
+    "MFDF": lambda: small(MFDF(CHANNELS, impl="fused")),
+    "MFDF, dense, ReLU": lambda: small(MFDF(CHANNELS, groups=1, kernel_sizes=(1, 3), act_layer=nn.ReLU)),
+}
+WITH_BATCH_NORM = {
+    "MFDF, batch norm": lambda: small(MFDF(CHANNELS, kernel_sizes=(1, 3), bias=False, norm_layer=nn.BatchNorm2d))
+}
+MODELS = {"models": kfde_model}
+INSERTED = {"CSFE, with MFDF in ResNet-18": inserted}
+NETWORKS = SMALL | WITH_BATCH_NORM | MODELS | INSERTED
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The same network at each call."""
+    torch.manual_seed(0)
+    return NETWORKS[name]().to(dtype)
+
+
+def build_reference(name: str) -> nn.Module:
+    """The same in float64, each layer by its equations."""
+    model = build(name)
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = "reference"
+    return model
+
+
+def batch(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """An image of each class, which its colour tells."""
+    side = 12 if name in SMALL | WITH_BATCH_NORM else 64 if name in MODELS else 32
+    labels = torch.arange(CLASSES)
+    images = random_tensor(len(labels), 3, side, side, seed=1, dtype=dtype)
+    images[:, :2] += torch.stack((labels // 2, labels % 2), dim=1)[:, :, None, None]
+    return images, labels
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """Not Adam, which divides rounding errors by themselves where a gradient is zero."""
+    return torch.optim.SGD(model.parameters(), lr=0.002 if name in MODELS else 0.2, momentum=0.9)
+
+
+def train(name: str, model: nn.Module, images: Tensor, labels: Tensor, steps: int = STEPS) -> Tensor:
+    """The losses of plain steps on one batch."""
+    optimizer = make_optimizer(name, model)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@functools.cache
+def exact(name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses and final weights of the plain loop with the reference."""
+    model = build_reference(name)
+    return train(name, model, *batch(name)), model.state_dict()

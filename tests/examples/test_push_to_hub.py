@@ -1,0 +1,188 @@
+"""The model of a real run, published: to a folder, and to a folder that stands in for the Hub."""
+
+import ast
+import csv
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from breakhis.checkpoints import load_model
+from huggingface_hub import ModelCard
+from push_to_hub import main, write_card
+from train_breakhis import main as train
+
+from tests.ecosystem.hub_folder import stand_in
+from tests.helpers import needs_local_dir
+
+pytestmark = needs_local_dir
+SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
+REPO_ID = "someone/kfde"
+FILES = {"README.md", "config.json", "model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def run(synthetic_tree, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    options = ["--model-kwargs", "{csfe: {fusion: mean}, kfde_stages: [2, 3]}"]
+    train(["--data-dir", str(synthetic_tree), "--output-dir", str(out), *SMALL, *options])
+    return out
+
+
+@pytest.fixture(scope="module")
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("written") / "new"
+    assert main(["--run", str(run), "--repo-id", REPO_ID, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in place of the repository on the Hub, and what was asked of that."""
+    calls = stand_in(tmp_path, monkeypatch, "push_to_hub")
+    return SimpleNamespace(folder=tmp_path / REPO_ID, calls=calls)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
+def test_the_written_folder_is_the_checkpoint_with_its_card(run, written):
+    assert contents(written).keys() == FILES
+    assert (written / "model.safetensors").read_bytes() == (run / "best/model.safetensors").read_bytes()
+    config, trained = (json.loads((folder / "config.json").read_text()) for folder in (written, run / "best"))
+    assert config["pretrained_cfg"].pop("label_names") == trained["label_names"]  # timm says them twice now
+    assert config == trained
+    x = torch.randn(2, 3, 64, 64)
+    again = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
+    assert torch.equal(again(x), load_model(run / "best")(x))
+
+
+@pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
+def test_what_is_pushed_is_what_was_written(run, written, hub):
+    for private in (["--private"], []):  # the second time there is a card
+        assert main(["--run", str(run), "--repo-id", REPO_ID, *private]) == 0
+        assert contents(hub.folder) == contents(written)
+        (hub.folder / "README.md").write_text("of an earlier run")
+    model_only = ["config.json", "model.safetensors"]  # timm has written no card of its own
+    assert hub.calls == [
+        *(("create", True), ("create", False), ("folder", model_only)),
+        *(("create", False), ("create", False), ("folder", model_only)),
+    ]
+
+
+@pytest.mark.cell("Hub and files", "model card", "models")
+def test_the_hub_can_read_the_card(written):
+    data = ModelCard((written / "README.md").read_text()).data
+    assert data.library_name == "timm"
+    assert data.pipeline_tag == "image-classification"
+    assert data.license == "apache-2.0"
+    assert {"timm", "kfde-layers", "image-classification"} <= set(data.tags)
+
+
+def cells(card: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", card, re.M)]
+
+
+@pytest.mark.cell("Hub and files", "model card", "models")
+def test_the_card_gives_the_figures_of_the_run_and_how_they_came_about(written, metrics):
+    card = (written / "README.md").read_text()
+    assert "Protocol: patient protocol, fold 0 of 3, breakhis 100X, binary." in card
+    images, patients = metrics["n_images"]["test"], metrics["n_patients"]["test"]
+    assert f"From {images} test images of {patients} patients:" in card
+    rows = {row[0]: row[1:] for row in cells(card)}
+    for part, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        numbers = [str(metrics[count][part]) for count in ("n_images", "n_patients")]
+        assert rows[name] == [*numbers, ", ".join(metrics["absent_classes"][part]) or "none"]
+    for name, key in (
+        ("image accuracy", "image_accuracy"),
+        ("patient recognition rate", "patient_recognition_rate"),
+        ("balanced accuracy", "balanced_accuracy"),
+        ("macro F1", "macro_f1"),
+        ("area under the ROC curve", "auc"),
+        ("expected calibration error", "ece"),
+    ):
+        assert float(rows[name][0]) == pytest.approx(metrics[key], abs=6e-4)
+    assert rows["classes"] == ["benign, malignant"]
+    assert rows["input"] == ["RGB, 64 x 64 px"]
+    assert rows["started from"] == ["random weights"]
+    assert rows["licence"] == ["apache-2.0"]
+    assert "after epoch 1 of 1, chosen on validation, seed 0" in card
+    assert "Not a medical device" in card
+
+
+@pytest.mark.cell("Hub and files", "model card", "models")
+def test_the_card_shows_how_to_load_the_model(run, hub, synthetic_tree, capsys):
+    main(["--run", str(run), "--repo-id", REPO_ID])
+    (block,) = re.findall(r"^```python\n(.*?)^```", (hub.folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    with (run / "predictions.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    capsys.readouterr()
+    exec(block, {"file": synthetic_tree / row["file"]})
+    printed = ast.literal_eval(capsys.readouterr().out)
+    assert printed == pytest.approx({name: float(row[f"prob_{name}"]) for name in ("benign", "malignant")}, abs=1e-5)
+
+
+@pytest.mark.cell("Hub and files", "model card", "models")
+def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_path):
+    torch.save(timm.create_model("convnextv2_atto").state_dict(), tmp_path / "imagenet.pth")
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path / "out"), *SMALL]
+    train([*arguments, "--checkpoint-path", str(tmp_path / "imagenet.pth")])
+    main(["--run", str(tmp_path / "out"), "--repo-id", REPO_ID, "--output-dir", str(tmp_path / "card")])
+    card = (tmp_path / "card/README.md").read_text()
+    assert ModelCard(card).data.license == "cc-by-nc-4.0"
+    rows = {row[0]: row[1:] for row in cells(card)}
+    assert rows["licence"] == ["cc-by-nc-4.0: not for commercial use, as the weights that training started from"]
+    assert rows["started from"] == ["a checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"synthetic": True}, "The images are drawn: the figures say that the program works"),
+        ({"synthetic": True}, "Images: drawn by a program in the manner of BreakHis."),
+        ({"protocol": "image"}, "Images of one patient stand in both training and test, which inflates every figure."),
+        ({"scored_on": "val"}, "The figures are of the images that the checkpoint was chosen on"),
+        ({"scored_on": "val"}, "validation images of "),
+        ({"n_images": {"train": 9, "val": 0, "test": 9}}, "chosen on nothing but being the last"),
+        ({"auc": None}, "| area under the ROC curve | undefined |"),
+        ({"dataset": "idc"}, "Images: patches of invasive ductal carcinoma"),
+        (
+            {"flags": {"pretrained": True, "checkpoint_path": None}},
+            "| started from | the ImageNet weights that timm has",
+        ),
+    ],
+)
+@pytest.mark.cell("Hub and files", "model card", "models")
+def test_the_card_says_what_limits_a_run(run, metrics, changes, said):
+    model = load_model(run / "best")
+    assert said in write_card(REPO_ID, model, metrics | changes)
+    assert said not in write_card(REPO_ID, model, metrics)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"--run": "nowhere"},
+            "argument --run: must be the folder of a finished run, with metrics.json, got 'nowhere'",
+        ),
+        ({"--repo-id": "kfde"}, "argument --repo-id: must be owner/name, got 'kfde'"),
+        ({"--repo-id": "a/b/c"}, "argument --repo-id: must be owner/name, got 'a/b/c'"),
+    ],
+)
+def test_wrong_arguments_are_named_with_their_values(run, changes, message, capsys):
+    flags = {"--run": str(run), "--repo-id": REPO_ID, **changes}
+    with pytest.raises(SystemExit) as stopped:
+        main([part for pair in flags.items() for part in pair])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
