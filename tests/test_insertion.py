@@ -554,13 +554,6 @@ def test_models_that_do_not_run_ask_for_an_example():
         insertion_points(nn.Sequential(nn.ReLU()))
 
 
-def test_every_layer_works_in_timms_own_slot_for_attention():
-    for layer in (CFE, SFE, CSFE, MFDF):
-        model = timm.create_model("resnet18", block_args={"attn_layer": layer})
-        assert sum(isinstance(module, layer) for module in model.modules()) == 8
-        assert model(images(64)).shape == (2, 1000)
-
-
 def test_blend_is_what_identity_start_inserts():
     model = insert(plain_backbone(), {"1": CSFE}, identity_start=True)
     assert type(model[1].kfde) is Blend

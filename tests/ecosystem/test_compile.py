@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._dynamo.backends.registry import lookup_backend
 
 from tests.ecosystem.layers import (
@@ -32,6 +33,10 @@ def check(compiled, module, reference, x):
         assert relative_error(buffer, expected) < TOLERANCE
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"),
+    reason="the C++ that PyTorch 2.8 makes of the backward pass of CFE writes past a buffer of its own, and aborts",
+)
 @each({name: OPTIONS[name] for name in ("CFE", "SFE", "CSFE", "MFDF")} | {"models": SHALLOW})
 def test_by_inductor(case):
     module, reference = pair(case)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import create_attn
 from torch import nn
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
@@ -215,13 +214,6 @@ def test_an_activation_may_change_the_output_in_place(make, size, memory_format)
         x = draw(2, 6, side, side, dtype=torch.float32, memory_format=memory_format).requires_grad_()
         layer(x).relu_().sum().backward()
         assert x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("cls", [CFE, SFE, CSFE, MFDF])
-def test_is_what_timm_takes_for_an_attention_layer(cls):
-    layer = create_attn(cls, 32)
-    assert type(layer) is cls
-    assert layer(torch.randn(2, 32, 5, 5)).shape == (2, 32, 5, 5)
 
 
 @pytest.mark.parametrize("cls", [CFE, CSFE, MFDF])
