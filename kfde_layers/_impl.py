@@ -81,8 +81,6 @@ def exporting() -> bool:
 
 def transforming() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work, to which an operator is a closed box."""
-    if torch.compiler.is_compiling():  # the compiler takes such transforms apart by itself
-        return False
     functorch = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
     forward_mode = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     return functorch or forward_mode

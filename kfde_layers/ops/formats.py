@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from kfde_layers._impl import transforming
+
 
 def upcast(x: Tensor) -> Tensor:
     """Return `x` in the format of the statistics: float32, or float64 if it already is."""
@@ -28,4 +30,6 @@ def dense(x: Tensor) -> Tensor:
 
 def as_input(y: Tensor, x: Tensor) -> Tensor:
     """Return the result `y` in dtype and memory format of the input `x`."""
+    if transforming():  # under vmap a map has more than four dimensions, for which there are no memory formats
+        return y.to(x.dtype)
     return y.to(x.dtype, memory_format=memory_format(x))

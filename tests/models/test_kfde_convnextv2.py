@@ -288,13 +288,9 @@ def test_layer_decay_gives_kfde_the_rate_of_the_head():
             assert weight_decay == (0.0 if kfde.get_parameter(name).ndim == 1 else 0.05)
 
 
-def test_tracers_give_the_same_numbers():
+def test_the_tracer_of_torch_fx_gives_the_same_numbers():
     _, model = twins(num_classes=8)
-    x, expected = images(), model(images())
-    torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-4, atol=1e-5)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
-    torch.testing.assert_close(exported.module()(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images()), model(images()), rtol=1e-4, atol=1e-5)
 
 
 # Checkpoints
