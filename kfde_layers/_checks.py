@@ -8,6 +8,13 @@ from torch import Tensor, nn
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def check_instance(name: str, value: object, wanted: type) -> None:
+    """Refuse anything but an instance of `wanted`."""
+    if not isinstance(value, wanted):
+        module = wanted.__module__.split(".")[0]
+        raise TypeError(f"{name} must be a {module}.{wanted.__name__}, got {value!r} of type {type(value).__name__}")
+
+
 def check_int(name: str, value: object, minimum: int) -> None:
     """Refuse anything but an int of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -1,6 +1,8 @@
 import copy
 import functools
 import pickle
+import subprocess
+import sys
 import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass, is_dataclass
@@ -208,8 +210,6 @@ def test_blocks_by_class_partial_and_instance():
     model, shared = plain_backbone(), CFE(8)
     insert(model, {"0": SFE, "1": functools.partial(MFDF, kernel_sizes=(3,)), "2": shared})
     assert type(model[0].kfde) is SFE
-    with pytest.raises(ValueError, match="cannot insert at 'alias': it is one module with another of the names"):
-        insert(aliased(), {"0": SFE, "alias": CSFE})
     assert model[1].kfde.kernel_sizes == (3,)
     assert model[2].kfde is shared
 
@@ -312,7 +312,7 @@ def test_unfit_blocks_are_refused(blocks, error, message):
         ("", SFE, "cannot insert at '': the model has no submodule of that name"),
         ("never", SFE, "cannot insert at 'never': the forward pass does not call it"),
         ("twice", SFE, "cannot insert at 'twice': the forward pass calls it 2 times"),
-        ("parts.own", SFE, "cannot insert at 'parts.own': a Sum runs its children in its own way, and would take"),
+        ("parts.own", SFE, "cannot insert at 'parts.own': Sum runs its children in its own way, and would take"),
         ("parts", SFE, "cannot insert at 'parts': the forward pass does not call it"),
         ("flat", SFE, r"it returns no feature map of the input, .* but torch.float32 of shape \(1, 1792\)"),
         ("conv", CSFE, "channels must be even, since CFE crosses two halves of them, got 7"),
@@ -418,7 +418,7 @@ class Patches(nn.Module):
             self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, x):
-        tokens = rearrange(self.conv(x), "n c h w -> n (h w) c")
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
         return self.tokens(torch.cat((self.prefix.expand(len(x), -1, -1), tokens), 1))
 
 
@@ -495,7 +495,9 @@ def test_a_wrapped_model_is_refused_with_what_to_do_first(wrap, message):
 
 def test_a_block_without_effect_on_the_output_is_said():
     vit = timm.create_model("test_vit", img_size=32)
-    with pytest.warns(UserWarning, match=r"output does not depend on the feature map at 'blocks.5': the block there"):
+    with pytest.warns(
+        UserWarning, match=r"output does not depend, as it stands, on the feature map at 'blocks.5': the block"
+    ):
         insert(vit, {"blocks.4": SFE, "blocks.5": SFE}, example_input=images(32))
     for model in (
         timm.create_model("test_vit", img_size=32, global_pool="avg"),
@@ -534,6 +536,122 @@ def test_remove_leaves_nothing_behind():
                 assert old.__dict__.keys() == new.__dict__.keys()
                 assert not new._forward_hooks
             assert torch.equal(changed(images(64)), bare(images(64)))
+
+
+def test_a_pickled_block_is_not_lost_to_hooks_of_another_process(tmp_path):
+    """Torch numbers hooks anew in each process, and a number that is taken must be known as taken."""
+    insert_it = "import sys, timm, torch; from kfde_layers import SFE, insert, insertion_points; path = sys.argv[1]\n"
+    save = 'torch.save(insert(timm.create_model("test_convnext").eval(), {"stages.3": SFE}), path)'
+    load = """
+model, x = torch.load(path, weights_only=False), torch.ones(1, 3, 64, 64).cumsum(3)
+before = model(x)
+insertion_points(model)
+[model.stages[3].register_forward_hook(lambda *args: None).remove() for _ in range(99)]
+assert torch.equal(model(x), before)
+assert len(model.stages[3]._forward_hooks) == 1
+"""
+    for code in (save, load):
+        subprocess.run([sys.executable, "-c", insert_it + code, tmp_path / "model.pt"], check=True)
+
+
+class LeavesOutTheLast(Series):
+    """Does not run its last child."""
+
+    def forward(self, x):
+        for child in list(self.children())[:-1]:
+            x = child(x)
+        return x
+
+
+def test_a_module_that_a_further_child_would_alter_is_refused():
+    model = nn.Sequential(LeavesOutTheLast(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)))
+    before = model(images(8))
+    with pytest.raises(ValueError, match="cannot insert at '0': LeavesOutTheLast runs its children in its own way"):
+        insert(model, {"0": SFE})
+    assert torch.equal(model(images(8)), before)
+
+
+class SideEffects(nn.Module):
+    """Counts, draws random numbers, and does something when it is set to eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("count", torch.zeros(()))
+        self.merged = False
+
+    def train(self, mode=True):
+        self.merged |= not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        self.count += 1
+        return self.conv(x + torch.randn_like(x))
+
+
+def test_probing_leaves_no_trace():
+    model, block = SideEffects(), nn.BatchNorm2d(4)
+    state = torch.get_rng_state()
+    insertion_points(model, example_input=images(8))
+    insert(model, {"conv": block}, example_input=images(8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.count == 0
+    assert not model.merged
+    assert model.training
+    assert block.num_batches_tracked == 0
+
+
+def test_probing_under_autocast_gives_the_block_the_format_of_the_model():
+    with torch.autocast("cpu", torch.bfloat16):
+        model = insert(plain_backbone(), {"1": CSFE})
+    assert model[1].kfde.cfe.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda model: insert(3, {}), TypeError, "model must be a torch.Module, got 3 of type int"),
+        (
+            lambda model: insert(model, {1: SFE}),
+            TypeError,
+            "a name in blocks must be a builtins.str, got 1 of type int",
+        ),
+        (lambda model: insert(model, {"1": lambda c: c}), TypeError, "must be a module or make one .*, got 32"),
+        (lambda model: insertion_points(model, example_input=(1,)), TypeError, "example_input must be a torch.Tensor"),
+        (
+            lambda model: insertion_points(model, example_input=torch.zeros(3, 8, 8)),
+            ValueError,
+            r"example_input must have shape \(N, C, H, W\), got \(3, 8, 8\)",
+        ),
+        (lambda model: insertion_points(nn.Sequential(nn.LazyConv2d(8, 3))), ValueError, "example_input is needed"),
+        (lambda model: remove(model, "1"), TypeError, "names must be several names of modules, got the string '1'"),
+        (lambda model: remove(nn.DataParallel(model)), ValueError, "model must not be wrapped yet, got DataParallel"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(plain_backbone())
+
+
+def test_tokens_that_can_be_read_in_two_ways_are_refused():
+    """25 tokens: 4 x 6 of 8 px behind one, or 4 x 5 of nearly 9 px behind five."""
+    model, x = Patches(1, declared=False), torch.zeros(1, 3, 32, 48)
+    model.conv = nn.Conv2d(3, 8, 8, stride=8)
+    with pytest.raises(ValueError, match="its 25 tokens may stand for a map behind 1 or 5 prefix tokens; a square"):
+        insert(model, {"tokens": SFE}, example_input=x)
+    model.num_prefix_tokens = 1
+    assert insertion_points(model, example_input=x)["tokens"] == Point(8, 8, "NLC", 1)
+
+
+def test_inserted_tokens_can_be_scripted():
+    model = insert(Patches(1), {"tokens": SFE}, example_input=images(16)).eval()
+    assert torch.equal(torch.jit.script(model)(images(16)), model(images(16)))
+
+
+def test_remove_takes_every_name_that_insert_takes():
+    model = insert(aliased(), {"alias": SFE})
+    remove(model, ["alias"])
+    assert not any("kfde" in name for name, _ in model.named_modules())
 
 
 def test_remove_takes_names():

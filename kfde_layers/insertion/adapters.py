@@ -1,8 +1,9 @@
 """What lets a block made for (N, C, H, W) run on the output of any module."""
 
+import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Tokens(nn.Module):
 
     Args:
         block: Maps (N, C, H, W) to the same shape.
-        grid: Height and width of the map. Of a sequence of another length, the map has the same aspect ratio.
+        grid: Height and width of the map. A sequence does not tell its own: one of another length is taken for a map
+            of the same aspect ratio.
         num_prefix_tokens: How many tokens stand before the map.
     """
 
@@ -39,13 +41,17 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        x = tokens.transpose(1, 2).unflatten(2, self._grid(tokens.shape[1]))
+        height, width = self._grid(tokens.shape[1])
+        x = tokens.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
         tokens = self.block(x).flatten(2).transpose(1, 2)
         return torch.cat((prefix, tokens), 1) if self.num_prefix_tokens else tokens
 
     def _grid(self, length: int) -> tuple[int, int]:
-        scale = math.sqrt(length / math.prod(self.grid))
-        height, width = (round(side * scale) for side in self.grid)
+        scale = math.sqrt(length / (self.grid[0] * self.grid[1]))
+        height, width = (
+            int(self.grid[0] * scale + 0.5),
+            int(self.grid[1] * scale + 0.5),
+        )  # round, as TorchScript knows it
         if height * width != length:
             raise ValueError(
                 f"x must have {self.num_prefix_tokens} tokens and a map with the aspect ratio of {self.grid}, for "
@@ -81,9 +87,11 @@ def with_item(output: Any, key: Any, value: Any) -> Any:
     """A copy of the output with another value at `key`."""
     if dataclasses.is_dataclass(output):  # before dicts: an output of transformers is both
         return dataclasses.replace(output, **{key: value})  # pyright: ignore[reportArgumentType]
+    if isinstance(output, MutableMapping):
+        changed = copy.copy(output)
+        changed[key] = value
+        return changed
     changed = items(output) | {key: value}
-    if isinstance(output, Mapping):
-        return type(output)(changed)  # pyright: ignore[reportCallIssue]
     if hasattr(output, "_fields"):  # a named tuple
         return type(output)(*changed.values())
     return type(output)(changed.values())

@@ -7,18 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from kfde_layers._checks import check_bool, check_mapping
+from kfde_layers._checks import check_bool, check_instance, check_mapping
 from kfde_layers.insertion.adapters import ChannelsFirst, Item, Tokens
-from kfde_layers.insertion.probing import (
-    CHILD,
-    Found,
-    check_unwrapped,
-    example_of,
-    probe,
-    run,
-)
+from kfde_layers.insertion.probing import CHILD, Found, check_unwrapped, example_for, probe, run
+from kfde_layers.insertion.trying import Noise, effects, runs_a_child
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,10 +65,12 @@ def insert(
         >>> sorted(insert(model, {"1": CSFE}).state_dict())
         ['0.bias', '0.weight', '1.kfde.cfe.bias', '1.kfde.cfe.weight']
     """
-    check_mapping("blocks", blocks, "from module names to blocks")
-    check_bool("identity_start", identity_start)
     check_unwrapped(model)
-    example = example_of(model) if example_input is None else example_input
+    check_mapping("blocks", blocks, "from module names to blocks")
+    for name in blocks:
+        check_instance("a name in blocks", name, str)
+    check_bool("identity_start", identity_start)
+    example = example_for(model, example_input)
     found = probe(model, blocks, example)
     modules: dict[nn.Module, str] = {}
     prepared: list[tuple[nn.Module, Found, nn.Module, bool]] = []
@@ -87,28 +82,27 @@ def insert(
         if module in modules:
             raise ValueError(f"cannot insert at {name!r}: it is one module with another of the names")
         modules[module] = name
-        if not callable(block):
-            raise TypeError(
-                f"the block at {name!r} must be a module or make one of a number of channels, got {block!r}"
-            )
-        new = block if isinstance(block, nn.Module) else block(at.point.channels)
+        new = block(at.point.channels) if callable(block) and not isinstance(block, nn.Module) else block
+        if not isinstance(new, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"the block at {name!r} must be a module or make one of a number of channels, got {new!r}")
         _try(name, new, at)
         if identity_start:
             new = Blend(new, at.point.channels)
-        prepared.append((module, at, _adapted(new, at), _runs_a_child(model, example, module, name)))
+        prepared.append((module, at, _adapted(new, at), runs_a_child(model, example, name, _adapted(Noise(), at))))
 
-    for module in _without_effect(model, example, {module: at for module, at, _, _ in prepared}):
-        warnings.warn(
-            f"the model's output does not depend on the feature map at {modules[module]!r}: the block there will not "
-            "change it, and gets no gradient from it",
-            stacklevel=2,
-        )
-    for module, at, block, is_run in prepared:  # nothing can fail from here on
+    for module, has_effect in effects(model, example, {m: _adapted(Noise(), at) for m, at, _, _ in prepared}).items():
+        if not has_effect:
+            warnings.warn(
+                f"the model's output does not depend, as it stands, on the feature map at {modules[module]!r}: the "
+                "block there will not change it, and gets no gradient from it",
+                stacklevel=2,
+            )
+    for module, at, block, is_run in prepared:
         module.add_module(CHILD, block.to(at.output.device, at.output.dtype).train(module.training))
-        module.__dict__[_INSERTED] = True
-        if not is_run:
-            # before other hooks, so that those see the block's output
-            module.register_forward_hook(_run_child if at.key is None else _run_child_of_any, prepend=True)
+        hook = _run_child if at.key is None else _run_child_of_any
+        # Before other hooks, so that those see the block's output. The handle stays with the module, for when both are
+        # copied or pickled: only a handle that is unpickled tells torch that the number of its hook is taken.
+        module.__dict__[_INSERTED] = None if is_run else module.register_forward_hook(hook, prepend=True)
     return model
 
 
@@ -123,7 +117,9 @@ def remove(model: Model, names: Iterable[str] | None = None) -> Model:
         The same model, as it was before `insert`.
 
     Raises:
-        ValueError: A name is no submodule behind which a block was inserted. The model is then unchanged.
+        TypeError: An argument has the wrong type.
+        ValueError: The model is compiled, scripted or wrapped, or a name is no submodule behind which a block was
+            inserted. The model is then unchanged.
 
     Examples:
         >>> from kfde_layers import CSFE, insert
@@ -131,19 +127,22 @@ def remove(model: Model, names: Iterable[str] | None = None) -> Model:
         >>> sorted(remove(model).state_dict())
         ['0.bias', '0.weight']
     """
-    holding = {name: module for name, module in model.named_modules() if _INSERTED in module.__dict__}
+    check_unwrapped(model)
+    if isinstance(names, str):
+        raise TypeError(f"names must be several names of modules, got the string {names!r}")
+    holding = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if _INSERTED in module.__dict__
+    }
     chosen = holding if names is None else dict.fromkeys(names)
     for name in chosen:
         if name not in holding:
             there = ", ".join(map(repr, holding)) or "nowhere"
             raise ValueError(f"names must be modules behind which a block was inserted ({there}), got {name!r}")
-    for name in chosen:
-        module = holding[name]
+    for module in {holding[name]: None for name in chosen}:
+        handle = module.__dict__.pop(_INSERTED)
+        if handle is not None:
+            handle.remove()
         delattr(module, CHILD)
-        delattr(module, _INSERTED)
-        hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]
-        for key in [key for key, hook in hooks.items() if hook in (_run_child, _run_child_of_any)]:
-            del hooks[key]
     return model
 
 
@@ -161,84 +160,13 @@ def _try(name: str, block: nn.Module, at: Found) -> None:
     height, width = at.grid
     given = (at.output.shape[0], at.point.channels, height, width)
     try:
-        with torch.no_grad():
-            x = torch.zeros(given, device=at.output.device, dtype=at.output.dtype)
-            shape = tuple(copy.deepcopy(block).to(x.device, x.dtype).eval()(x).shape)
-    except Exception as error:
-        raise ValueError(f"the block at {name!r} does not run on its map of shape {given}: {error}") from error
+        trial = copy.deepcopy(block).to(at.output.device, at.output.dtype)
+        shape = tuple(run(trial, torch.zeros_like(at.output).new_zeros(given), ()).shape)
+    except ValueError as error:
+        reason = error.__cause__
+        raise ValueError(f"the block at {name!r} does not run on its map of shape {given}: {reason}") from reason
     if shape != given:
         raise ValueError(f"the block at {name!r} must keep the shape {given} of its map, got {shape}")
-
-
-class _Trial(nn.Module):
-    """Hand on what comes, and remember it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def forward(self, x: Any) -> Any:
-        self.seen.append(x)
-        return x
-
-
-def _runs_a_child(model: nn.Module, example: Tensor, module: nn.Module, name: str) -> bool:
-    """Whether the module runs a child that is added to it, behind all others, as nn.Sequential does."""
-    trial = _Trial()
-    outputs: list[Any] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-
-    module.add_module(CHILD, trial)
-    try:
-        run(model, example, [(module, keep)])
-        in_order = all(seen is output for seen, output in zip(trial.seen, outputs, strict=bool(trial.seen)))
-    except ValueError:
-        in_order = False
-    finally:
-        delattr(module, CHILD)
-    if not in_order:
-        raise ValueError(
-            f"cannot insert at {name!r}: a {type(module).__name__} runs its children in its own way, and would take "
-            "the block for one of them"
-        )
-    return bool(trial.seen)
-
-
-class _Noise(nn.Module):
-    """Disturb a map by as much as it varies."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
-        return x + noise * (1 + x.abs().mean())
-
-
-def _without_effect(model: nn.Module, example: Tensor, points: Mapping[nn.Module, Found]) -> list[nn.Module]:
-    """The modules on whose map the model's output does not depend, by disturbing each once."""
-    if example.is_meta:
-        return []
-    before = _numbers(run(model, example, ()))
-
-    def has_effect(after: Any) -> bool:
-        return not all(map(torch.equal, before, _numbers(after)))
-
-    if not has_effect(run(model, _Noise()(example), ())):
-        return []  # the head starts from zeros, so that nothing can be told
-
-    def disturb(at: Found) -> Callable[..., Any]:
-        noise = _adapted(_Noise(), at)
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return noise(output)
-
-        return hook
-
-    return [module for module, at in points.items() if not has_effect(run(model, example, [(module, disturb(at))]))]
-
-
-def _numbers(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _run_child(self: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:

@@ -190,6 +190,7 @@ def test_blocks_join_a_model_in_bfloat16(make, points):
     blocks = [model.get_submodule(f"{name}.kfde") for name in points]
     assert {parameter.dtype for block in blocks for parameter in block.parameters()} == {torch.bfloat16}
     reference = insert(made(make), dict.fromkeys(points, CSFE), example_input=X)
+    assert not same(model(X.bfloat16()), made(make).bfloat16()(X.bfloat16()))
     before, after = numbers(reference(X)), numbers(model(X.bfloat16()))
     for old, new in zip(before, after, strict=True):
         assert new.dtype == torch.bfloat16
