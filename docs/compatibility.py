@@ -27,7 +27,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     lines = []
     for row in dict.fromkeys(cell["row"] for cell in cells):
         at = {cell["column"]: cell for cell in cells if cell["row"] == row}
-        notes = dict.fromkeys(note for cell in at.values() for note in cell["notes"] if note != GPU)
+        notes = dict.fromkeys(note for cell in at.values() for note in cell["notes"] + cell["limits"] if note != GPU)
         lines.append([row, *(mark(at[column]) if column in at else "" for column in columns), "; ".join(notes)])
     header = ["", *columns, "notes"]
     if not any(line[-1] for line in lines):
@@ -37,8 +37,9 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 
 def mark(cell: dict[str, Any]) -> str:
-    """Failed, passed, or not run at all."""
-    return "✗" if cell["failed"] else "✓" if cell["passed"] else "-"
+    """Failed, passed, passed within limits, or not run at all."""
+    passed = "(✓)" if cell["limits"] else "✓"
+    return "✗" if cell["failed"] else passed if cell["passed"] else "-"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -2,7 +2,7 @@
 
 A test marked `cell(table, row, column)` is evidence for a cell. Without a column, the cell is in the one that the first
 word of the test's parameters names, as `CFE` of `test_compile[CFE, one group-bfloat16]`. A cell works if all of its
-tests pass. What a test passes to `record_property("note", ...)` is kept with the cell.
+tests pass. What a test passes to `record_property` as a "note" is kept with the cell, as is a "limit" of what works.
 """
 
 import json
@@ -52,17 +52,19 @@ class Cells:
         for item in session.items:
             if (cell := cell_of(item)) is not None:
                 self.cell_of_test[item.nodeid] = cell
-                self.cells.setdefault(cell, {"passed": 0, "failed": 0, "skipped": 0, "notes": []})
+                self.cells.setdefault(cell, {"passed": 0, "failed": 0, "skipped": 0, "notes": [], "limits": []})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.nodeid not in self.cell_of_test or (report.when != "call" and report.passed):
             return
         found = self.cells[self.cell_of_test[report.nodeid]]
         found[report.outcome] += 1
-        notes = [str(value) for name, value in report.user_properties if name == "note"]
+        said = [(f"{name}s", str(value)) for name, value in report.user_properties if name in ("note", "limit")]
         if report.skipped and isinstance(report.longrepr, tuple):
-            notes.append(report.longrepr[2].removeprefix("Skipped: "))
-        found["notes"] += [note for note in notes if note not in found["notes"]]
+            said.append(("notes", report.longrepr[2].removeprefix("Skipped: ")))
+        for kind, text in said:
+            if text not in found[kind]:
+                found[kind].append(text)
 
     def pytest_sessionfinish(self) -> None:
         if self.path is not None:

@@ -201,11 +201,12 @@ def test_points_are_what_timm_declares(host, record_property):
             assert declared[name]["reduction"] <= point.reduction <= shrunk * declared[name]["reduction"]
     assert host.names
     layouts = sorted({host.points[name].layout for name in host.names})
-    record_property("note", f"{len(host.points)} of {len(declared)}, {' and '.join(layouts)}")
+    of = f"of {len(declared)}" if declared.keys() & host.points.keys() else "submodules"
+    record_property("note", f"{len(host.points)} {of}, {' and '.join(layouts)}")
     if host.family in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[host.family]):
             insert(host.bare, {next(iter(declared)): SFE}, example_input=host.x)
-        record_property("note", f"{', '.join(declared)}: {REFUSED[host.family]}")
+        record_property("limit", f"{', '.join(declared)} are refused, since of each {REFUSED[host.family]}")
 
 
 @cell("starts equal")
@@ -250,7 +251,7 @@ def test_blocks_train_wherever_the_output_depends_on_their_map(host, record_prop
         dead = parameter.grad is None or not parameter.grad.any()
         assert dead == (name.split(".kfde.")[0] in without_effect), name
     if without_effect:
-        record_property("note", f"features alone come from {', '.join(without_effect)}")
+        record_property("limit", f"features alone come from {', '.join(without_effect)}")
 
 
 def assert_first_changed(before, after, index):
@@ -289,7 +290,7 @@ def test_intermediates_come_with_the_block(host, record_property):
     model = host.inserted({name: SFE})
     before, after = (m.forward_intermediates(host.x, intermediates_only=True) for m in (host.bare, model))
     if host.family in ELSEWHERE:
-        record_property("note", ELSEWHERE[host.family])
+        record_property("limit", ELSEWHERE[host.family])
         assert not torch.equal(before[-1], after[-1])
     else:
         assert_first_changed(before, after, index)
@@ -311,7 +312,7 @@ def test_features_come_with_the_block(host, record_property):
         insert(model, {wrapped: SFE}, example_input=host.x)
     after = model(host.x)
     if host.family in ("coat", "hiera", "hrnet"):
-        record_property("note", ELSEWHERE[host.family])
+        record_property("limit", ELSEWHERE[host.family])
         assert not torch.equal(before[-1], after[-1])
     else:
         assert_first_changed(before, after, index - first)
