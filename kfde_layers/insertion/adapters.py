@@ -48,10 +48,8 @@ class Tokens(nn.Module):
 
     def _grid(self, length: int) -> tuple[int, int]:
         scale = math.sqrt(length / (self.grid[0] * self.grid[1]))
-        height, width = (
-            int(self.grid[0] * scale + 0.5),
-            int(self.grid[1] * scale + 0.5),
-        )  # round, as TorchScript knows it
+        # rounded in this way because TorchScript's round gives no int
+        height, width = int(self.grid[0] * scale + 0.5), int(self.grid[1] * scale + 0.5)
         if height * width != length:
             raise ValueError(
                 f"x must have {self.num_prefix_tokens} tokens and a map with the aspect ratio of {self.grid}, for "

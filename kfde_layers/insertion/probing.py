@@ -1,4 +1,4 @@
-"""Find the feature maps of a network by running it once."""
+"""Find the feature maps of a network by running it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -106,7 +106,8 @@ def run(model: nn.Module, example: Tensor, hooks: Iterable[tuple[nn.Module, Call
     autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
     try:
         with torch.no_grad(), autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
+            # not by torch.manual_seed, which reaches devices that are not restored here
+            (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
             for module in training:
                 module.training = False  # not by eval(), of which some models make more than a flag
             return model(example)
