@@ -15,7 +15,7 @@ class Noise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls: int = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
