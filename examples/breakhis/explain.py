@@ -42,7 +42,7 @@ def cam_target(model: nn.Module) -> CamTarget:
     names = [info["module"] for info in getattr(model, "feature_info", [])]
     modules, points = dict(model.named_modules()), insertion_points(model)
     for name in reversed(names):
-        if name in points:
+        if name in points and points[name].layout != "NLC":  # of tokens, see below
             return CamTarget(name, points[name].layout)
         # Where a block stands already there is no room for another, so this is no insertion point; the map is there.
         if hasattr(modules.get(name), "kfde"):
