@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, is_dataclass
 from typing import NamedTuple
@@ -511,7 +512,11 @@ def test_a_block_without_effect_on_the_output_is_said():
 def test_nothing_is_said_where_the_head_starts_from_zeros():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 2))
     nn.init.zeros_(model[2].weight)
-    insert(model, {"0": SFE}, example_input=images(8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        insert(model, {"0": SFE}, example_input=images(8))
+    assert not caught
+    assert type(model[0].kfde) is SFE
 
 
 def test_other_hooks_see_the_blocks_output():

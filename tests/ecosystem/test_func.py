@@ -12,7 +12,6 @@ SEEN_THROUGH = {name: case for name, case in CASES.items() if name not in FUSED}
 # Both sides compute in float64, which rounds by 2e-16.
 TOLERANCE = 1e-11
 
-refused = pytest.raises(NotImplementedError, match=r"it has no rule for the transforms of torch\.func")
 
 # timm's ConvNeXt by itself, where it moves the channels last
 slow_in_timm = pytest.mark.filterwarnings(
@@ -100,7 +99,7 @@ def test_grad(case):
 @each(FUSED)
 def test_fused_refuses_vmap(case):
     module, _, x = in_double(case)
-    with refused:
+    with pytest.raises(NotImplementedError, match=r"it has no rule for the transforms of torch\.func"):
         torch.vmap(module)(x[None])
 
 
@@ -108,5 +107,5 @@ def test_fused_refuses_vmap(case):
 @each(FUSED)
 def test_fused_refuses_grad(case):
     module, _, x = in_double(case)
-    with refused:
+    with pytest.raises(NotImplementedError, match=r"it has no rule for the transforms of torch\.func"):
         torch.func.grad(lambda x: module(x).sum())(x)
