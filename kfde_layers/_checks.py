@@ -11,8 +11,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def check_instance(name: str, value: object, wanted: type) -> None:
     """Refuse anything but an instance of `wanted`."""
     if not isinstance(value, wanted):
-        module = wanted.__module__.split(".")[0]
-        raise TypeError(f"{name} must be a {module}.{wanted.__name__}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a {wanted.__name__}, got {value!r} of type {type(value).__name__}")
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
