@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.ecosystem.training import CLASSES, MODELS, SMALL, STEPS, batch, build, build_reference
+from tests.ecosystem.training import CLASSES, MODELS, SMALL, STEPS, batch, build, build_reference, optimize
 
 lightning = pytest.importorskip("lightning")
 pytestmark = [
@@ -55,16 +55,7 @@ def fit(classifier: nn.Module, name: str, dtype: torch.dtype, precision: str) ->
 
 
 def plain(classifier: nn.Module, name: str, model: nn.Module) -> torch.Tensor:
-    images, labels = batch(name)
-    optimizer = classifier(model).configure_optimizers()
-    losses = []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+    return optimize(model, classifier(model).configure_optimizers(), *batch(name))
 
 
 @pytest.mark.parametrize("name", [*SMALL, *MODELS])

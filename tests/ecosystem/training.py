@@ -86,7 +86,13 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def train(name: str, model: nn.Module, images: Tensor, labels: Tensor, steps: int = STEPS) -> Tensor:
     """The losses of plain steps on one batch."""
-    optimizer = make_optimizer(name, model)
+    return optimize(model, make_optimizer(name, model), images, labels, steps)
+
+
+def optimize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, steps: int = STEPS
+) -> Tensor:
+    """The same with an optimizer of one's own."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
