@@ -1,17 +1,15 @@
 """Put blocks behind the modules of a network, and take them out again."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_instance, check_mapping
 from kfde_layers.insertion.adapters import ChannelsFirst, Item, Tokens
-from kfde_layers.insertion.probing import CHILD, Found, check_unwrapped, example_for, probe, run
-from kfde_layers.insertion.trying import Noise, effects, runs_a_child
+from kfde_layers.insertion.probing import CHILD, Found, check_unwrapped, example_for, probe
+from kfde_layers.insertion.trying import Noise, check_block, effects, runs_a_child
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +83,7 @@ def insert(
         new = block(at.point.channels) if callable(block) and not isinstance(block, nn.Module) else block
         if not isinstance(new, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"the block at {name!r} must be a module or make one of a number of channels, got {new!r}")
-        _try(name, new, at)
+        check_block(name, new, at)
         if identity_start:
             new = Blend(new, at.point.channels)
         prepared.append((module, at, _adapted(new, at), runs_a_child(model, example, name, _adapted(Noise(), at))))
@@ -153,20 +151,6 @@ def _adapted(block: nn.Module, at: Found) -> nn.Module:
     elif at.point.layout == "NLC":
         block = Tokens(block, at.grid, at.point.num_prefix_tokens)
     return block if at.key is None else Item(block, at.key)
-
-
-def _try(name: str, block: nn.Module, at: Found) -> None:
-    """Refuse a block that does not run on the map or changes its shape; neither it nor the model is touched."""
-    height, width = at.grid
-    given = (at.output.shape[0], at.point.channels, height, width)
-    try:
-        trial = copy.deepcopy(block).to(at.output.device, at.output.dtype)
-        shape = tuple(run(trial, torch.zeros_like(at.output).new_zeros(given), ()).shape)
-    except ValueError as error:
-        reason = error.__cause__
-        raise ValueError(f"the block at {name!r} does not run on its map of shape {given}: {reason}") from reason
-    if shape != given:
-        raise ValueError(f"the block at {name!r} must keep the shape {given} of its map, got {shape}")
 
 
 def _run_child(self: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:

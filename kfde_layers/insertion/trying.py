@@ -1,5 +1,6 @@
 """Try on a model what a block would do there, before anything is changed."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from kfde_layers.insertion.probing import CHILD, own_way, run
+from kfde_layers.insertion.probing import CHILD, Found, own_way, run
+
+
+def check_block(name: str, block: nn.Module, at: Found) -> None:
+    """Refuse a block that does not run on the map or changes its shape; neither it nor the model is touched."""
+    height, width = at.grid
+    given = (at.output.shape[0], at.point.channels, height, width)
+    try:
+        trial = copy.deepcopy(block).to(at.output.device, at.output.dtype)
+        shape = tuple(run(trial, torch.zeros_like(at.output).new_zeros(given), ()).shape)
+    except ValueError as error:
+        reason = error.__cause__
+        raise ValueError(f"the block at {name!r} does not run on its map of shape {given}: {reason}") from reason
+    if shape != given:
+        raise ValueError(f"the block at {name!r} must keep the shape {given} of its map, got {shape}")
 
 
 class Noise(nn.Module):

@@ -27,3 +27,8 @@ def synthetic_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("synthetic")
     draw_tree(root, seed=0, magnifications=("100X",), patients_per_subtype=3, images_per_patient=2)
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -1,168 +1,29 @@
-import contextlib
-import copy
-import gzip
 import hashlib
-import io
-import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-from breakhis.download import download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-PART, STAMP, ARCHIVE, TREE = (
-    "BreaKHis_v1.tar.gz.part",
-    "BreaKHis_v1.tar.gz.part.stamp",
-    "BreaKHis_v1.tar.gz",
-    "BreaKHis_v1",
+from tests.examples.archive_server import (
+    ARCHIVE,
+    EXAMPLES,
+    NEWER,
+    PART,
+    STAMP,
+    TREE,
+    WHOLE,
+    Answer,
+    assert_done,
+    fetch,
+    listing,
+    serving,
 )
-
-RANDOM = random.Random(0)
-IMAGES = {f"BreaKHis_v1/slides/{i}.png": RANDOM.randbytes(70_000) for i in range(3)}  # do not compress
-
-
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, link
-    return info
-
-
-def pack(files: dict[str, bytes], *others: tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
-        tar.addfile(member("BreaKHis_v1", tarfile.DIRTYPE))
-        for name, content in files.items():
-            info = member(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for other in others:
-            tar.addfile(other)
-    return buffer.getvalue()
-
-
-WHOLE = pack(IMAGES)
-NEWER = pack({name: content[::-1] for name, content in IMAGES.items()})
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the server does with one request; by default it is a good server.
-
-    Attributes:
-        body: The file it has.
-        etag: Its version; None leaves the header out.
-        date: Its date; None leaves the header out.
-        status: Answers with this and no file.
-        ranges: Whether it heeds Range.
-        sent: Closes the connection after so many bytes of the body.
-        stalls: Falls silent where it would close.
-        headers: Instead of the right ones; None leaves one out.
-    """
-
-    body: bytes = WHOLE
-    etag: str | None = '"1"'
-    date: str | None = None
-    status: int | None = None
-    ranges: bool = True
-    sent: int | None = None
-    stalls: bool = False
-    headers: tuple[tuple[str, str | None], ...] = ()
-
-
-class Server(ThreadingHTTPServer):
-    """Gives the answers in turn, the last for good, and keeps each request's Range and If-Range."""
-
-    def __init__(self, answers: Sequence[Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.requests, self.over = list(answers), [], threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/archive.tar.gz"
-
-    def handle_error(self, request, client_address) -> None:
-        """Says nothing: a client that hangs up is no news here."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        asked, version = self.headers["Range"], self.headers["If-Range"]
-        self.server.requests.append((asked, version))
-        answers = self.server.answers
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        if answer.status is not None:
-            self.send_error(answer.status)
-            return
-        total, start = len(answer.body), 0
-        if asked and answer.ranges and version in (answer.etag, answer.date):
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-            if start >= total:
-                self.send_error(416)
-                return
-        headers = {"Content-Length": str(total - start), "Content-Type": "application/x-gzip"}
-        headers |= {"ETag": answer.etag, "Last-Modified": answer.date}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
-        self.send_response(206 if start else 200)
-        for name, value in (headers | dict(answer.headers)).items():
-            if value is not None:
-                self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(answer.body[start:] if answer.sent is None else answer.body[start : start + answer.sent])
-        if answer.stalls:
-            self.wfile.flush()
-            self.server.over.wait(30)
-
-    def log_message(self, *args) -> None:
-        """Says nothing."""
-
-
-@contextlib.contextmanager
-def serving(*answers: Answer) -> Iterator[Server]:
-    with Server(answers) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.over.set()
-            server.shutdown()
-            thread.join()
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-def fetch(directory: Path, server: Server, **options) -> Path:
-    defaults = {"num_images": 3, "attempts": 4, "pause": 0.001, "timeout": 10.0, "progress": False}
-    return download(directory, server.url, **(defaults | options))
-
-
-def listing(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
-
-
-def assert_done(directory: Path, archive: bytes = WHOLE) -> None:
-    """The archive and its tree are there, byte for byte, and nothing else."""
-    assert listing(directory) == {ARCHIVE, TREE}
-    assert (directory / ARCHIVE).read_bytes() == archive
-    files = {path.relative_to(directory / TREE).as_posix(): path for path in (directory / TREE).rglob("*.png")}
-    images = IMAGES if archive == WHOLE else {name: content[::-1] for name, content in IMAGES.items()}
-    assert {name: path.read_bytes() for name, path in files.items()} == images
 
 
 def test_a_good_server(tmp_path, capsys):
@@ -438,113 +299,3 @@ def test_a_killed_run_leaves_what_the_next_needs(tmp_path):
         fetch(tmp_path, server)
     assert_done(tmp_path)
     assert server.requests[1] == (f"bytes={2 * 65536}-", '"1"')
-
-
-def unpack(directory: Path, archive: bytes, **options) -> Path:
-    """Unpacks an archive that is there already; no server is asked."""
-    (directory / ARCHIVE).write_bytes(archive)
-    return download(directory, "http://127.0.0.1:9", **({"num_images": 3, "progress": False} | options))
-
-
-@pytest.mark.parametrize(
-    ("evil", "named"),
-    [
-        (member("../evil"), "member '../evil'"),
-        (member("BreaKHis_v1/../../evil"), "member 'BreaKHis_v1/../../evil'"),
-        (member("BreaKHis_v1/../inside"), "member 'BreaKHis_v1/../inside'"),
-        (member("/{outside}/evil"), "member '/{outside}/evil'"),
-        (member("link", tarfile.SYMTYPE, "BreaKHis_v1"), "symbolic link 'link'"),
-        (member("link", tarfile.SYMTYPE, "/"), "symbolic link 'link'"),
-        (member("link", tarfile.LNKTYPE, "BreaKHis_v1/slides/0.png"), "hard link 'link'"),
-        (member("null", tarfile.CHRTYPE), "member 'null'"),
-        (member("disk", tarfile.BLKTYPE), "member 'disk'"),
-        (member("pipe", tarfile.FIFOTYPE), "member 'pipe'"),
-    ],
-)
-def test_members_that_could_do_harm_are_refused_by_name(tmp_path, evil, named):
-    outside, inside = tmp_path / "outside", tmp_path / "inside"
-    outside.mkdir()
-    inside.mkdir()
-    place = str(outside).strip("/")
-    evil = copy.copy(evil)
-    evil.name = evil.name.format(outside=place)
-    named = re.escape(named.format(outside=place))
-    with pytest.raises(ValueError, match=rf"must hold only files and folders of its own, got the {named}$"):
-        unpack(inside, pack(IMAGES, evil))
-    assert listing(inside) == {ARCHIVE}
-    assert listing(tmp_path) == {"inside", "outside"}
-    assert listing(outside) == set()
-
-
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        {"bomb.png": bytes(2_000_000)},
-        {f"{i}.png": b"" for i in range(2000)},
-    ],
-    ids=["one large", "many empty"],
-)
-def test_a_bomb_is_refused(tmp_path, bomb):
-    archive = pack(bomb)
-    assert len(archive) < 50_000
-    with pytest.raises(ValueError, match="must unpack to at most 1000000 bytes, got more"):
-        unpack(tmp_path, archive, max_bytes=1_000_000, num_images=len(bomb))
-    assert listing(tmp_path) == {ARCHIVE}
-    unpack(tmp_path, archive, num_images=len(bomb))
-    assert listing(tmp_path) == {ARCHIVE, TREE}
-
-
-def damaged(place: int) -> bytes:
-    return WHOLE[:place] + bytes([WHOLE[place] ^ 1]) + WHOLE[place + 1 :]
-
-
-def with_an_invalid_block() -> bytes:
-    """The archive as two gzip streams, of which the second begins with deflate's reserved block type."""
-    tar = gzip.decompress(WHOLE)
-    first, second = (gzip.compress(half, mtime=0) for half in (tar[:100_000], tar[100_000:]))
-    return first + second[:10] + b"\x07" + second[11:]
-
-
-@pytest.mark.parametrize(
-    "archive",
-    [
-        WHOLE[:-1],
-        WHOLE[:-8],
-        WHOLE[: len(WHOLE) // 2],
-        WHOLE[:20],
-        damaged(len(WHOLE) - 8),
-        damaged(len(WHOLE) - 4),
-        damaged(len(WHOLE) // 2),
-        with_an_invalid_block(),
-        WHOLE + b"more",
-        gzip.compress(b"no tar"),
-        b"\x1f\x8b",
-        b"no gzip",
-        b"",
-    ],
-    ids=["-1", "-8", "half", "20", "CRC", "length", "middle", "block", "more", "no tar", "magic", "no gzip", "empty"],
-)
-def test_damaged_archives_are_refused(tmp_path, archive):
-    with pytest.raises(
-        ValueError, match=r"BreaKHis_v1\.tar\.gz must be a whole archive, got: .+; delete it to fetch it"
-    ):
-        unpack(tmp_path, archive)
-    assert listing(tmp_path) == {ARCHIVE}
-
-
-def test_too_few_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=rf"{ARCHIVE} must hold 4 images, got 3; delete it to make it anew"):
-        unpack(tmp_path, WHOLE, num_images=4)
-    assert listing(tmp_path) == {ARCHIVE}
-    unpack(tmp_path, WHOLE)
-    (tmp_path / TREE / next(iter(IMAGES))).unlink()
-    with pytest.raises(ValueError, match=rf"{TREE} must hold 3 images, got 2; delete it to make it anew"):
-        unpack(tmp_path, WHOLE)
-
-
-def test_what_a_killed_run_had_unpacked_is_dropped(tmp_path):
-    old = tmp_path / ".BreaKHis_v1.unpacking" / "BreaKHis_v1" / "old.png"
-    old.parent.mkdir(parents=True)
-    old.touch()
-    unpack(tmp_path, WHOLE)
-    assert_done(tmp_path)
