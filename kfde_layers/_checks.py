@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INF = float("inf")
 
 
 def check_instance(name: str, value: object, wanted: type) -> None:
@@ -22,23 +23,25 @@ def check_int(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def check_real(name: str, value: object, above: float = float("-inf"), below: float = float("inf")) -> None:
+def check_real(name: str, value: object, above: float = -_INF, below: float = _INF) -> None:
     """Refuse anything but a finite number strictly between `above` and `below`."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not above < value < below:  # NaN fails every comparison
-        raise ValueError(f"{name} must lie strictly between {above} and {below}, got {value}")
+        wanted = {(0, _INF): "be positive and finite", (-_INF, _INF): "be finite"}
+        wish = wanted.get((above, below), f"lie strictly between {above} and {below}")
+        raise ValueError(f"{name} must {wish}, got {value}")
 
 
 def check_sequence(name: str, value: object, entries: str) -> None:
-    """Refuse anything but a list, a tuple or the like; `entries` says of what."""
+    """Refuse anything but a list, a tuple or the like; the message names its `entries`."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a sequence of {entries}, got {given} of type {type(value).__name__}")
 
 
 def check_mapping(name: str, value: object, entries: str) -> None:
-    """Refuse anything but a dict or the like; `entries` says of what."""
+    """Refuse anything but a dict or the like; the message names its `entries`."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict {entries}, got {value!r} of type {type(value).__name__}")
 
@@ -56,13 +59,13 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_factory(name: str, value: object) -> None:
-    """Refuse anything but None and what makes a module when it is called; a module itself is not one."""
+    """Refuse anything but None and a class or function that makes a module."""
     if value is not None and (not callable(value) or isinstance(value, nn.Module)):
         raise TypeError(f"{name} must be a class or function that makes a module, or None, got {value!r}")
 
 
 def check_floating(name: str, tensor: object) -> Tensor:
-    """Return `tensor`; refuse anything but a tensor in a number format of the layers."""
+    """Return `tensor`; refuse anything but a tensor in one of the layers' dtypes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:

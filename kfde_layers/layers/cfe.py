@@ -8,9 +8,11 @@ from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.cfe import cfe, cfe_gate, check_cfe, check_cfe_tensors
 from kfde_layers.ops.formats import upcast
 
+torch.fx.wrap("cfe")  # torch.fx records the call, since the function has checks that it cannot trace
+
 
 class CFE(nn.Module):
-    r"""Channel-level feature enhancement: a normalised gate keeps the salient and crosses over the rest.
+    r"""Channel-level feature enhancement: keep values above a gate, cross the others over to the other channel half.
 
     \[ w_\gamma = \frac{\gamma}{\sum_i \gamma_i}, \qquad
        r = \sigma(\hat{x}\, w_\gamma), \qquad
@@ -21,7 +23,7 @@ class CFE(nn.Module):
 
     with \(\hat{x}\) the group-normalised x and \(\gamma\) = `weight` (starting at 1), \(\beta\) = `bias` (at 0) the
     affine parameters of that normalisation. Equations, source and numerics: `kfde_layers.functional.cfe`. The gate is
-    a step, through which no gradient passes; if training changes the sign of the sum of \(\gamma\), every gate flips.
+    a step: no gradient passes through it. If training changes the sign of the sum of \(\gamma\), every gate flips.
 
     Args:
         channels: C, even.
@@ -29,8 +31,8 @@ class CFE(nn.Module):
         threshold: T, a probability in (0, 1).
         eps: Added to the variance of the normalisation, in units of x squared.
         impl: "auto", "fused" or "reference"; "fused" raises instead of falling back.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Shape:
         (N, C, H, W) to the same shape, dtype and memory format.
@@ -63,7 +65,7 @@ class CFE(nn.Module):
         self.threshold = threshold
         self.eps = eps
         self.impl = resolve_impl(impl).value
-        check_cfe(channels, self.num_groups, threshold, eps)
+        check_cfe("", channels, self.num_groups, threshold, eps)
         self.weight: nn.Parameter = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.bias: nn.Parameter = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
@@ -74,16 +76,21 @@ class CFE(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, self.impl)
+        if torch.jit.is_scripting():
+            return torch.ops.kfde.cfe(
+                x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, self.impl
+            )
+        else:
+            return cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, impl=self.impl)
 
     def gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Show what the layer decides about `x`.
+        """Compute the gate that the layer applies to `x`.
 
         Returns:
             r of eq. (2) in float32 (float64 for float64 input), and the mask of the open elements (r > T, decided in
             logits), both (N, C, H, W).
         """
-        check_cfe_tensors(x, self.weight, self.bias)
+        check_cfe_tensors("", x, self.weight, self.bias)
         return cfe_gate(upcast(x), self.weight, self.bias, self.num_groups, self.threshold, self.eps)
 
     def extra_repr(self) -> str:
@@ -94,13 +101,5 @@ class CFE(nn.Module):
 
 
 def default_num_groups(channels: int) -> int:
-    """The largest divisor of `channels` up to 16, the number of groups in the SRU of ScConv."""
+    """Return the largest divisor of `channels` up to 16, the number of groups in the SRU of ScConv."""
     return max(groups for groups in range(1, 17) if channels % groups == 0)
-
-
-@torch.fx.wrap
-def _cfe(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, eps: float, impl: str) -> Tensor:
-    if torch.jit.is_scripting():
-        return torch.ops.kfde.cfe(x, weight, bias, num_groups, threshold, eps, impl)
-    else:
-        return cfe(x, weight, bias, num_groups, threshold, eps, impl=impl)

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._impl import Impl, resolve_impl
+from kfde_layers._impl import Impl, resolve_impl, select
 from kfde_layers.layers.cfe import CFE
+from kfde_layers.layers.parts import watched_everywhere, why_not_plain, why_not_readable
 from kfde_layers.layers.sfe import SFE
 from kfde_layers.ops.csfe import check_csfe, csfe
+
+torch.fx.wrap("csfe")
 
 
 class CSFE(nn.Module):
@@ -19,10 +22,12 @@ class CSFE(nn.Module):
        \mathrm{CFE}(\mathrm{SFE}(x)) & \text{sfe_cfe}
        \end{cases} \]
 
-    The branches are the submodules `cfe` and `sfe`, which hold parameters and hyper-parameters; the layer computes
-    both at once and does not call them one by one. "parallel" with "sum" raises the spread of x by about 1.5, which
-    a norm behind it takes back; in earlier stages "mean" keeps the scale. Equations, source and numerics:
-    `kfde_layers.functional.csfe`.
+    The branches are the submodules `cfe` and `sfe`, which hold parameters and hyper-parameters. While both are plain,
+    the layer computes them at once; if one has a hook or was replaced, it calls them one by one, and impl="fused"
+    raises. TorchScript and torch.fx keep the choice of the moment at which they record.
+
+    "parallel" with "sum" multiplies the standard deviation of x by about 1.5, which is harmless if a normalisation
+    follows. In earlier stages "mean" keeps the scale. Equations, source and numerics: `kfde_layers.functional.csfe`.
 
     Args:
         channels: C, even.
@@ -35,8 +40,8 @@ class CSFE(nn.Module):
         arrangement: "parallel", "cfe_sfe" or "sfe_cfe".
         fusion: "sum" or "mean"; used by "parallel" only.
         impl: "auto", "fused" or "reference"; "fused" raises instead of falling back.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Shape:
         (N, C, H, W) to the same shape, dtype and memory format.
@@ -49,6 +54,9 @@ class CSFE(nn.Module):
         >>> CSFE(64, fusion="mean")(torch.randn(2, 64, 7, 7)).shape
         torch.Size([2, 64, 7, 7])
     """
+
+    __constants__ = ("parts_are_plain",)
+    __jit_unused_properties__ = ("parts_are_plain",)
 
     def __init__(
         self,
@@ -67,53 +75,79 @@ class CSFE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_csfe(arrangement, fusion)
+        check_csfe("", arrangement, fusion)
         self.arrangement = arrangement
         self.fusion = fusion
         self.impl = resolve_impl(impl).value
         self.cfe: CFE = CFE(channels, num_groups, threshold, eps, impl=impl, device=device, dtype=dtype)
         self.sfe: SFE = SFE(channels, lambd, beta, correction, impl=impl)
 
+    def reset_parameters(self) -> None:
+        """Set gamma of CFE to one and beta to zero."""
+        self.cfe.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
-        return _csfe(
-            x,
-            self.cfe.weight,
-            self.cfe.bias,
-            self.cfe.num_groups,
-            self.cfe.threshold,
-            self.sfe.lambd,
-            self.sfe.beta,
-            self.sfe.correction,
-            self.cfe.eps,
-            self.arrangement,
-            self.fusion,
-            self.impl,
-        )
+        if torch.jit.is_scripting():
+            if self.parts_are_plain:
+                return torch.ops.kfde.csfe(
+                    x,
+                    self.cfe.weight,
+                    self.cfe.bias,
+                    num_groups=self.cfe.num_groups,
+                    threshold=self.cfe.threshold,
+                    lambd=self.sfe.lambd,
+                    beta=self.sfe.beta,
+                    correction=self.sfe.correction,
+                    eps=self.cfe.eps,
+                    arrangement=self.arrangement,
+                    fusion=self.fusion,
+                    impl=self.impl,
+                )
+            return self._call_parts(x)
+        else:
+            gamma_and_beta = self._gamma_and_beta(x)
+            if isinstance(gamma_and_beta, str):
+                select(self.impl, gamma_and_beta)  # refuses impl="fused"
+                return self._call_parts(x)
+            if watched_everywhere() and self.impl != Impl.FUSED:
+                return self._call_parts(x)
+            return csfe(
+                x,
+                *gamma_and_beta,
+                num_groups=self.cfe.num_groups,
+                threshold=self.cfe.threshold,
+                lambd=self.sfe.lambd,
+                beta=self.sfe.beta,
+                correction=self.sfe.correction,
+                eps=self.cfe.eps,
+                arrangement=self.arrangement,
+                fusion=self.fusion,
+                impl=self.impl,
+            )
+
+    def _call_parts(self, x: Tensor) -> Tensor:
+        if self.arrangement == "cfe_sfe":
+            return self.sfe(self.cfe(x))
+        if self.arrangement == "sfe_cfe":
+            return self.cfe(self.sfe(x))
+        y = self.cfe(x) + self.sfe(x)
+        return y / 2 if self.fusion == "mean" else y
+
+    def _gamma_and_beta(self, x: Tensor) -> tuple[Tensor, Tensor] | str:
+        """Return the parameters of CFE, for the operation to read, or why the parts must be called."""
+        if reason := why_not_plain(self.cfe, CFE):
+            return f"cfe {reason}"
+        if reason := why_not_plain(self.sfe, SFE):
+            return f"sfe {reason}"
+        weight, bias = self.cfe.weight, self.cfe.bias
+        if not isinstance(x, torch.fx.Proxy) and (reason := why_not_readable(weight, x) or why_not_readable(bias, x)):
+            return f"cfe {reason}"
+        return weight, bias
+
+    @property
+    def parts_are_plain(self) -> bool:
+        """Whether TorchScript may read the parts' parameters; it takes the value when it compiles the layer."""
+        return why_not_plain(self.cfe, CFE) is None and why_not_plain(self.sfe, SFE) is None
 
     def extra_repr(self) -> str:
         return f"arrangement={self.arrangement!r}, fusion={self.fusion!r}, impl={self.impl!r}"
-
-
-@torch.fx.wrap
-def _csfe(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    threshold: float,
-    lambd: float,
-    beta: float,
-    correction: int,
-    eps: float,
-    arrangement: str,
-    fusion: str,
-    impl: str,
-) -> Tensor:
-    if torch.jit.is_scripting():
-        return torch.ops.kfde.csfe(
-            x, weight, bias, num_groups, threshold, lambd, beta, correction, eps, arrangement, fusion, impl
-        )
-    else:
-        return csfe(
-            x, weight, bias, num_groups, threshold, lambd, beta, correction, eps, arrangement, fusion, impl=impl
-        )

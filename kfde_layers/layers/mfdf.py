@@ -1,37 +1,61 @@
 """MFDF, the multi-scale feature dynamic fusion."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real, check_sequence
-from kfde_layers._impl import Impl, resolve_impl
+from kfde_layers._impl import Impl, resolve_impl, select
+from kfde_layers.layers.conv_norm_act import ConvNormAct
+from kfde_layers.layers.parts import (
+    call_linear,
+    start_as_noise,
+    start_near_identity,
+    start_with,
+    watched_everywhere,
+    why_not_plain,
+    why_not_plain_convolution,
+    why_not_readable,
+)
+from kfde_layers.ops.formats import without_autocast
 from kfde_layers.ops.mfdf import (
-    attention,
+    branch_mean,
+    check_branches,
     check_kernel_size,
     convolve,
-    fuse,
     mfdf,
-    pool,
+    mfdf_from_kernels,
+    mfdf_from_maps,
+    mfdf_from_maps_and_fc,
     resolve_dilations,
     resolve_groups,
+    softmax_of,
+    sum_branches,
 )
+
+for name in ("branch_mean", "mfdf", "mfdf_from_maps_and_fc", "sum_branches"):
+    torch.fx.wrap(name)
 
 
 class MFDF(nn.Module):
-    r"""Multi-scale feature dynamic fusion: convolutions of several sizes, summed with weights that the input sets.
+    r"""Multi-scale feature dynamic fusion: sum convolutions of several sizes, with weights that depend on the input.
 
     \[ X_k = \mathrm{conv}_k(x), \qquad
        p = \mathrm{GAP}\Big(\sum_k X_k\Big), \qquad
        \alpha_k = \mathrm{softmax}_k\big(\mathrm{fc2}_k(\mathrm{fc1}(p))\big), \qquad
        F_c = \sum_k \alpha_{kc} X_{kc} \]
 
-    Equations, source and numerics: `kfde_layers.functional.mfdf`. The layer starts near the identity where its
-    branches are depthwise: each kernel is a Dirac plus normal noise of deviation 0.02, so that a pretrained network
-    survives its insertion. Other kernels, `fc1` and `fc2` start as that noise alone, every bias at zero.
+    Equations, source and numerics: `kfde_layers.functional.mfdf`. With depthwise branches the layer starts near the
+    identity, so that a pretrained network survives its insertion: each kernel starts as a Dirac kernel plus normal
+    noise of deviation 0.02. Other kernels, `fc1` and `fc2` start as that noise alone, and every bias at zero. Each part
+    also returns to this start by its own `reset_parameters`. A host that draws weights of its own afterwards, as timm's
+    ResNet does, undoes it: then call `MFDF.reset_parameters`.
+
+    The submodules `branches`, `fc1` and `fc2` are parts. `fc1` and `fc2` are always called. The branches are merged if
+    all are plain; if one has a hook, was replaced or was given other settings, they are called, and impl="fused"
+    raises. TorchScript and torch.fx keep the choice of the moment at which they record.
 
     Args:
         channels: C.
@@ -39,13 +63,13 @@ class MFDF(nn.Module):
         dilation: Dilation of the kernels in px, one for all or one per branch.
         groups: Groups of the convolutions: "depthwise" is C, 1 is dense.
         bias: Whether the convolutions have a bias.
-        norm_layer: Put behind each convolution as `norm_layer(channels)`; the paper's eq. (10) has none.
-        act_layer: Put behind that as `act_layer()`; the paper's eq. (10) has none.
+        norm_layer: Makes the norm after each convolution, as `norm_layer(channels)`; the paper's eq. (10) has none.
+        act_layer: Makes the activation after that, as `act_layer()`; the paper's eq. (10) has none.
         rd_ratio: Width d between `fc1` and `fc2` as a share of C, at least 32.
         rd_channels: That width itself; overrides `rd_ratio`.
         impl: "auto", "fused" or "reference"; "fused" raises instead of falling back.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Shape:
         (N, C, H, W) to the same shape, dtype and memory format.
@@ -62,11 +86,10 @@ class MFDF(nn.Module):
         (torch.Size([2, 64, 7, 7]), torch.Size([2, 4, 64]))
     """
 
-    # TorchScript compiles only the branches of forward that apply.
-    bare: Final[bool]  # nothing but convolutions: the operation runs them itself, and is free to merge them
-    linear: Final[bool]  # the same can be had outside training, by folding each batch norm into its convolution
+    __constants__ = ("all_parts_are_plain", "fc_are_plain")  # TorchScript compiles only the path that applies
+    __jit_unused_properties__ = ("all_parts_are_plain", "fc_are_plain")
 
-    # declared here, because TorchScript refuses such types in __init__, and a tuple of any length but as a constant
+    # declared here, because TorchScript refuses such types in __init__, and takes a tuple of any length as constant only
     kernel_sizes: Final[tuple[int, ...]]
     dilation: list[int]
 
@@ -101,11 +124,13 @@ class MFDF(nn.Module):
             raise ValueError("kernel_sizes must have at least one entry, got none")
         for size in self.kernel_sizes:
             check_kernel_size("kernel_sizes", size)
-        self.dilation = list(resolve_dilations(dilation, len(self.kernel_sizes)))
-        self.groups: int = resolve_groups(channels, groups)
+        self.dilation = list(resolve_dilations("dilation", dilation, len(self.kernel_sizes)))
+        self.groups: int = resolve_groups("groups", channels, groups)
         self.impl = resolve_impl(impl).value
-        self.bare = norm_layer is None and act_layer is None
-        if self.impl == Impl.FUSED and (self.groups != channels or not self.bare):
+        self.plain_branches = norm_layer is None and act_layer is None  # nothing but convolutions
+        depthwise = self.groups == channels
+        self.mergeable_in_eval = depthwise and not self.plain_branches and act_layer is None
+        if self.impl == Impl.FUSED and not (depthwise and self.plain_branches):
             raise NotImplementedError(
                 "impl='fused' needs depthwise branches without norm and activation, got "
                 f"groups={groups!r}, norm_layer={norm_layer!r}, act_layer={act_layer!r}"
@@ -116,39 +141,94 @@ class MFDF(nn.Module):
             convolution = nn.Conv2d(
                 channels, channels, size, 1, padding, spacing, self.groups, bias, device=device, dtype=dtype
             )
-            if self.bare:
+            start_with(convolution, start_near_identity if depthwise else start_as_noise)
+            if self.plain_branches:
                 return convolution
             norm = nn.Identity() if norm_layer is None else norm_layer(channels).to(device=device, dtype=dtype)
             return ConvNormAct(convolution, norm, nn.Identity() if act_layer is None else act_layer())
 
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return start_with(nn.Linear(inputs, outputs, device=device, dtype=dtype), start_as_noise)
+
         self.branches: nn.ModuleList = nn.ModuleList(map(branch, self.kernel_sizes, self.dilation))
-        self.linear = (
-            act_layer is None
-            and self.groups == channels
-            and all(isinstance(branch, ConvNormAct) and branch.foldable for branch in self.branches)
-        )
-        self.fc1: nn.Linear = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.fc2: nn.Linear = nn.Linear(hidden, len(self.kernel_sizes) * channels, device=device, dtype=dtype)
+        self.fc1: nn.Linear = linear(channels, hidden)
+        self.fc2: nn.Linear = linear(hidden, len(self.kernel_sizes) * channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the start described above; norms start by their own rule."""
+        """Return to the start described above; a norm returns to its own."""
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-            if isinstance(module, nn.Conv2d) and self.groups == self.channels:
-                noise = module.weight.detach().clone()
-                nn.init.dirac_(module.weight, groups=self.groups)
-                with torch.no_grad():
-                    module.weight.add_(noise)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._recorded(x)
+        else:
+            if isinstance(x, torch.fx.Proxy):
+                return self._recorded(x)
+            check_map("x", x, self.channels)
+            kernels = self._kernels(x)
+            if isinstance(kernels, str):
+                select(self.impl, kernels)  # refuses impl="fused"
+            elif not watched_everywhere() or self.impl == Impl.FUSED:
+                return mfdf_from_kernels(x, *kernels, self._scores, self.dilation, self.groups, self.impl)
+            return mfdf_from_maps(x, [branch(x) for branch in self.branches], self._scores)
+
+    def branch_weights(self, x: Tensor) -> Tensor:
+        """Compute the weights that the layer gives its branches for `x`.
+
+        Returns:
+            alpha of eq. (13), (N, K, C), in float32 (float64 for float64 input); its sum over K is 1.
+        """
+        check_map("x", x, self.channels)
+        kernels = self._kernels(x) if self.plain_branches else "they have a norm or an activation"
+        if isinstance(kernels, str):
+            maps = [branch(x) for branch in self.branches]
+        else:
+            maps = convolve(x, *kernels, self.dilation, self.groups)
+        return softmax_of(self._scores(branch_mean(maps)), self.channels)
+
+    def _kernels(self, x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | str:
+        """Return the branches' kernels and biases, to be merged, or why the branches must be called."""
+        if not (self.plain_branches or self.mergeable_in_eval):
+            return "a branch has an activation, or a norm after a convolution that is not depthwise"
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for k, branch in enumerate(self.branches):
+            size, dilation = self.kernel_sizes[k], self.dilation[k]
+            if self.plain_branches:
+                reason = why_not_plain_convolution(branch, size, dilation, self.groups)
+            else:
+                reason = _why_not_one_convolution(branch, size, dilation, self.groups)
+            if reason is not None:
+                return f"branches[{k}] {reason}"
+            if self.plain_branches:
+                weight, bias = cast(nn.Conv2d, branch).weight, cast(nn.Conv2d, branch).bias
+            else:
+                weight, bias = cast(ConvNormAct, branch).folded()
+            if reason := why_not_readable(weight, x):
+                return f"branches[{k}] {reason}"
+            weights.append(weight)
+            biases.append(bias)
+        with_bias = [bias for bias in biases if bias is not None]
+        if len(with_bias) not in (0, len(biases)):
+            return "some branches have a bias and others have none"
+        check_branches(self.channels, self.groups, weights, with_bias or None)
+        return weights, with_bias or None
+
+    def _scores(self, p: Tensor) -> Tensor:
+        """Return the scores of eq. (13), (N, K C), from p, (N, C)."""
+        with without_autocast(p):
+            return call_linear(self.fc2, call_linear(self.fc1, p))
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """Compute the same in steps that TorchScript and torch.fx can record.
+
+        Both keep the choice of the moment. So a norm is called, never folded: it is then right in training too.
+        """
         fc1, fc2 = self.fc1, self.fc2
-        if self.bare:
+        if self.all_parts_are_plain:
             weights: list[Tensor] = []
             biases: list[Tensor] = []
             for branch in self.branches:
@@ -156,53 +236,42 @@ class MFDF(nn.Module):
                 weights.append(weight)  # pyright: ignore[reportArgumentType]
                 if bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                     biases.append(bias)  # pyright: ignore[reportArgumentType]
-            return _mfdf(
-                x, weights, biases, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.dilation, self.groups, self.impl
-            )
-        if self.linear:
-            folding = True
-            for branch in self.branches:
-                folding = folding and not branch.norm.training  # pyright: ignore[reportAttributeAccessIssue]
-            if folding:
-                weights: list[Tensor] = []
-                biases: list[Tensor] = []
-                for normed in self.branches:
-                    weight, bias = normed.folded()  # pyright: ignore[reportCallIssue]
-                    weights.append(weight)
-                    biases.append(bias)
-                return _mfdf(
-                    x,
-                    weights,
-                    biases,
-                    fc1.weight,
-                    fc1.bias,
-                    fc2.weight,
-                    fc2.bias,
-                    self.dilation,
-                    self.groups,
-                    self.impl,
+            if torch.jit.is_scripting():
+                return torch.ops.kfde.mfdf(
+                    x, weights, biases, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.dilation, self.groups, self.impl
                 )
-        x = _checked(x, self.channels)
+            else:
+                fc = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+                return mfdf(x, weights, biases or None, *fc, self.dilation, self.groups, impl=self.impl)
         maps: list[Tensor] = []
         for branch in self.branches:
             maps.append(branch(x))
-        return _fuse(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-
-    def branch_weights(self, x: Tensor) -> Tensor:
-        """Show how the layer weighs its branches for `x`.
-
-        Returns:
-            alpha of eq. (13), (N, K, C), in float32 (float64 for float64 input); its sum over K is 1.
-        """
-        check_map("x", x, self.channels)
-        if self.bare:
-            convolutions = [cast(nn.Conv2d, branch) for branch in self.branches]
-            biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
-            weights = [convolution.weight for convolution in convolutions]
-            maps = convolve(x, weights, biases or None, self.dilation, self.groups)
+        if torch.jit.is_scripting():
+            if self.fc_are_plain:
+                return torch.ops.kfde.mfdf_fuse(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            p = torch.ops.kfde.mfdf_branch_mean(maps)
+            return torch.ops.kfde.mfdf_sum_branches(x, maps, fc2(fc1(p.to(x.dtype))))
         else:
-            maps = [branch(x) for branch in self.branches]
-        return attention(pool(maps), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            if self.fc_are_plain:
+                return mfdf_from_maps_and_fc(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            return sum_branches(x, maps, fc2(fc1(branch_mean(maps).to(x.dtype))))
+
+    @property
+    def all_parts_are_plain(self) -> bool:
+        """Whether all parameters may be read; TorchScript takes the value at which it compiles the layer."""
+        return (
+            self.plain_branches
+            and self.fc_are_plain
+            and not any(
+                why_not_plain_convolution(branch, size, dilation, self.groups)
+                for branch, size, dilation in zip(self.branches, self.kernel_sizes, self.dilation, strict=True)
+            )
+        )
+
+    @property
+    def fc_are_plain(self) -> bool:
+        """Whether the parameters of `fc1` and `fc2` may be read."""
+        return not any(why_not_plain(fc, nn.Linear) or fc.bias is None for fc in (self.fc1, self.fc2))
 
     def extra_repr(self) -> str:
         return (
@@ -211,124 +280,15 @@ class MFDF(nn.Module):
         )
 
 
-class ConvNormAct(nn.Module):
-    """A branch with a norm or an activation.
-
-    Outside training a batch norm is a line in its input: its convolution takes it over, and one pass is saved.
-    """
-
-    foldable: Final[bool]
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-        self.norm: Any = norm
-        self.act = act
-        self.foldable = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.foldable:  # noqa: SIM102 -- a constant, by which TorchScript leaves the rest out or in
-            if not self.norm.training:
-                conv = self.conv  # one by one: in a tuple TorchScript would lose their constants
-                norm = self.norm
-                x = _conv_norm(
-                    x,
-                    conv.weight,
-                    conv.bias,
-                    norm.weight,
-                    norm.bias,
-                    norm.running_mean,
-                    norm.running_var,
-                    norm.eps,
-                    conv.padding,  # pyright: ignore[reportArgumentType]
-                    conv.dilation,  # pyright: ignore[reportArgumentType]
-                    conv.groups,
-                )
-                return self.act(x)
-        return self.act(self.norm(self.conv(x)))
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that equals convolution and norm, in float32 or float64."""
-        conv = self.conv
-        norm = self.norm
-        return _fold(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
-
-
-@torch.fx.wrap
-def _conv_norm(
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    dtype = conv_weight.dtype
-    if weight.dtype == dtype and (dtype == torch.float32 or dtype == torch.float64):
-        folded_weight, folded_bias = _fold(conv_weight, conv_bias, weight, bias, mean, variance, eps)
-        return F.conv2d(x, folded_weight, folded_bias, 1, padding, dilation, groups)
-    # In 16 bits the product of weight and scale would be rounded, which the norm by itself does not do.
-    h = F.conv2d(x, conv_weight, conv_bias, 1, padding, dilation, groups)
-    return F.batch_norm(h, mean, variance, weight, bias, False, 0.0, eps)
-
-
-@torch.fx.wrap
-def _fold(
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(conv_weight.dtype, torch.float32)
-    scale = weight.to(compute) * torch.rsqrt(variance.to(compute) + eps)
-    shift = bias.to(compute) - mean.to(compute) * scale
-    if conv_bias is not None:
-        shift = shift + conv_bias.to(compute) * scale
-    return conv_weight.to(compute) * scale[:, None, None, None], shift
-
-
-@torch.fx.wrap
-def _mfdf(
-    x: Tensor,
-    branch_weights: list[Tensor],
-    branch_biases: list[Tensor],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    dilation: list[int],
-    groups: int,
-    impl: str,
-) -> Tensor:
-    if torch.jit.is_scripting():
-        return torch.ops.kfde.mfdf(
-            x, branch_weights, branch_biases, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dilation, groups, impl
-        )
-    else:
-        fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        return mfdf(x, branch_weights, branch_biases or None, *fc, dilation, groups, impl=impl)
-
-
-@torch.fx.wrap
-def _fuse(
-    x: Tensor, maps: list[Tensor], fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
-) -> Tensor:
-    if torch.jit.is_scripting():
-        return torch.ops.kfde.mfdf_fuse(x, maps, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    else:
-        return fuse(x, maps, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-
-
-@torch.fx.wrap
-def _checked(x: Tensor, channels: int) -> Tensor:
-    if not torch.jit.is_scripting():
-        check_map("x", x, channels)
-    return x
+def _why_not_one_convolution(branch: nn.Module, kernel_size: int, dilation: int, groups: int) -> str | None:
+    """Return why a branch with a norm does not equal one convolution now, or None if it does."""
+    if reason := why_not_plain(branch, ConvNormAct):
+        return reason
+    branch = cast(ConvNormAct, branch)
+    if reason := branch.why_not_foldable():
+        return reason
+    if reason := why_not_plain_convolution(branch.conv, kernel_size, dilation, groups):
+        return f"has a part conv that {reason}"
+    if reason := why_not_plain(branch.act, nn.Identity):
+        return f"has a part act that {reason}"
+    return None

@@ -7,9 +7,11 @@ from kfde_layers._checks import check_int
 from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.sfe import check_sfe, sfe
 
+torch.fx.wrap("sfe")
+
 
 class SFE(nn.Module):
-    r"""Spatial-level feature enhancement: each position weighted by how far it stands out in its channel.
+    r"""Spatial-level feature enhancement: weight each position by its squared distance from the mean of its channel.
 
     \[ d_{c,ij} = (x_{c,ij} - \mu_c)^2, \qquad
        \sigma_c^2 = \frac{1}{n}\sum_{ij} d_{c,ij}, \qquad
@@ -19,7 +21,7 @@ class SFE(nn.Module):
     `kfde_layers.functional.sfe`.
 
     Args:
-        channels: Not used: SFE has nothing per channel. Taken so that `timm.layers.create_attn(SFE, channels)` works.
+        channels: Not used: SFE has nothing per channel. It is an argument so that `timm.layers.create_attn(SFE, channels)` works.
         lambd: Added to the variance, in units of x squared; positive.
         beta: Added to the score, dimensionless.
         correction: Subtracted from n = H W in the divisor of the variance: 0 as in the paper, 1 as in SimAM.
@@ -53,22 +55,17 @@ class SFE(nn.Module):
         super().__init__()
         if channels is not None:
             check_int("channels", channels, minimum=1)
-        check_sfe(lambd, beta, correction)
+        check_sfe("", lambd, beta, correction)
         self.lambd = lambd
         self.beta = beta
         self.correction = correction
         self.impl = resolve_impl(impl).value
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sfe(x, self.lambd, self.beta, self.correction, self.impl)
+        if torch.jit.is_scripting():
+            return torch.ops.kfde.sfe(x, self.lambd, self.beta, self.correction, self.impl)
+        else:
+            return sfe(x, self.lambd, self.beta, self.correction, impl=self.impl)
 
     def extra_repr(self) -> str:
         return f"lambd={self.lambd}, beta={self.beta}, correction={self.correction}, impl={self.impl!r}"
-
-
-@torch.fx.wrap
-def _sfe(x: Tensor, lambd: float, beta: float, correction: int, impl: str) -> Tensor:
-    if torch.jit.is_scripting():
-        return torch.ops.kfde.sfe(x, lambd, beta, correction, impl)
-    else:
-        return sfe(x, lambd, beta, correction, impl=impl)

@@ -1,14 +1,18 @@
 """Channel-level feature enhancement, equations (1)-(5)."""
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from kfde_layers._checks import check_floating, check_int, check_map, check_real, check_shape
 from kfde_layers._impl import Impl, select, unsupported
-from kfde_layers.ops.csfe_fused import fused, preferred
-from kfde_layers.ops.csfe_moments import Enhancement, away_from_zero, logit
+from kfde_layers.fused.csfe.auto import auto_impl
+from kfde_layers.fused.csfe.operator import fused
+from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import as_input, upcast
+from kfde_layers.ops.gate import away_from_zero, logit
 
 
 def cfe(
@@ -21,7 +25,7 @@ def cfe(
     *,
     impl: Impl | str = "auto",
 ) -> Tensor:
-    r"""Keep what a normalised gate calls salient, and hand the rest, weakened, to the opposite half of the channels.
+    r"""Keep the values above a gate's threshold; scale the others down and add them to the other channel half too.
 
     \[ w_\gamma = \frac{\gamma}{\sum_i \gamma_i}, \qquad
        r = \sigma(\hat{x}\, w_\gamma), \qquad
@@ -34,10 +38,10 @@ def cfe(
     parameters, T = `threshold`, and \((1), (2)\) the two contiguous halves of the channels.
 
     Source: Cui et al., "Key Feature Dynamic Enhancement Network for Breast Cancer Pathological Image Classification",
-    eqs. (1)-(5); the mathematics is that of the SRU in ScConv (Li et al., CVPR 2023). Differs from the paper in
-    nothing but a guard: a sum of gamma nearer to zero than 1e-6 counts as 1e-6 with its sign (zero as positive), and
-    as a constant for the gradient. The gate is a step: no gradient passes through the threshold. A change of the sign
-    of the sum of gamma flips every gate.
+    eqs. (1)-(5); they are those of the SRU in ScConv (Li et al., CVPR 2023). Differs from the paper
+    in one guard: if the sum of gamma is nearer to zero than 1e-6, it is replaced by 1e-6 with its sign (plus for zero),
+    and it is then a constant for the gradient. The gate is a step: no gradient passes through the threshold. If the sum
+    of gamma changes its sign, every gate flips.
 
     Args:
         x: Feature map, (N, C, H, W), floating point, C even.
@@ -56,44 +60,44 @@ def cfe(
         ValueError: A shape or a value is out of range; the message names it.
         NotImplementedError: impl="fused" cannot run here; the message says why.
 
-    Numerics: normalisation and gate in float32 (float64 for float64 input), also under autocast; the gate compares
-    logits, since in bfloat16 a sigmoid this close to 0.5 rounds to 0.5 and every gate would close. Deterministic: yes.
+    Numerics: normalisation and gate in float32 (float64 for float64 input), also under autocast. The gate compares
+    logits: in bfloat16 a sigmoid this close to 0.5 rounds to 0.5, and every gate would close. Deterministic: yes.
 
     Examples:
         >>> x = torch.tensor([4.0, 2.0]).reshape(1, 2, 1, 1)  # normalised: 1, so open, and -1, so r = sigmoid(-0.5)
         >>> cfe(x, torch.ones(2), torch.zeros(2), num_groups=1).flatten()  # 4 + 2 r and 2 r
         tensor([4.7551, 0.7551])
     """
-    check_cfe_tensors(x, weight, bias)
-    check_cfe(x.shape[1], num_groups, threshold, eps)
-    if select(impl, unsupported(x), preferred(x, channel=True)) is Impl.FUSED:
-        return fused(x, weight, bias, Enhancement(num_groups, threshold, eps))
+    check_cfe_tensors("cfe: ", x, weight, bias)
+    check_cfe("cfe: ", x.shape[1], num_groups, threshold, eps)
+    if select(impl, unsupported(x), auto_impl(x, with_cfe=True)) is Impl.FUSED:
+        return fused(x, weight, bias, CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps))
     return as_input(cfe_equations(upcast(x), weight, bias, num_groups, threshold, eps), x)
 
 
-def check_cfe_tensors(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Refuse a map and affine parameters that do not fit each other."""
-    channels = check_floating("weight", weight).numel()
-    check_shape("weight", weight, (channels,))
-    check_shape("bias", bias, (channels,))
-    check_map("x", x, channels)
+def check_cfe_tensors(prefix: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Refuse a map and affine parameters that do not fit each other; messages begin with `prefix`."""
+    channels = check_floating(f"{prefix}weight", weight).numel()
+    check_shape(f"{prefix}weight", weight, (channels,))
+    check_shape(f"{prefix}bias", bias, (channels,))
+    check_map(f"{prefix}x", x, channels)
 
 
-def check_cfe(channels: int, num_groups: int, threshold: float, eps: float) -> None:
-    """Refuse hyper-parameters that CFE cannot use."""
+def check_cfe(prefix: str, channels: int, num_groups: int, threshold: float, eps: float) -> None:
+    """Refuse hyper-parameters that CFE cannot use; messages begin with `prefix`."""
     if channels % 2:
-        raise ValueError(f"channels must be even, since CFE crosses two halves of them, got {channels}")
-    check_int("num_groups", num_groups, minimum=1)
+        raise ValueError(f"{prefix}channels must be even, since CFE crosses two halves of them, got {channels}")
+    check_int(f"{prefix}num_groups", num_groups, minimum=1)
     if channels % num_groups:
-        raise ValueError(f"num_groups must divide channels = {channels}, got {num_groups}")
-    check_real("threshold", threshold, above=0, below=1)
-    check_real("eps", eps, above=0)
+        raise ValueError(f"{prefix}num_groups must divide channels = {channels}, got {num_groups}")
+    check_real(f"{prefix}threshold", threshold, above=0, below=1)
+    check_real(f"{prefix}eps", eps, above=0)
 
 
 def cfe_gate(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Equations (1)-(3) up to the choice: the gate r and the mask of the open elements, both (N, C, H, W)."""
+    """Return the gate r of eq. (2) and the mask of the open elements of eq. (3), both (N, C, H, W)."""
     groups = rearrange(x, "n (g c) h w -> n g c h w", g=num_groups)
     centred = groups - groups.mean(dim=(2, 3, 4), keepdim=True)
     variance = centred.square().mean(dim=(2, 3, 4), keepdim=True)
@@ -103,24 +107,23 @@ def cfe_gate(
     x_hat = normalized * _per_channel(gamma) + _per_channel(beta)
     w_gamma = gamma / away_from_zero(gamma.sum())  # (1)
     z = x_hat * _per_channel(w_gamma)
-    return z.sigmoid(), z > logit(threshold)  # (2), and r > T said in logits
+    return z.sigmoid(), z > logit(threshold)  # (2), and r > T compared in logits
 
 
 def cfe_equations(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, eps: float) -> Tensor:
-    """Equations (1)-(5) in the number format of `x`."""
+    """Return equations (1)-(5) in the dtype of `x`."""
     r, is_open = cfe_gate(x, weight, bias, num_groups, threshold, eps)
     w1 = torch.where(is_open, 1.0, r)  # (3)
     w2 = torch.where(is_open, 0.0, r)
     x1, x2 = x * w1, x * w2
-    return x1 + x2.roll(x.shape[1] // 2, dims=1)  # (4)-(5): each half of x1 meets the other half of x2
+    return x1 + x2.roll(x.shape[1] // 2, dims=1)  # (4)-(5): each half of x1 plus the other half of x2
 
 
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
-# The same function as an operator, for tracers that do not read Python: TorchScript keeps the call, everything else
-# sees through it to the mathematics.
+# TorchScript does not read Python: it keeps this operator. Every other tracer sees through it to the function.
 torch.library.define(
     "kfde::cfe",
     "(Tensor x, Tensor weight, Tensor bias, int num_groups, float threshold, float eps, str impl) -> Tensor",
@@ -128,7 +131,5 @@ torch.library.define(
 
 
 @torch.library.impl("kfde::cfe", "CompositeImplicitAutograd")
-def _operator(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, eps: float, impl: str
-) -> Tensor:
-    return cfe(x, weight, bias, num_groups, threshold, eps, impl=impl)
+def _scripted_cfe(*arguments: Any) -> Tensor:
+    return cfe(*arguments[:-1], impl=arguments[-1])

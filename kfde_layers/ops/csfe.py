@@ -1,5 +1,8 @@
 """Channel-spatial feature enhancement: CFE and SFE as the two branches of one module."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -7,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from kfde_layers._checks import check_choice
 from kfde_layers._impl import Impl, select, tracing, unsupported
 from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
-from kfde_layers.ops.csfe_fused import fused, preferred
-from kfde_layers.ops.csfe_moments import Enhancement
+from kfde_layers.fused.csfe.auto import auto_impl
+from kfde_layers.fused.csfe.operator import fused
+from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.sfe import check_sfe, sfe_equations
 
@@ -31,7 +35,7 @@ def csfe(
     *,
     impl: Impl | str = "auto",
 ) -> Tensor:
-    r"""Enhance a feature map by channel and by position at once.
+    r"""Combine CFE and SFE: by default their sum.
 
     \[ y = \begin{cases}
        \mathrm{CFE}(x) + \mathrm{SFE}(x) & \text{parallel, sum} \\
@@ -43,8 +47,8 @@ def csfe(
     with CFE and SFE as in `kfde_layers.functional.cfe` and `kfde_layers.functional.sfe`, whose arguments these are.
 
     Source: Cui et al., "Key Feature Dynamic Enhancement Network for Breast Cancer Pathological Image Classification",
-    eqs. (1)-(9). The paper speaks of dual branches and gives no equation for how they join: "parallel" with "sum" is
-    this library's reading, the rest are its alternatives.
+    eqs. (1)-(9). The paper speaks of dual branches and gives no equation for how they are combined: "parallel" with
+    "sum" is this library's reading, the others are alternatives.
 
     Args:
         x: Feature map, (N, C, H, W), floating point, C even.
@@ -76,56 +80,64 @@ def csfe(
         >>> csfe(x, torch.ones(2), torch.zeros(2), num_groups=1).abs().max()  # every weight multiplies x
         tensor(0.)
     """
-    check_cfe_tensors(x, weight, bias)
-    check_cfe(x.shape[1], num_groups, threshold, eps)
-    check_sfe(lambd, beta, correction)
-    check_csfe(arrangement, fusion)
-    if select(impl, unsupported(x), preferred(x, channel=True)) is Impl.FUSED:
+    check_cfe_tensors("csfe: ", x, weight, bias)
+    check_cfe("csfe: ", x.shape[1], num_groups, threshold, eps)
+    check_sfe("csfe: ", lambd, beta, correction)
+    check_csfe("csfe: ", arrangement, fusion)
+    if select(impl, unsupported(x), auto_impl(x, with_cfe=True)) is Impl.FUSED:
+        scale = 0.5 if fusion == "mean" else 1.0
+        options = CsfeOptions(num_groups, threshold, lambd, beta, correction, eps, with_sfe=True, scale=scale)
         if arrangement == "parallel":
-            scale = 0.5 if fusion == "mean" else 1.0
-            return fused(x, weight, bias, Enhancement(num_groups, threshold, eps, True, lambd, beta, correction, scale))
-        channel = Enhancement(num_groups, threshold, eps)
-        spatial = Enhancement(spatial=True, lambd=lambd, beta=beta, correction=correction)
-        return _in_turn(x, weight, bias, channel, spatial, arrangement)
+            return fused(x, weight, bias, options)
+        return _one_after_the_other(x, weight, bias, options, arrangement)
 
-    def channel_branch(x: Tensor) -> Tensor:
+    def cfe_branch(x: Tensor) -> Tensor:
         return cfe_equations(x, weight, bias, num_groups, threshold, eps)
 
-    def spatial_branch(x: Tensor) -> Tensor:
+    def sfe_branch(x: Tensor) -> Tensor:
         return sfe_equations(x, lambd, beta, correction)
 
-    h = upcast(x)
-    if arrangement == "cfe_sfe":
-        y = spatial_branch(channel_branch(h))
-    elif arrangement == "sfe_cfe":
-        y = channel_branch(spatial_branch(h))
-    else:
-        y = channel_branch(h) + spatial_branch(h)
-        y = y / 2 if fusion == "mean" else y
-    return as_input(y, x)
+    return as_input(combine(cfe_branch, sfe_branch, upcast(x), arrangement, fusion), x)
 
 
-def _in_turn(
-    x: Tensor, weight: Tensor, bias: Tensor, channel: Enhancement, spatial: Enhancement, arrangement: str
+def check_csfe(prefix: str, arrangement: str, fusion: str) -> None:
+    """Refuse an arrangement or a fusion that CSFE does not have; messages begin with `prefix`."""
+    check_choice(f"{prefix}arrangement", arrangement, ARRANGEMENTS)
+    check_choice(f"{prefix}fusion", fusion, FUSIONS)
+
+
+def combine(
+    cfe_branch: Callable[[Tensor], Tensor],
+    sfe_branch: Callable[[Tensor], Tensor],
+    x: Tensor,
+    arrangement: str,
+    fusion: str,
 ) -> Tensor:
-    def both(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Call the two branches on `x` and on each other, as the arrangement says."""
+    if arrangement == "cfe_sfe":
+        return sfe_branch(cfe_branch(x))
+    if arrangement == "sfe_cfe":
+        return cfe_branch(sfe_branch(x))
+    y = cfe_branch(x) + sfe_branch(x)
+    return y / 2 if fusion == "mean" else y
+
+
+def _one_after_the_other(x: Tensor, weight: Tensor, bias: Tensor, options: CsfeOptions, arrangement: str) -> Tensor:
+    cfe_options = options._replace(with_sfe=False, scale=1.0)
+    sfe_options = options._replace(scale=1.0)
+
+    def chain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         h = upcast(x)
         if arrangement == "cfe_sfe":
-            y = fused(fused(h, weight, bias, channel), None, None, spatial)
+            y = fused(fused(h, weight, bias, cfe_options), None, None, sfe_options)
         else:
-            y = fused(fused(h, None, None, spatial), weight, bias, channel)
+            y = fused(fused(h, None, None, sfe_options), weight, bias, cfe_options)
         return as_input(y, x)
 
     if tracing() or not torch.is_grad_enabled():
-        return both(x, weight, bias)
-    # What passes between the branches is computed again, not kept: the backward pass is given no more than x.
-    return checkpoint(both, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
-
-
-def check_csfe(arrangement: str, fusion: str) -> None:
-    """Refuse ways of joining the branches that CSFE does not know."""
-    check_choice("arrangement", arrangement, ARRANGEMENTS)
-    check_choice("fusion", fusion, FUSIONS)
+        return chain(x, weight, bias)
+    # Recompute the map between the branches in backward instead of saving it.
+    return checkpoint(chain, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
 
 
 torch.library.define(
@@ -136,18 +148,5 @@ torch.library.define(
 
 
 @torch.library.impl("kfde::csfe", "CompositeImplicitAutograd")
-def _operator(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    threshold: float,
-    lambd: float,
-    beta: float,
-    correction: int,
-    eps: float,
-    arrangement: str,
-    fusion: str,
-    impl: str,
-) -> Tensor:
-    return csfe(x, weight, bias, num_groups, threshold, lambd, beta, correction, eps, arrangement, fusion, impl=impl)
+def _scripted_csfe(*arguments: Any) -> Tensor:
+    return csfe(*arguments[:-1], impl=arguments[-1])

@@ -1,7 +1,8 @@
 """Multi-scale feature dynamic fusion, equations (10)-(14)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from kfde_layers._checks import check_dims, check_int, check_map, check_sequence, check_shape
 from kfde_layers._impl import Impl, exporting, select, unsupported
+from kfde_layers.fused.mfdf.auto import auto_impl
+from kfde_layers.fused.mfdf.merging import stack_kernels
+from kfde_layers.fused.mfdf.operator import mean_of_convolution, merged_convolution
 from kfde_layers.ops.formats import as_input, upcast, without_autocast
-from kfde_layers.ops.mfdf_fused import SMALL_MAP, merged_depthwise, pooled_depthwise
-from kfde_layers.ops.mfdf_merged import common_grid, merging_pays
 
 
 def mfdf(
@@ -28,7 +30,7 @@ def mfdf(
     *,
     impl: Impl | str = "auto",
 ) -> Tensor:
-    r"""Convolve at several scales and sum the results, weighted per sample and channel by their own averages.
+    r"""Convolve at several scales, and sum the results with weights that depend on their means.
 
     \[ X_k = \mathrm{conv}_k(x), \qquad \hat{X} = \sum_k X_k, \qquad
        p_c = \frac{1}{HW}\sum_{ij}\hat{X}_{c,ij}, \qquad c = \mathrm{fc1}(p) \]
@@ -38,19 +40,19 @@ def mfdf(
     with \(\mathrm{conv}_k\) given by `branch_weights[k]` and `branch_biases[k]`, at stride 1 and "same" zero padding.
 
     Source: Cui et al., "Key Feature Dynamic Enhancement Network for Breast Cancer Pathological Image Classification",
-    eqs. (10)-(14); the mathematics is that of Selective Kernel networks (Li et al., CVPR 2019) without the batch norm
-    and the activation behind fc1. Differs from the paper in nothing; kernels, dilations and groups, which it leaves
-    open, are the caller's.
+    eqs. (10)-(14); they are those of Selective Kernel networks (Li et al., CVPR 2019) without the batch norm and the
+    activation after fc1. Differs from the paper nowhere; it leaves kernels, dilations and groups open, and the caller
+    chooses them.
 
-    The fused form never makes the K maps \(X_k\). Depthwise, everything up to F is linear in x: the mean of
-    \(\mathrm{conv}_k(x)\) is a sum of filter taps times sums of x over shifted windows, and
+    The fused implementation never makes the K maps \(X_k\). With depthwise kernels, everything up to F is linear in x.
+    The mean of \(\mathrm{conv}_k(x)\) is a sum of filter taps times sums of x over shifted windows. And
     \(\sum_k \alpha_{kc} W_{kc}\) is one kernel per sample and channel, so that one convolution replaces K.
 
     Args:
         x: Feature map, (N, C, H, W), floating point.
         branch_weights: K kernels, each (C, C / groups, k, k) with k odd.
         branch_biases: K biases, each (C,), or None.
-        fc1_weight: (d, C), reduces the pooled channels to d.
+        fc1_weight: (d, C), reduces the C means to d values.
         fc1_bias: (d,).
         fc2_weight: (K C, d), branch-major: row k C + c serves channel c of branch k.
         fc2_bias: (K C,).
@@ -64,7 +66,7 @@ def mfdf(
     Raises:
         TypeError: An argument has the wrong type, or `x` is no floating-point tensor.
         ValueError: A shape or a value is out of range; the message names it.
-        NotImplementedError: impl="fused" cannot run here (the branches are dense, say); the message gives the reason.
+        NotImplementedError: impl="fused" cannot run here, as with dense branches; the message says why.
 
     Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
     Deterministic: yes.
@@ -72,76 +74,99 @@ def mfdf(
     Examples:
         >>> x, one = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)
         >>> fc1, fc2 = (torch.zeros(1, 1), torch.zeros(1)), (torch.zeros(2, 1), torch.zeros(2))
-        >>> mfdf(x, [one, 3 * one], None, *fc1, *fc2)  # equal attention: (1 + 3) / 2
+        >>> mfdf(x, [one, 3 * one], None, *fc1, *fc2)  # equal weights: (1 + 3) / 2
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    check_sequence("branch_weights", branch_weights, "tensors")
-    channels = int(check_dims("fc1_weight", fc1_weight, ("d", "C"))[1])  # torch.jit.trace has tensors for sizes
-    check_map("x", x, channels)
-    groups = resolve_groups(channels, groups)
-    dilations = resolve_dilations(dilation, len(branch_weights))
-    _check_branches(channels, groups, branch_weights, branch_biases)
+    check_sequence("mfdf: branch_weights", branch_weights, "tensors")
+    channels = int(check_dims("mfdf: fc1_weight", fc1_weight, ("d", "C"))[1])  # torch.jit.trace has tensors for sizes
+    check_map("mfdf: x", x, channels)
+    groups = resolve_groups("mfdf: groups", channels, groups)
+    dilations = resolve_dilations("mfdf: dilation", dilation, len(branch_weights))
+    check_branches(channels, groups, branch_weights, branch_biases)
     fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _check_attention(channels, len(branch_weights), *fc)
+    _check_fc(channels, len(branch_weights), *fc)
 
-    reason = _unsupported(x, groups)
-    merge = reason is None and merging_pays(branch_weights, dilations) and not _better_compiled(x)
-    auto = Impl.FUSED if merge else Impl.REFERENCE
-    if select(impl, reason, auto) is Impl.FUSED:
-        return _fused(x, branch_weights, branch_biases, fc, dilations)
-    return fuse(x, convolve(x, branch_weights, branch_biases, dilations, groups), *fc)
+    def scores(p: Tensor) -> Tensor:
+        return branch_scores(p, *fc)
+
+    return mfdf_from_kernels(x, branch_weights, branch_biases, scores, dilations, groups, impl)
 
 
-def fuse(
-    x: Tensor, maps: Sequence[Tensor], fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+def mfdf_from_kernels(
+    x: Tensor,
+    branch_weights: Sequence[Tensor],
+    branch_biases: Sequence[Tensor] | None,
+    scores: Callable[[Tensor], Tensor],
+    dilations: Sequence[int],
+    groups: int,
+    impl: Impl | str,
 ) -> Tensor:
-    """Equations (10)-(14) behind the convolutions: the branch maps \\(X_k\\) of `x` become F."""
+    """Return equations (10)-(14) from the kernels of the branches; `scores` maps p (N, C) to the scores (N, K C)."""
+    reason = _unsupported(x, groups)
+    auto = Impl.REFERENCE if reason else auto_impl(x, branch_weights, dilations)
+    if select(impl, reason, auto) is Impl.FUSED:
+        return _fused(x, branch_weights, branch_biases, scores, dilations)
+    return mfdf_from_maps(x, convolve(x, branch_weights, branch_biases, dilations, groups), scores)
+
+
+def mfdf_from_maps(x: Tensor, maps: Sequence[Tensor], scores: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return equations (10)-(14) from the branch maps X_k of `x`; `scores` maps p (N, C) to the scores (N, K C)."""
     for k, branch_map in enumerate(maps):
-        check_shape(f"the output of branch {k}", branch_map, tuple(x.shape))
-    alpha = attention(pool(maps), fc1_weight, fc1_bias, fc2_weight, fc2_bias)[..., None, None]
-    y = alpha[:, 0] * maps[0]
-    for k, branch_map in enumerate(maps[1:], start=1):
-        y = torch.addcmul(y, alpha[:, k], branch_map)  # (14), where neither a stack nor a product stays
-    return as_input(y, x)
+        check_shape(f"mfdf: the output of branch {k}", branch_map, tuple(x.shape))
+    return sum_branches(x, maps, scores(branch_mean(maps)))
 
 
-def pool(maps: Sequence[Tensor]) -> Tensor:
-    """Equations (10)-(11): p, (N, C), from the branch maps."""
+def branch_mean(maps: Sequence[Tensor]) -> Tensor:
+    """Return p of equations (10)-(11), (N, C), from the branch maps."""
     means = [upcast(branch_map).mean(dim=(2, 3)) for branch_map in maps]
     return functools.reduce(torch.add, means)  # the mean of the sum, without the map of the sum
 
 
-def attention(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
-    """Equations (12)-(13): alpha, (N, K, C), from p, (N, C)."""
+def branch_scores(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """Return the scores of eq. (13), (N, K C), from p, (N, C), in the dtype of p."""
     with without_autocast(p):
         c = F.linear(p, fc1_weight.to(p.dtype), fc1_bias.to(p.dtype))  # (12)
-        scores = F.linear(c, fc2_weight.to(p.dtype), fc2_bias.to(p.dtype))
-    return rearrange(scores, "n (k c) -> n k c", c=p.shape[1]).softmax(dim=1)  # (13)
+        return F.linear(c, fc2_weight.to(p.dtype), fc2_bias.to(p.dtype))
 
 
-def resolve_groups(channels: int, groups: int | str) -> int:
+def softmax_of(scores: Tensor, channels: int) -> Tensor:
+    """Return alpha of eq. (13), (N, K, C), from the scores, (N, K C)."""
+    return rearrange(scores, "n (k c) -> n k c", c=channels).softmax(dim=1)
+
+
+def sum_branches(x: Tensor, maps: Sequence[Tensor], scores: Tensor) -> Tensor:
+    """Return eq. (14), accumulated so that backward keeps neither a stack nor the products."""
+    check_shape("mfdf: the output of fc2", scores, (x.shape[0], len(maps) * x.shape[1]))
+    alpha = softmax_of(upcast(scores), x.shape[1])[..., None, None]
+    y = alpha[:, 0] * maps[0]
+    for k, branch_map in enumerate(maps[1:], start=1):
+        y = torch.addcmul(y, alpha[:, k], branch_map)
+    return as_input(y, x)
+
+
+def resolve_groups(name: str, channels: int, groups: int | str) -> int:
     """Return `groups` as a number of convolution groups."""
     if groups == "depthwise":
         return channels
     if isinstance(groups, str):
-        raise ValueError(f"groups must be an int or 'depthwise', got {groups!r}")
-    check_int("groups", groups, minimum=1)
+        raise ValueError(f"{name} must be an int or 'depthwise', got {groups!r}")
+    check_int(name, groups, minimum=1)
     if channels % groups:
-        raise ValueError(f"groups must divide channels = {channels}, got {groups}")
+        raise ValueError(f"{name} must divide channels = {channels}, got {groups}")
     return groups
 
 
-def resolve_dilations(dilation: int | Sequence[int], num_branches: int) -> tuple[int, ...]:
+def resolve_dilations(name: str, dilation: int | Sequence[int], num_branches: int) -> tuple[int, ...]:
     """Return one dilation per branch."""
     if isinstance(dilation, int):
         dilation = (dilation,) * num_branches
-    check_sequence("dilation", dilation, "ints, or an int")
+    check_sequence(name, dilation, "ints, or an int")
     dilations = tuple(dilation)
     if len(dilations) != num_branches:
-        raise ValueError(f"dilation must be an int or have {num_branches} entries, one per branch, got {dilation!r}")
+        raise ValueError(f"{name} must be an int or have {num_branches} entries, one per branch, got {dilation!r}")
     for value in dilations:
-        check_int("dilation", value, minimum=1)
+        check_int(name, value, minimum=1)
     return dilations
 
 
@@ -156,43 +181,32 @@ def _unsupported(x: Tensor, groups: int) -> str | None:
     if groups != x.shape[1]:
         return f"the branches must be depthwise, groups = {x.shape[1]}, got {groups}"
     if exporting():
-        return "an exporter must be shown operations that other software has"
+        return "an exporter needs operations that other software has"
     return unsupported(x)
-
-
-def _better_compiled(x: Tensor) -> bool:
-    """Whether the compiler was measured to do better with the branches: inference on small channels_last maps, on CPU.
-
-    These the operator has to copy; with a backward pass it is the faster one all the same.
-    """
-    small = x.stride(1) == 1 and x.shape[2] * x.shape[3] <= SMALL_MAP
-    return torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled() and small
 
 
 def _fused(
     x: Tensor,
     branch_weights: Sequence[Tensor],
     branch_biases: Sequence[Tensor] | None,
-    fc: tuple[Tensor, Tensor, Tensor, Tensor],
+    scores: Callable[[Tensor], Tensor],
     dilations: Sequence[int],
 ) -> Tensor:
-    compute = torch.promote_types(x.dtype, torch.float32)
-    grid, step = common_grid(branch_weights, dilations, compute)
-    p = pooled_depthwise(x, grid.sum(dim=0), step)
-    if branch_biases is None:
-        alpha = attention(p, *fc)
-        shifts = torch.zeros_like(p)
-    else:
-        biases = torch.stack(list(branch_biases)).to(compute)
-        alpha = attention(p + biases.sum(dim=0), *fc)
-        shifts = (alpha * biases).sum(dim=1)
-    return merged_depthwise(x, alpha, grid, shifts, step)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    stacked_kernels, tap_spacing = stack_kernels(branch_weights, dilations, dtype)
+    p = mean_of_convolution(x, stacked_kernels.sum(dim=0), tap_spacing)
+    biases = None if branch_biases is None else torch.stack(list(branch_biases)).to(dtype)
+    logits = scores(p if biases is None else p + biases.sum(dim=0))
+    check_shape("mfdf: the output of fc2", logits, (x.shape[0], len(branch_weights) * x.shape[1]))
+    alpha = softmax_of(logits, x.shape[1])
+    merged_bias = torch.zeros_like(p) if biases is None else (alpha * biases).sum(dim=1)
+    return merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
 
 
 def convolve(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int], groups: int
 ) -> list[Tensor]:
-    """The branch maps X_k of eq. (10), in the format of the statistics."""
+    """Return the branch maps X_k of eq. (10), in the dtype of the statistics."""
     h = upcast(x)
     maps: list[Tensor] = []
     with without_autocast(x):
@@ -203,29 +217,31 @@ def convolve(
     return maps
 
 
-def _check_branches(channels: int, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+def check_branches(channels: int, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+    """Refuse kernels and biases that do not fit the channels and each other."""
     if not weights:
-        raise ValueError("branch_weights must have at least one entry, got none")
+        raise ValueError("mfdf: branch_weights must have at least one entry, got none")
     for k, weight in enumerate(weights):
-        size = int(check_dims(f"branch_weights[{k}]", weight, ("C", "C / groups", "k", "k"))[3])
-        check_kernel_size(f"the kernel size of branch_weights[{k}]", size)
-        check_shape(f"branch_weights[{k}]", weight, (channels, channels // groups, size, size))
+        name = f"mfdf: branch_weights[{k}]"
+        size = int(check_dims(name, weight, ("C", "C / groups", "k", "k"))[3])
+        check_kernel_size(f"the kernel size of {name}", size)
+        check_shape(name, weight, (channels, channels // groups, size, size))
     if biases is None:
         return
-    check_sequence("branch_biases", biases, "tensors")
+    check_sequence("mfdf: branch_biases", biases, "tensors")
     if len(biases) != len(weights):
-        raise ValueError(f"branch_biases must be None or have {len(weights)} entries, got {len(biases)}")
+        raise ValueError(f"mfdf: branch_biases must be None or have {len(weights)} entries, got {len(biases)}")
     for k, bias in enumerate(biases):
-        check_shape(f"branch_biases[{k}]", bias, (channels,))
+        check_shape(f"mfdf: branch_biases[{k}]", bias, (channels,))
 
 
-def _check_attention(
+def _check_fc(
     channels: int, num_branches: int, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
 ) -> None:
     hidden = fc1_weight.shape[0]
-    check_shape("fc1_bias", fc1_bias, (hidden,))
-    check_shape("fc2_weight", fc2_weight, (num_branches * channels, hidden))
-    check_shape("fc2_bias", fc2_bias, (num_branches * channels,))
+    check_shape("mfdf: fc1_bias", fc1_bias, (hidden,))
+    check_shape("mfdf: fc2_weight", fc2_weight, (num_branches * channels, hidden))
+    check_shape("mfdf: fc2_bias", fc2_bias, (num_branches * channels,))
 
 
 torch.library.define(
@@ -237,23 +253,20 @@ torch.library.define(
     "kfde::mfdf_fuse",
     "(Tensor x, Tensor[] maps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor",
 )
+torch.library.define("kfde::mfdf_branch_mean", "(Tensor[] maps) -> Tensor")
+torch.library.define("kfde::mfdf_sum_branches", "(Tensor x, Tensor[] maps, Tensor scores) -> Tensor")
 
 
 @torch.library.impl("kfde::mfdf", "CompositeImplicitAutograd")
-def _operator(
-    x: Tensor,
-    branch_weights: Sequence[Tensor],
-    branch_biases: Sequence[Tensor],
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    dilation: Sequence[int],
-    groups: int,
-    impl: str,
-) -> Tensor:
-    fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return mfdf(x, branch_weights, branch_biases or None, *fc, dilation, groups, impl=impl)
+def _scripted_mfdf(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *arguments: Any) -> Tensor:
+    return mfdf(x, weights, biases or None, *arguments[:-1], impl=arguments[-1])
 
 
-torch.library.impl("kfde::mfdf_fuse", "CompositeImplicitAutograd")(fuse)
+@torch.library.impl("kfde::mfdf_fuse", "CompositeImplicitAutograd")
+def mfdf_from_maps_and_fc(x: Tensor, maps: Sequence[Tensor], *fc: Tensor) -> Tensor:
+    """Return equations (10)-(14) from the branch maps X_k of `x` and the parameters of fc1 and fc2."""
+    return mfdf_from_maps(x, maps, lambda p: branch_scores(p, *fc))
+
+
+torch.library.impl("kfde::mfdf_branch_mean", "CompositeImplicitAutograd")(branch_mean)
+torch.library.impl("kfde::mfdf_sum_branches", "CompositeImplicitAutograd")(sum_branches)

@@ -1,17 +1,20 @@
 """Spatial-level feature enhancement, equations (6)-(9)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kfde_layers._checks import check_int, check_map, check_real
 from kfde_layers._impl import Impl, select, unsupported
-from kfde_layers.ops.csfe_fused import fused, preferred
-from kfde_layers.ops.csfe_moments import Enhancement
+from kfde_layers.fused.csfe.auto import auto_impl
+from kfde_layers.fused.csfe.operator import fused
+from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import as_input, upcast
 
 
 def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, *, impl: Impl | str = "auto") -> Tensor:
-    r"""Weight each position by how far it stands out from the mean of its channel.
+    r"""Weight each position by its squared distance from the mean of its channel.
 
     \[ d_{c,ij} = (x_{c,ij} - \mu_c)^2, \qquad
        \sigma_c^2 = \frac{1}{n}\sum_{ij} d_{c,ij}, \qquad
@@ -20,9 +23,9 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
     with \(\mu_c\) the mean over the n = H W positions of channel c, \(\lambda\) = `lambd` and \(\beta\) = `beta`.
 
     Source: Cui et al., "Key Feature Dynamic Enhancement Network for Breast Cancer Pathological Image Classification",
-    eqs. (6)-(9). Differs from the paper in nothing; `correction=1` gives the divisor n - 1 of SimAM (Yang et al.,
-    ICML 2021), and where that divisor would be zero (a map of one position) it is 1, so that the output is
-    x sigma(beta) where SimAM gives NaN.
+    eqs. (6)-(9). Differs from the paper nowhere. `correction=1` gives the divisor n - 1 of SimAM (Yang et al., ICML
+    2021). Where that divisor would be zero, on a map of one position, it is 1: the output is then x sigma(beta), and
+    that of SimAM is NaN.
 
     Args:
         x: Feature map, (N, C, H, W), floating point.
@@ -39,30 +42,30 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
         ValueError: A shape or a value is out of range; the message names it.
         NotImplementedError: impl="fused" cannot run here; the message says why.
 
-    Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast; the square of what
-    stands out furthest must be finite there. Deterministic: yes.
+    Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast. The largest squared
+    distance from a mean must be finite there. Deterministic: yes.
 
     Examples:
-        >>> sfe(torch.full((1, 1, 2, 2), 3.0), beta=0.0)  # nothing stands out: x * sigmoid(0)
+        >>> sfe(torch.full((1, 1, 2, 2), 3.0), beta=0.0)  # every distance is 0: x * sigmoid(0)
         tensor([[[[1.5000, 1.5000],
                   [1.5000, 1.5000]]]])
     """
-    check_map("x", x)
-    check_sfe(lambd, beta, correction)
-    if select(impl, unsupported(x), preferred(x, channel=False)) is Impl.FUSED:
-        return fused(x, None, None, Enhancement(spatial=True, lambd=lambd, beta=beta, correction=correction))
+    check_map("sfe: x", x)
+    check_sfe("sfe: ", lambd, beta, correction)
+    if select(impl, unsupported(x), auto_impl(x, with_cfe=False)) is Impl.FUSED:
+        return fused(x, None, None, CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True))
     return as_input(sfe_equations(upcast(x), lambd, beta, correction), x)
 
 
-def check_sfe(lambd: float, beta: float, correction: int) -> None:
-    """Refuse hyper-parameters that SFE cannot use."""
-    check_real("lambd", lambd, above=0)
-    check_real("beta", beta)
-    check_int("correction", correction, minimum=0)
+def check_sfe(prefix: str, lambd: float, beta: float, correction: int) -> None:
+    """Refuse hyper-parameters that SFE cannot use; messages begin with `prefix`."""
+    check_real(f"{prefix}lambd", lambd, above=0)
+    check_real(f"{prefix}beta", beta)
+    check_int(f"{prefix}correction", correction, minimum=0)
 
 
 def sfe_equations(x: Tensor, lambd: float, beta: float, correction: int) -> Tensor:
-    """Equations (6)-(9) in the number format of `x`."""
+    """Return equations (6)-(9) in the dtype of `x`."""
     n = x.shape[2] * x.shape[3]
     d = (x - x.mean(dim=(2, 3), keepdim=True)).square()  # (6)
     variance = d.sum(dim=(2, 3), keepdim=True) / max(n - correction, 1)  # (7)
@@ -74,5 +77,5 @@ torch.library.define("kfde::sfe", "(Tensor x, float lambd, float beta, int corre
 
 
 @torch.library.impl("kfde::sfe", "CompositeImplicitAutograd")
-def _operator(x: Tensor, lambd: float, beta: float, correction: int, impl: str) -> Tensor:
-    return sfe(x, lambd, beta, correction, impl=impl)
+def _scripted_sfe(*arguments: Any) -> Tensor:
+    return sfe(*arguments[:-1], impl=arguments[-1])

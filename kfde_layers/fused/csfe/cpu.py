@@ -1,8 +1,8 @@
-"""CFE and SFE on CPU: their fused form, scheduled in vectorised, in-place steps over blocks that stay in the cache.
+"""CFE, SFE and CSFE on CPU: vectorised, in-place steps over blocks of the map that stay in the cache.
 
 The steps are chosen by their cost per element. PyTorch's `where`, `masked_fill` and `var_mean` are not vectorised on
-CPU and cost as much as tens of multiplications each, so the choice in eq. (3) multiplies with a mask of 0 and 1, and
-the variance is taken in two steps. `sigmoid_backward` is the whole gradient of a sigmoid in one.
+CPU: each costs as much as tens of multiplications. So the choice in eq. (3) multiplies with a mask of 0 and 1, and the
+variance is computed in two steps. `sigmoid_backward` is the whole gradient of a sigmoid in one step.
 """
 
 import math
@@ -11,17 +11,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfde_layers.ops.csfe_moments import Enhancement, Moments, away_from_zero, channel_gate, logit, spatial_slope
+from kfde_layers.fused.csfe.moments import Moments, channel_gate, spatial_slope
+from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import upcast
+from kfde_layers.ops.gate import away_from_zero, logit
 
-_CACHE = 2**22  # elements that stay in the cache from one step to the next: 16 MiB in float32
+_CACHE = 2**22  # elements that stay in the cache between two steps: 16 MiB in float32
 
 _Index = tuple[slice, ...]
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Enhancement
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, with the strides of the dense `x`, and the moments (mean, m2) of x."""
     y = torch.empty_like(x)
@@ -33,13 +35,13 @@ def forward(
         x_block = _upcast(values[block], x_buffer)
         y_block = results[block] if y.dtype == u.dtype else y_buffer
         torch.sub(x_block, gates.mean[_channels(block)], out=u)
-        if options.spatial:
+        if options.with_sfe:
             gates.spatial(u, block, out=keep)
         if weight is None:
             torch.mul(x_block, keep, out=y_block)
         else:
             weak = gates.channel(u, block, is_open, out=u).mul_(x_block)
-            keep = keep.add_(is_open) if options.spatial else is_open
+            keep = keep.add_(is_open) if options.with_sfe else is_open
             torch.addcmul(weak, x_block, keep, out=y_block)
             y_block[:, 0].add_(weak[:, 1])
             y_block[:, 1].add_(weak[:, 0])
@@ -51,44 +53,44 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, options: Enhancement
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, options: CsfeOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of `x`, `weight` and `bias`; `dy` has the strides of the dense `x`.
 
-    The first pass writes what reaches an element directly and sums up what reaches the moments; the second adds what
-    comes back from the moments, for each channel a line in the deviation from its mean.
+    Pass 1 writes the direct gradient of each element and sums the gradients of the moments. Pass 2 adds the gradient
+    that returns through the moments: `u_slope * u + constant`, per channel.
     """
     dx = torch.empty_like(x, dtype=moments.mean.dtype)
     parts = 1 if weight is None else 2
-    values, cotangents, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
+    values, upstreams, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
     gates = _Gates(moments, weight, bias, options)
     blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
     z_sum, zu_sum, eu_sum, euu_sum = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # of dz, dz u, de u, de u^2
-    for block, (u, keep, weak, is_open, flow, scratch, x_buffer, dy_buffer, _) in blocks:
+    for block, (u, keep, weak, is_open, upstream, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)
         x_block = _upcast(values[block], x_buffer)
-        dy_block = _upcast(cotangents[block], dy_buffer)
+        dy_block = _upcast(upstreams[block], dy_buffer)
         if options.scale != 1:
             dy_block = torch.mul(dy_block, options.scale, out=dy_buffer)
         dx_block = gradients[block].zero_()
         torch.sub(x_block, gates.mean[channels], out=u)
         keep.zero_()
-        if options.spatial:
+        if options.with_sfe:
             gates.spatial(u, block, out=keep)
-            torch.mul(x_block, dy_block, out=flow)
-            _sigmoid_backward(flow, keep, grad_input=flow).mul_(u)  # de u
-            eu_sum[channels] += flow.sum(dim=3, keepdim=True)
-            dx_block.add_(torch.mul(flow, gates.spatial_slope[channels], out=scratch), alpha=2)
-            euu_sum[channels] += flow.mul_(u).sum(dim=3, keepdim=True)
+            torch.mul(x_block, dy_block, out=upstream)
+            _sigmoid_backward(upstream, keep, grad_input=upstream).mul_(u)  # de u
+            eu_sum[channels] += upstream.sum(dim=3, keepdim=True)
+            dx_block.add_(torch.mul(upstream, gates.spatial_slope[channels], out=scratch), alpha=2)
+            euu_sum[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
         if weight is not None:
             gates.channel(u, block, is_open, out=weak)
             keep.add_(weak).add_(is_open)
-            both = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
-            torch.mul(x_block, both[:, None], out=flow)
-            _sigmoid_backward(flow, weak, grad_input=flow)  # dz: where open, weak is 0 and stops it
-            z_sum[channels] += flow.sum(dim=3, keepdim=True)
-            dx_block.add_(torch.mul(flow, gates.slope[channels], out=scratch))
-            zu_sum[channels] += flow.mul_(u).sum(dim=3, keepdim=True)
+            dy_sum = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
+            torch.mul(x_block, dy_sum[:, None], out=upstream)
+            _sigmoid_backward(upstream, weak, grad_input=upstream)  # dz; where the gate is open, weak is 0, and so is dz
+            z_sum[channels] += upstream.sum(dim=3, keepdim=True)
+            dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
+            zu_sum[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
             dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
             dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
         dx_block.addcmul_(dy_block, keep)
@@ -110,35 +112,35 @@ def _through_moments(
     moments: Moments,
     weight: Tensor | None,
     bias: Tensor | None,
-    options: Enhancement,
+    options: CsfeOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """From the sums over each channel: what u is multiplied with, what is added, and the parameters' gradients."""
+    """Return slope and constant of the second pass, and the parameters' gradients, from the sums over each channel."""
     n = moments.n
     z_sum, zu_sum, eu_sum, euu_sum = (total.view_as(moments.mean) for total in (z_sum, zu_sum, eu_sum, euu_sum))
     u_slope, constant, dweight, dbias = torch.zeros_like(z_sum), torch.zeros_like(z_sum), None, None
-    if options.spatial:
+    if options.with_sfe:
         slope = spatial_slope(moments, options)
         u_slope -= 8 * slope.square() * euu_sum / max(n - options.correction, 1)
         constant -= 2 * slope * eu_sum / n
     if weight is not None and bias is not None:
         gamma, beta = weight.to(z_sum.dtype), bias.to(z_sum.dtype)
         gate = channel_gate(moments, gamma, beta, options)
-        x_hat_sum = gate.inverse_std * (zu_sum + gate.offset * z_sum)  # of dz x_hat
+        x_hat_sum = gate.inverse_std * (zu_sum + gate.mean_offset * z_sum)  # of dz x_hat
 
         def group_mean(total: Tensor) -> Tensor:
-            """Mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
+            """Return the mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
             grouped = (gamma * gate.w_gamma * total).unflatten(1, (options.num_groups, -1))
             return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1) / n
 
-        pull = gate.inverse_std.square() * group_mean(x_hat_sum)
-        u_slope -= pull
-        constant -= gate.inverse_std * group_mean(z_sum) + pull * gate.offset
+        moment_slope = gate.inverse_std.square() * group_mean(x_hat_sum)
+        u_slope -= moment_slope
+        constant -= gate.inverse_std * group_mean(z_sum) + moment_slope * gate.mean_offset
         x_hat_total, z_total = x_hat_sum.sum(dim=0), z_sum.sum(dim=0)
         dw_gamma = gamma * x_hat_total + beta * z_total
         total = gamma.sum()
-        safe = away_from_zero(total)
-        dtotal = torch.where(safe == total, -(dw_gamma * gamma).sum() / safe.square(), 0.0)
-        dweight = (gate.w_gamma * x_hat_total + dw_gamma / safe + dtotal).to(weight.dtype)
+        safe_total = away_from_zero(total)
+        dtotal = torch.where(safe_total == total, -(dw_gamma * gamma).sum() / safe_total.square(), 0.0)
+        dweight = (gate.w_gamma * x_hat_total + dw_gamma / safe_total + dtotal).to(weight.dtype)
         dbias = (gate.w_gamma * z_total).to(bias.dtype)
     return u_slope, constant, dweight, dbias
 
@@ -146,41 +148,40 @@ def _through_moments(
 class _Gates:
     """Both gates on blocks of deviations u from the channels' means."""
 
-    def __init__(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: Enhancement) -> None:
+    def __init__(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> None:
         self._parts = 1 if weight is None else 2
         self.mean = self.parted(moments.mean)
         self.beta = torch.tensor(options.beta, dtype=self.mean.dtype)
         self.logit_threshold = logit(options.threshold)
-        if options.spatial:
+        if options.with_sfe:
             self.spatial_slope = self.parted(spatial_slope(moments, options))
             self.root = self.spatial_slope.sqrt()
         if weight is not None and bias is not None:
             gate = channel_gate(moments, weight.to(self.mean.dtype), bias.to(self.mean.dtype), options)
-            self.slope, self.shift = self.parted(gate.slope), self.parted(gate.shift)
+            self.slope, self.intercept = self.parted(gate.slope), self.parted(gate.intercept)
 
     def parted(self, values: Tensor) -> Tensor:
-        """(N, C) seen as (N, parts, C / parts, 1), to be broadcast over the positions."""
+        """View (N, C) as (N, parts, C / parts, 1), to be broadcast over the positions."""
         return values.view(len(values), self._parts, -1, 1)
 
     def spatial(self, u: Tensor, block: _Index, out: Tensor) -> Tensor:
-        """The gate of eq. (9)."""
+        """Write the gate of eq. (9) to `out`."""
         root_score = torch.mul(u, self.root[_channels(block)], out=out)
         return torch.addcmul(self.beta, root_score, root_score, out=out).sigmoid_()
 
     def channel(self, u: Tensor, block: _Index, is_open: Tensor, out: Tensor) -> Tensor:
-        """w_2 of eq. (3), and in `is_open` the mask as 0 and 1; w_1 is their sum."""
+        """Write w_2 of eq. (3) to `out`, and the mask as 0 and 1 to `is_open`; w_1 is their sum."""
         channels = _channels(block)
-        z = torch.mul(u, self.slope[channels], out=out).add_(self.shift[channels])
+        z = torch.mul(u, self.slope[channels], out=out).add_(self.intercept[channels])
         torch.gt(z, self.logit_threshold, out=is_open)
         r = z.sigmoid_()
         return r.addcmul_(r, is_open, value=-1)
 
 
 class _Blocks:
-    """The blocks of (N, parts, C / parts, H W), with buffers in the format of the statistics that each uses in turn.
+    """The blocks of (N, parts, C / parts, H W), and buffers in the dtype of the statistics that all blocks share.
 
-    A block is several samples, one, or where that is too large, what is adjacent in it: as much as leaves the buffers
-    in the cache.
+    A block is as many whole samples as fit in the cache with the buffers, or a contiguous slice of one sample.
     """
 
     def __init__(self, values: Tensor, buffers: int) -> None:
@@ -211,22 +212,22 @@ class _Blocks:
 
 
 def _upcast(block: Tensor, buffer: Tensor) -> Tensor:
-    """The block in the format of the statistics: itself, or its copy in the buffer."""
+    """Return the block in the dtype of the statistics: itself, or its copy in the buffer."""
     return block if block.dtype == buffer.dtype else buffer.copy_(block)
 
 
 def _parted(x: Tensor, parts: int) -> Tensor:
-    """(N, C, H, W) seen as (N, parts, C / parts, H W): CFE exchanges two halves, which is done along dimension 1."""
+    """View (N, C, H, W) as (N, parts, C / parts, H W); CFE exchanges its two halves along dimension 1."""
     return x.flatten(2).unflatten(1, (parts, x.shape[1] // parts))
 
 
 def _channels(block: _Index) -> _Index:
-    """The same block of a tensor with one entry per channel."""
+    """Return the index of the same block in a tensor with one entry per channel."""
     return (*block[:3], slice(None))
 
 
 def _moments(values: Tensor) -> Moments:
-    """Means first, so that a large one cancels before anything is squared."""
+    """Return the moments: first the means, so that a large mean cancels before anything is squared."""
     n = values.shape[3]
     mean = upcast(torch.zeros_like(values[..., :1]))
     m2 = torch.zeros_like(mean)

@@ -1,0 +1,88 @@
+"""CFE and SFE from one set of moments per channel: the equations of their fused implementation."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.ops.gate import away_from_zero, logit
+
+_OPEN = 2.0  # marks an open gate, w1 = 1 and w2 = 0; no sigmoid comes near it
+
+
+class Moments(NamedTuple):
+    """Moments of each channel of each sample over its n positions."""
+
+    mean: Tensor
+    """Mean, (N, C)."""
+    m2: Tensor
+    """Sum of the squared deviations from the mean, (N, C)."""
+    n: int
+    """Number of positions, H W."""
+
+
+class ChannelGate(NamedTuple):
+    """CFE's gate as a line in the deviation u from the channel's mean: z = slope u + intercept."""
+
+    slope: Tensor
+    """gamma w_gamma times `inverse_std`, (N, C)."""
+    intercept: Tensor
+    """z at the channel's mean, (N, C)."""
+    w_gamma: Tensor
+    """Weights of eq. (1), (C,)."""
+    inverse_std: Tensor
+    """Inverse standard deviation of the channel's group, (N, C)."""
+    mean_offset: Tensor
+    """Mean of the channel less the mean of its group, (N, C)."""
+
+
+def channel_gate(moments: Moments, gamma: Tensor, beta: Tensor, options: CsfeOptions) -> ChannelGate:
+    """Return equations (1)-(2); the moments of the groups follow from those of their channels."""
+    mean, m2, n = moments
+    by_group = mean.unflatten(1, (options.num_groups, -1))
+    mean_offset = by_group - by_group.mean(dim=2, keepdim=True)
+    variance = (m2.view_as(by_group) * (1 / max(n, 1)) + mean_offset.square()).mean(dim=2, keepdim=True)
+    inverse_std = (variance + options.eps).rsqrt().expand_as(by_group).flatten(1)
+    mean_offset = mean_offset.flatten(1)
+    w_gamma = gamma * (1 / away_from_zero(gamma.sum()))  # (1)
+    slope = gamma * w_gamma * inverse_std
+    return ChannelGate(slope, w_gamma * beta + slope * mean_offset, w_gamma, inverse_std, mean_offset)
+
+
+def spatial_slope(moments: Moments, options: CsfeOptions) -> Tensor:
+    """Return the factor of the squared deviation in eq. (8), (N, C)."""
+    variance = moments.m2 * (1 / max(moments.n - options.correction, 1))  # (7)
+    return 0.25 / (variance + options.lambd)
+
+
+def csfe_from_moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> Tensor:
+    """Return `scale * (CFE(x) + SFE(x))` in the dtype of `x`, in operations that compilers fuse well.
+
+    Inductor recomputes per-channel values at every element unless a reduction produces them; `_per_channel_reduced`
+    adds one. A quotient would then cost as much as a sigmoid, hence the products with an inverse.
+    """
+    n = x.shape[2] * x.shape[3]
+    mean = x.sum(dim=(2, 3), keepdim=True) * (1 / max(n, 1))
+    u = x - mean
+    moments = Moments(mean[:, :, 0, 0], u.square().sum(dim=(2, 3)), n)
+    sfe_gate = 0.0
+    if options.with_sfe:
+        slope = _per_channel_reduced(spatial_slope(moments, options))
+        sfe_gate = (slope * u.square() + options.beta).sigmoid()
+    if weight is None or bias is None:
+        y = x * sfe_gate
+    else:
+        line = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
+        z = _per_channel_reduced(line.slope) * u + _per_channel_reduced(line.intercept)
+        # Encode r and "open" in one tensor: both halves read it, so it is materialised once.
+        gate = torch.where(z > logit(options.threshold), _OPEN, z.sigmoid())
+        first, second = (x * (gate.clamp(max=1) + sfe_gate)).chunk(2, dim=1)
+        weak_first, weak_second = (x * torch.where(gate < _OPEN, gate, 0.0)).chunk(2, dim=1)
+        y = torch.cat((first + weak_second, second + weak_first), dim=1)
+    return options.scale * y
+
+
+def _per_channel_reduced(values: Tensor) -> Tensor:
+    """Return (N, C) as (N, C, 1, 1), by a mean of equal values; Inductor would unroll a mean of fewer than 8."""
+    return values[:, :, None, None, None].expand(-1, -1, 1, 1, 8).mean(dim=-1)

@@ -1,0 +1,84 @@
+"""MFDF without its branch maps: with depthwise branches, equations (10), (11) and (14) are linear in x."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+
+def stack_kernels(weights: Sequence[Tensor], dilations: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Return the branches' depthwise kernels as one tensor (K, C, k, k), and the spacing of its taps in px."""
+    tap_spacing, radii = spacing_and_radii(weights, dilations)
+    radius = max(radii)
+    stacked_kernels = weights[0].new_zeros((len(weights), len(weights[0]), 2 * radius + 1, 2 * radius + 1), dtype=dtype)
+    for k, (weight, dilation, branch_radius) in enumerate(zip(weights, dilations, radii, strict=True)):
+        taps = slice(radius - branch_radius, radius + branch_radius + 1, max(1, dilation // tap_spacing))
+        stacked_kernels[k, :, taps, taps] = weight[:, 0]
+    return stacked_kernels, tap_spacing
+
+
+def spacing_and_radii(weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[int, list[int]]:
+    """Return the widest spacing in px at which a common kernel holds every tap, and each branch's radius in taps."""
+    sizes = [weight.shape[-1] for weight in weights]
+    tap_spacing = math.gcd(*(dilation for size, dilation in zip(sizes, dilations, strict=True) if size > 1)) or 1
+    return tap_spacing, [size // 2 * dilation // tap_spacing for size, dilation in zip(sizes, dilations, strict=True)]
+
+
+def tap_coverage(kernel: Tensor, tap_spacing: int, height: int, width: int) -> Tensor:
+    """Return how much each position of a map adds to the sum over its depthwise convolution: (C, k, k) to (C, H, W).
+
+    A position adds the taps that reach it while the kernel's centre is inside the map.
+    """
+    rows, columns = (_taps_inside(kernel.shape[-1], tap_spacing, length).to(kernel) for length in (height, width))
+    return ((kernel @ columns).mT @ rows).mT
+
+
+def tap_coverage_backward(dcoverage: Tensor, tap_spacing: int, size: int) -> Tensor:
+    """Return the gradient of the kernel of `tap_coverage`: (C, H, W) to (C, k, k)."""
+    rows, columns = (_taps_inside(size, tap_spacing, length).to(dcoverage) for length in dcoverage.shape[1:])
+    return ((dcoverage @ columns.mT).mT @ rows.mT).mT
+
+
+def _taps_inside(size: int, tap_spacing: int, length: int) -> Tensor:
+    """Return which taps along one side of a kernel reach which positions of a side of the map: (k, length), 0 or 1."""
+    distances = tap_spacing * torch.arange(-(size // 2), size // 2 + 1)
+    centres = torch.arange(length) - distances[:, None]
+    return (centres >= 0) & (centres < length)
+
+
+def mean_by_coverage(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
+    r"""Return the mean over all positions of x convolved with `kernel`, (N, C), without the convolution.
+
+    \[ p_c = \frac{1}{HW} \sum_{ij} x_{c,ij} \sum_{uv \text{ reaching } ij} W_{c,uv} \]
+    """
+    height, width = x.shape[2:]
+    coverage = tap_coverage(kernel, tap_spacing, height, width)
+    return einsum(x, coverage, "n c h w, c h w -> n c") / (height * width)
+
+
+def merge_kernels(alpha: Tensor, stacked_kernels: Tensor) -> Tensor:
+    """Return sum_k alpha_kc W_kc of eq. (14), (N, C, k, k), from alpha (N, K, C) and the stacked kernels (K, C, k, k).
+
+    It is a sum of products, and so are its gradients: a matrix product per channel takes ten times as long on CPU.
+    """
+    weights = alpha[..., None, None]
+    merged_kernels = weights[:, 0] * stacked_kernels[0]
+    for k in range(1, len(stacked_kernels)):
+        merged_kernels.addcmul_(weights[:, k], stacked_kernels[k])
+    return merged_kernels
+
+
+def convolve_each(x: Tensor, merged_kernels: Tensor, merged_bias: Tensor | None, tap_spacing: int) -> Tensor:
+    """Return each sample convolved by its own depthwise kernels, (N, C, k, k), plus its own bias, (N, C)."""
+    y = F.conv2d(
+        rearrange(x, "n c h w -> 1 (n c) h w"),
+        rearrange(merged_kernels, "n c u v -> (n c) 1 u v"),
+        None if merged_bias is None else rearrange(merged_bias, "n c -> (n c)"),
+        padding=tap_spacing * (merged_kernels.shape[-1] // 2),
+        dilation=tap_spacing,
+        groups=x.shape[0] * x.shape[1],
+    )
+    return rearrange(y, "1 (n c) h w -> n c h w", n=x.shape[0])

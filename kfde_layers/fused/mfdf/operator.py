@@ -1,0 +1,138 @@
+"""The two operators of the fused MFDF: their schemas, their implementations for each device, their gradients.
+
+`mean_of_convolution` is the mean over all positions of a depthwise convolution. `merged_convolution` is a depthwise
+convolution by merged kernels, one per sample and channel. Neither makes the map of a branch, and the backward passes
+take the inputs alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfde_layers.fused.mfdf import cpu
+from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels
+from kfde_layers.fused.second_order import differentiable_gradients
+from kfde_layers.ops.formats import as_input, dense, memory_format, upcast, without_autocast
+
+
+@torch.library.custom_op("kfde::mean_of_convolution", mutates_args=(), device_types="cpu")
+def mean_of_convolution(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
+    """Return the mean over all positions of x convolved with `kernel` (C, k, k), whose taps are some px apart."""
+    return cpu.mean_of_convolution(x, kernel, tap_spacing)
+
+
+@torch.library.custom_op("kfde::mean_of_convolution_backward", mutates_args=(), device_types="cpu")
+def _mean_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
+    return cpu.mean_of_convolution_backward(dp, x, kernel, tap_spacing)
+
+
+@torch.library.custom_op("kfde::merged_convolution", mutates_args=(), device_types="cpu")
+def merged_convolution(
+    x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int
+) -> Tensor:
+    """Return each sample convolved by its kernels sum_k alpha_kc W_kc, plus its bias (N, C)."""
+    return cpu.merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
+
+
+@torch.library.custom_op("kfde::merged_convolution_backward", mutates_args=(), device_types="cpu")
+def _merged_backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cpu.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing)
+
+
+def _mean_on_cuda(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
+    from kfde_layers.fused.mfdf.cuda.launch import launch_mean  # Triton loads here, at first use
+
+    return launch_mean(dense(x), kernel, tap_spacing)
+
+
+def _mean_backward_on_cuda(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
+    from kfde_layers.fused.mfdf.cuda.launch import launch_mean_backward
+
+    return launch_mean_backward(dp, dense(x), kernel, tap_spacing)
+
+
+def _merged_on_cuda(
+    x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int
+) -> Tensor:
+    from kfde_layers.fused.mfdf.cuda.launch import launch_merged
+
+    return launch_merged(dense(x), alpha, stacked_kernels, merged_bias, tap_spacing)
+
+
+def _merged_backward_on_cuda(
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from kfde_layers.fused.mfdf.cuda.launch import launch_merged_backward
+
+    dy = dy.contiguous(memory_format=memory_format(x))
+    return launch_merged_backward(dy, dense(x), alpha, stacked_kernels, tap_spacing)
+
+
+torch.library.register_kernel(mean_of_convolution, "cuda", _mean_on_cuda)
+torch.library.register_kernel(_mean_backward, "cuda", _mean_backward_on_cuda)
+torch.library.register_kernel(merged_convolution, "cuda", _merged_on_cuda)
+torch.library.register_kernel(_merged_backward, "cuda", _merged_backward_on_cuda)
+
+
+def _fake_map(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+@mean_of_convolution.register_fake
+def _fake_mean(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
+    return kernel.new_empty(x.shape[:2])
+
+
+@_mean_backward.register_fake
+def _fake_mean_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
+    return _fake_map(x), kernel.new_empty(kernel.shape)
+
+
+@merged_convolution.register_fake
+def _fake_merged(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int) -> Tensor:
+    return _fake_map(x)
+
+
+@_merged_backward.register_fake
+def _fake_merged_backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dalpha, dstacked = alpha.new_empty(alpha.shape), stacked_kernels.new_empty(stacked_kernels.shape)
+    return _fake_map(x), dalpha, dstacked, alpha.new_empty(x.shape[:2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.tap_spacing = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mean_gradients(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
+    x, kernel = ctx.saved_tensors
+    if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
+
+        def equations(x: Tensor, kernel: Tensor) -> Tensor:
+            with without_autocast(x):
+                return mean_by_coverage(upcast(x), kernel, ctx.tap_spacing)
+
+        return *differentiable_gradients(equations, (x, kernel), dp), None
+    return *torch.ops.kfde.mean_of_convolution_backward(dp, x, kernel, ctx.tap_spacing), None
+
+
+def _merged_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, alpha, stacked_kernels, merged_bias = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def equations(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor) -> Tensor:
+            with without_autocast(x):
+                merged_kernels = merge_kernels(alpha, stacked_kernels)
+                return as_input(convolve_each(upcast(x), merged_kernels, merged_bias, ctx.tap_spacing), x)
+
+        return *differentiable_gradients(equations, (x, alpha, stacked_kernels, merged_bias), dy), None
+    return *torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, ctx.tap_spacing), None
+
+
+mean_of_convolution.register_autograd(_mean_gradients, setup_context=_save)
+merged_convolution.register_autograd(_merged_gradients, setup_context=_save)

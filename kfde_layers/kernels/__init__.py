@@ -1,1 +1,0 @@
-"""Triton kernels and their launchers; imported by the operators when they run."""

@@ -1,0 +1,68 @@
+"""A branch of MFDF with a norm or an activation."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfde_layers.layers.parts import watched_everywhere, why_not_plain, why_not_readable
+
+
+class ConvNormAct(nn.Module):
+    """Convolve, normalise, activate.
+
+    In evaluation a batch norm is linear in its input: if both are plain, the convolution takes it over, which saves one
+    pass over the map. TorchScript and torch.fx record the calls.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm: Any = norm
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.act(self.norm(self.conv(x)))
+        else:
+            conv = self.conv
+            if isinstance(x, torch.fx.Proxy) or self.why_not_foldable() is not None or watched_everywhere():
+                return self.act(self.norm(conv(x)))
+            weight, dtype = conv.weight, self.norm.weight.dtype
+            # In 16 bits the product of weight and scale would be rounded, and a norm that is called does not round it.
+            if dtype not in (torch.float32, torch.float64) or weight.dtype != dtype or why_not_readable(weight, x):
+                return self.act(self.norm(conv(x)))
+            weight, bias = _fold(weight, conv.bias, self.norm)
+            return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+
+    def why_not_foldable(self) -> str | None:
+        """Return why the norm cannot be folded into the convolution now, as the end of a sentence, or None."""
+        conv, norm = self.conv, self.norm
+        if reason := why_not_plain(conv, nn.Conv2d):
+            return f"has a part conv that {reason}"
+        if conv.padding_mode != "zeros":
+            return f"has a part conv with padding_mode={conv.padding_mode!r}"
+        if reason := why_not_plain(norm, nn.BatchNorm2d):
+            return f"has a part norm that {reason}"
+        if norm.training:
+            return "has a batch norm in training"
+        if norm.weight is None or norm.bias is None or norm.running_mean is None or norm.running_var is None:
+            return "has a batch norm without affine parameters or running statistics"
+        return None
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the convolution that equals convolution and norm, in float32 or float64."""
+        return _fold(self.conv.weight, self.conv.bias, self.norm)
+
+
+def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(conv_weight.dtype, torch.float32)
+    weight, bias, mean, variance = (
+        tensor.to(dtype) for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+    scale = weight * torch.rsqrt(variance + norm.eps)
+    intercept = bias - mean * scale
+    if conv_bias is not None:
+        intercept = intercept + conv_bias.to(dtype) * scale
+    return conv_weight.to(dtype) * scale[:, None, None, None], intercept

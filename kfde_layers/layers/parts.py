@@ -1,0 +1,110 @@
+"""The parts of a layer: whether one may be merged instead of called, and how it starts.
+
+A part (`cfe`, `sfe`, a branch, `fc1`, `fc2`) is a module, and other tools treat it as one: they hook it, prune it, wrap
+it, replace it, or keep its weights elsewhere until it is called. So a layer calls its parts. Only a plain part may be
+merged instead, which means that the layer reads its parameters and computes the same in another way.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def why_not_plain(part: nn.Module, made: type[nn.Module]) -> str | None:
+    """Return why `part` must be called, as the end of a sentence, or None if it is plain.
+
+    A part is plain if it is still exactly of the type that the layer `made`, if no hook is set on it, and if its
+    instance has no forward of its own. Parametrizations (`torch.nn.utils.parametrize`) leave it plain: its attributes
+    are what they compute. This runs at every call of a layer, so it reads the instance's dict, which is fast.
+    """
+    if type(part) is not made and type_before_parametrizations(part) is not made:
+        return f"is of type {type(part).__name__} instead of {made.__name__}"
+    attributes = part.__dict__
+    if (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    ):
+        return "has a forward or backward hook"
+    if "forward" in attributes or "_conv_forward" in attributes:
+        return "has a forward of its own"
+    return None
+
+
+def why_not_plain_convolution(conv: nn.Module, kernel_size: int, dilation: int, groups: int) -> str | None:
+    """Return why a branch's convolution must be called, or None if it is plain and as the layer made it."""
+    if reason := why_not_plain(conv, nn.Conv2d):
+        return reason
+    attributes = conv.__dict__
+    padding = dilation * (kernel_size // 2)
+    if (
+        attributes["kernel_size"] != (kernel_size, kernel_size)
+        or attributes["stride"] != (1, 1)
+        or attributes["padding"] != (padding, padding)
+        or attributes["dilation"] != (dilation, dilation)
+        or attributes["groups"] != groups
+        or attributes["padding_mode"] != "zeros"
+    ):
+        return "has another kernel size, stride, padding, dilation or number of groups than the layer gave it"
+    return None
+
+
+def why_not_readable(tensor: Tensor, x: Tensor) -> str | None:
+    """Return why a parameter cannot be read in place of calling its part on `x`, or None if it can."""
+    if tensor.device != x.device:
+        return f"has its parameters on {tensor.device}, but x is on {x.device}"
+    if is_traceable_wrapper_subclass(tensor):  # such as a quantised or a distributed tensor
+        return f"has a parameter of type {type(tensor).__name__}"
+    return None
+
+
+def watched_everywhere() -> bool:
+    """Return whether a hook is set on all modules of the process, which must then see the parts too."""
+    return not torch.compiler.is_compiling() and bool(nn_module._has_any_global_hook())  # pyright: ignore[reportPrivateUsage]
+
+
+def call_linear(fc: nn.Module, p: Tensor) -> Tensor:
+    """Return fc(p) in the dtype of p, which is that of the statistics."""
+    dtypes = [parameter.dtype for parameter in fc.parameters() if parameter.is_floating_point()]
+    if not dtypes or dtypes[0] == p.dtype:  # a quantised module may have no parameter
+        return fc(p).to(p.dtype)
+    if isinstance(fc, nn.Linear) and why_not_plain(fc, nn.Linear) is None and why_not_readable(fc.weight, p) is None:
+        # In 16 bits the product would be rounded: read the parameters and upcast them.
+        return F.linear(p, fc.weight.to(p.dtype), None if fc.bias is None else fc.bias.to(p.dtype))
+    return fc(p.to(dtypes[0])).to(p.dtype)
+
+
+def start_with(part: Part, initialise: Callable[[Part], None]) -> Part:
+    """Let `part.reset_parameters()` run `initialise(part)`, and return the part.
+
+    The part keeps its type: tools that choose modules by their exact type (`quantize_dynamic`, `fuse_modules`, counters
+    of operations) must find PyTorch's own. A partial, not a closure, because it survives deepcopy and pickle.
+    """
+    part.__dict__["reset_parameters"] = functools.partial(initialise, part)
+    return part
+
+
+def start_as_noise(part: nn.Conv2d | nn.Linear) -> None:
+    """Draw the weight from a truncated normal distribution of deviation 0.02, and set the bias to zero."""
+    nn.init.trunc_normal_(part.weight, std=0.02)
+    if part.bias is not None:
+        nn.init.zeros_(part.bias)
+
+
+def start_near_identity(conv: nn.Conv2d) -> None:
+    """Start a depthwise convolution as a Dirac kernel plus that noise, so that its output is near its input."""
+    start_as_noise(conv)
+    noise = conv.weight.detach().clone()
+    nn.init.dirac_(conv.weight, groups=conv.groups)
+    with torch.no_grad():
+        conv.weight.add_(noise)
