@@ -77,9 +77,7 @@ class CFE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return torch.ops.kfde.cfe(
-                x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, self.impl
-            )
+            return torch.ops.kfde.cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, self.impl)
         else:
             return cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, impl=self.impl)
 

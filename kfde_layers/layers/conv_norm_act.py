@@ -1,12 +1,17 @@
 """A branch of MFDF with a norm or an activation."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfde_layers.layers.parts import watched_everywhere, why_not_plain, why_not_readable
+from kfde_layers.layers.parts import (
+    watched_everywhere,
+    why_not_plain,
+    why_not_plain_conv,
+    why_not_readable,
+)
 
 
 class ConvNormAct(nn.Module):
@@ -26,19 +31,21 @@ class ConvNormAct(nn.Module):
         if torch.jit.is_scripting():
             return self.act(self.norm(self.conv(x)))
         else:
-            conv = self.conv
             if isinstance(x, torch.fx.Proxy) or self.why_not_foldable() is not None or watched_everywhere():
-                return self.act(self.norm(conv(x)))
-            weight, dtype = conv.weight, self.norm.weight.dtype
-            # In 16 bits the product of weight and scale would be rounded, and a norm that is called does not round it.
-            if dtype not in (torch.float32, torch.float64) or weight.dtype != dtype or why_not_readable(weight, x):
-                return self.act(self.norm(conv(x)))
-            weight, bias = _fold(weight, conv.bias, self.norm)
+                return self.act(self.norm(self.conv(x)))
+            conv, norm = self.conv, self.norm
+            weight = conv.weight
+            # In 16 bits the product of weight and scale would be rounded, which the norm itself does not do.
+            folds = weight.dtype in (torch.float32, torch.float64) and norm.weight.dtype == weight.dtype
+            if not folds or why_not_readable(weight, x.device):
+                return self.act(norm(conv(x)))
+            weight, bias = _fold(weight, conv.bias, norm)
             return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
     def why_not_foldable(self) -> str | None:
         """Return why the norm cannot be folded into the convolution now, as the end of a sentence, or None."""
-        conv, norm = self.conv, self.norm
+        parts = self._modules
+        conv, norm = cast(nn.Module, parts["conv"]), cast(nn.Module, parts["norm"])
         if reason := why_not_plain(conv, nn.Conv2d):
             return f"has a part conv that {reason}"
         if conv.padding_mode != "zeros":
@@ -47,8 +54,19 @@ class ConvNormAct(nn.Module):
             return f"has a part norm that {reason}"
         if norm.training:
             return "has a batch norm in training"
-        if norm.weight is None or norm.bias is None or norm.running_mean is None or norm.running_var is None:
-            return "has a batch norm without affine parameters or running statistics"
+        if norm._parameters.get("weight", norm) is None or norm._buffers["running_mean"] is None:
+            return "has a batch norm without affine parameters or without running statistics"
+        return None
+
+    def why_not_one_convolution(self, settings: tuple[object, ...]) -> str | None:
+        """Return why the branch does not equal one convolution with these settings now, or None if it does."""
+        if reason := self.why_not_foldable():
+            return reason
+        parts = self._modules
+        if reason := why_not_plain_conv(cast(nn.Module, parts["conv"]), settings):
+            return f"has a part conv that {reason}"
+        if reason := why_not_plain(cast(nn.Module, parts["act"]), nn.Identity):
+            return f"has a part act that {reason}"
         return None
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -56,7 +74,7 @@ class ConvNormAct(nn.Module):
         return _fold(self.conv.weight, self.conv.bias, self.norm)
 
 
-def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(conv_weight.dtype, torch.float32)
     weight, bias, mean, variance = (
         tensor.to(dtype) for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)

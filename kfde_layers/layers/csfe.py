@@ -1,5 +1,7 @@
 """CSFE, the channel-spatial feature enhancement."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -135,13 +137,16 @@ class CSFE(nn.Module):
 
     def _gamma_and_beta(self, x: Tensor) -> tuple[Tensor, Tensor] | str:
         """Return the parameters of CFE, for the operation to read, or why the parts must be called."""
-        if reason := why_not_plain(self.cfe, CFE):
+        cfe, sfe = cast(CFE, self._modules["cfe"]), cast(SFE, self._modules["sfe"])
+        if reason := why_not_plain(cfe, CFE):
             return f"cfe {reason}"
-        if reason := why_not_plain(self.sfe, SFE):
+        if reason := why_not_plain(sfe, SFE):
             return f"sfe {reason}"
-        weight, bias = self.cfe.weight, self.cfe.bias
-        if not isinstance(x, torch.fx.Proxy) and (reason := why_not_readable(weight, x) or why_not_readable(bias, x)):
-            return f"cfe {reason}"
+        weight, bias = cfe.weight, cfe.bias
+        if not isinstance(x, torch.fx.Proxy):
+            device = x.device
+            if reason := why_not_readable(weight, device) or why_not_readable(bias, device):
+                return f"cfe {reason}"
         return weight, bias
 
     @property

@@ -11,12 +11,13 @@ from kfde_layers._impl import Impl, resolve_impl, select
 from kfde_layers.layers.conv_norm_act import ConvNormAct
 from kfde_layers.layers.parts import (
     call_linear,
+    conv_settings,
     start_as_noise,
     start_near_identity,
     start_with,
     watched_everywhere,
     why_not_plain,
-    why_not_plain_convolution,
+    why_not_plain_conv,
     why_not_readable,
 )
 from kfde_layers.ops.formats import without_autocast
@@ -89,7 +90,7 @@ class MFDF(nn.Module):
     __constants__ = ("all_parts_are_plain", "fc_are_plain")  # TorchScript compiles only the path that applies
     __jit_unused_properties__ = ("all_parts_are_plain", "fc_are_plain")
 
-    # declared here, because TorchScript refuses such types in __init__, and takes a tuple of any length as constant only
+    # declared here: TorchScript refuses such types in __init__, and takes a tuple of any length only as a constant
     kernel_sizes: Final[tuple[int, ...]]
     dilation: list[int]
 
@@ -151,6 +152,8 @@ class MFDF(nn.Module):
             return start_with(nn.Linear(inputs, outputs, device=device, dtype=dtype), start_as_noise)
 
         self.branches: nn.ModuleList = nn.ModuleList(map(branch, self.kernel_sizes, self.dilation))
+        convolutions = (branch if self.plain_branches else branch.conv for branch in self.branches)
+        self._settings = tuple(conv_settings(cast(nn.Conv2d, conv)) for conv in convolutions)
         self.fc1: nn.Linear = linear(channels, hidden)
         self.fc2: nn.Linear = linear(hidden, len(self.kernel_sizes) * channels)
         self.reset_parameters()
@@ -158,8 +161,8 @@ class MFDF(nn.Module):
     def reset_parameters(self) -> None:
         """Return to the start described above; a norm returns to its own."""
         for module in self.modules():
-            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+            if module is not self and hasattr(module, "reset_parameters"):
+                cast(Callable[[], None], module.reset_parameters)()
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -195,20 +198,13 @@ class MFDF(nn.Module):
             return "a branch has an activation, or a norm after a convolution that is not depthwise"
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
+        device = x.device
         for k, branch in enumerate(self.branches):
-            size, dilation = self.kernel_sizes[k], self.dilation[k]
-            if self.plain_branches:
-                reason = why_not_plain_convolution(branch, size, dilation, self.groups)
-            else:
-                reason = _why_not_one_convolution(branch, size, dilation, self.groups)
+            kernel = self._kernel(branch, self._settings[k])
+            reason = kernel if isinstance(kernel, str) else why_not_readable(kernel[0], device)
             if reason is not None:
                 return f"branches[{k}] {reason}"
-            if self.plain_branches:
-                weight, bias = cast(nn.Conv2d, branch).weight, cast(nn.Conv2d, branch).bias
-            else:
-                weight, bias = cast(ConvNormAct, branch).folded()
-            if reason := why_not_readable(weight, x):
-                return f"branches[{k}] {reason}"
+            weight, bias = cast(tuple[Tensor, Tensor | None], kernel)
             weights.append(weight)
             biases.append(bias)
         with_bias = [bias for bias in biases if bias is not None]
@@ -216,6 +212,17 @@ class MFDF(nn.Module):
             return "some branches have a bias and others have none"
         check_branches(self.channels, self.groups, weights, with_bias or None)
         return weights, with_bias or None
+
+    def _kernel(self, branch: nn.Module, settings: tuple[object, ...]) -> tuple[Tensor, Tensor | None] | str:
+        """Return kernel and bias of the convolution that the branch equals now, or why it must be called."""
+        if self.plain_branches:
+            conv = cast(nn.Conv2d, branch)
+            return why_not_plain_conv(conv, settings) or (conv.weight, conv.bias)
+        reason = why_not_plain(branch, ConvNormAct)
+        if reason is not None:
+            return reason
+        branch = cast(ConvNormAct, branch)
+        return branch.why_not_one_convolution(settings) or branch.folded()
 
     def _scores(self, p: Tensor) -> Tensor:
         """Return the scores of eq. (13), (N, K C), from p, (N, C)."""
@@ -238,7 +245,16 @@ class MFDF(nn.Module):
                     biases.append(bias)  # pyright: ignore[reportArgumentType]
             if torch.jit.is_scripting():
                 return torch.ops.kfde.mfdf(
-                    x, weights, biases, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.dilation, self.groups, self.impl
+                    x,
+                    weights,
+                    biases,
+                    fc1.weight,
+                    fc1.bias,
+                    fc2.weight,
+                    fc2.bias,
+                    self.dilation,
+                    self.groups,
+                    self.impl,
                 )
             else:
                 fc = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
@@ -259,36 +275,16 @@ class MFDF(nn.Module):
     @property
     def all_parts_are_plain(self) -> bool:
         """Whether all parameters may be read; TorchScript takes the value at which it compiles the layer."""
-        return (
-            self.plain_branches
-            and self.fc_are_plain
-            and not any(
-                why_not_plain_convolution(branch, size, dilation, self.groups)
-                for branch, size, dilation in zip(self.branches, self.kernel_sizes, self.dilation, strict=True)
-            )
-        )
+        branches = zip(self.branches, self._settings, strict=True)
+        return self.plain_branches and self.fc_are_plain and not any(why_not_plain_conv(*branch) for branch in branches)
 
     @property
     def fc_are_plain(self) -> bool:
         """Whether the parameters of `fc1` and `fc2` may be read."""
-        return not any(why_not_plain(fc, nn.Linear) or fc.bias is None for fc in (self.fc1, self.fc2))
+        return not any(why_not_plain(fc, nn.Linear) or getattr(fc, "bias", None) is None for fc in (self.fc1, self.fc2))
 
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, kernel_sizes={self.kernel_sizes}, dilation={tuple(self.dilation)}, "
             f"groups={self.groups}, impl={self.impl!r}"
         )
-
-
-def _why_not_one_convolution(branch: nn.Module, kernel_size: int, dilation: int, groups: int) -> str | None:
-    """Return why a branch with a norm does not equal one convolution now, or None if it does."""
-    if reason := why_not_plain(branch, ConvNormAct):
-        return reason
-    branch = cast(ConvNormAct, branch)
-    if reason := branch.why_not_foldable():
-        return reason
-    if reason := why_not_plain_convolution(branch.conv, kernel_size, dilation, groups):
-        return f"has a part conv that {reason}"
-    if reason := why_not_plain(branch.act, nn.Identity):
-        return f"has a part act that {reason}"
-    return None

@@ -7,7 +7,7 @@ merged instead, which means that the layer reads its parameters and computes the
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def why_not_plain(part: nn.Module, made: type[nn.Module]) -> str | None:
 
     A part is plain if it is still exactly of the type that the layer `made`, if no hook is set on it, and if its
     instance has no forward of its own. Parametrizations (`torch.nn.utils.parametrize`) leave it plain: its attributes
-    are what they compute. This runs at every call of a layer, so it reads the instance's dict, which is fast.
+    are what they compute. Layers ask at every call, so this reads the dict of the instance, which is fast.
     """
     if type(part) is not made and type_before_parametrizations(part) is not made:
         return f"is of type {type(part).__name__} instead of {made.__name__}"
@@ -41,29 +41,33 @@ def why_not_plain(part: nn.Module, made: type[nn.Module]) -> str | None:
     return None
 
 
-def why_not_plain_convolution(conv: nn.Module, kernel_size: int, dilation: int, groups: int) -> str | None:
-    """Return why a branch's convolution must be called, or None if it is plain and as the layer made it."""
+def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
+    """Return the settings that a convolution must keep to be merged."""
+    attributes = conv.__dict__
+    return (
+        attributes["kernel_size"],
+        attributes["stride"],
+        attributes["padding"],
+        attributes["dilation"],
+        attributes["groups"],
+        attributes["padding_mode"],
+    )
+
+
+def why_not_plain_conv(conv: nn.Module, settings: tuple[object, ...]) -> str | None:
+    """Return why a branch's convolution must be called, or None if it is plain and still has the layer's settings."""
     if reason := why_not_plain(conv, nn.Conv2d):
         return reason
-    attributes = conv.__dict__
-    padding = dilation * (kernel_size // 2)
-    if (
-        attributes["kernel_size"] != (kernel_size, kernel_size)
-        or attributes["stride"] != (1, 1)
-        or attributes["padding"] != (padding, padding)
-        or attributes["dilation"] != (dilation, dilation)
-        or attributes["groups"] != groups
-        or attributes["padding_mode"] != "zeros"
-    ):
-        return "has another kernel size, stride, padding, dilation or number of groups than the layer gave it"
+    if conv_settings(cast(nn.Conv2d, conv)) != settings:
+        return "has another kernel size, stride, padding, dilation, groups or padding mode than the layer gave it"
     return None
 
 
-def why_not_readable(tensor: Tensor, x: Tensor) -> str | None:
-    """Return why a parameter cannot be read in place of calling its part on `x`, or None if it can."""
-    if tensor.device != x.device:
-        return f"has its parameters on {tensor.device}, but x is on {x.device}"
-    if is_traceable_wrapper_subclass(tensor):  # such as a quantised or a distributed tensor
+def why_not_readable(tensor: Tensor, device: torch.device) -> str | None:
+    """Return why a parameter cannot be read in place of calling its part, or None if it can; x is on `device`."""
+    if tensor.device != device:
+        return f"has its parameters on {tensor.device}, but x is on {device}"
+    if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):  # as quantised tensors are
         return f"has a parameter of type {type(tensor).__name__}"
     return None
 
@@ -75,13 +79,16 @@ def watched_everywhere() -> bool:
 
 def call_linear(fc: nn.Module, p: Tensor) -> Tensor:
     """Return fc(p) in the dtype of p, which is that of the statistics."""
-    dtypes = [parameter.dtype for parameter in fc.parameters() if parameter.is_floating_point()]
-    if not dtypes or dtypes[0] == p.dtype:  # a quantised module may have no parameter
+    weight: Tensor | None = fc.__dict__["_parameters"].get("weight")
+    if weight is None or not weight.is_floating_point():  # in a wrapper, or quantised
+        weight = next((parameter for parameter in fc.parameters() if parameter.is_floating_point()), p)
+    if weight.dtype == p.dtype:
         return fc(p).to(p.dtype)
-    if isinstance(fc, nn.Linear) and why_not_plain(fc, nn.Linear) is None and why_not_readable(fc.weight, p) is None:
+    if why_not_plain(fc, nn.Linear) is None and why_not_readable(weight, p.device) is None:
         # In 16 bits the product would be rounded: read the parameters and upcast them.
-        return F.linear(p, fc.weight.to(p.dtype), None if fc.bias is None else fc.bias.to(p.dtype))
-    return fc(p.to(dtypes[0])).to(p.dtype)
+        bias = cast(Tensor | None, fc.bias)
+        return F.linear(p, cast(Tensor, fc.weight).to(p.dtype), None if bias is None else bias.to(p.dtype))
+    return fc(p.to(weight.dtype)).to(p.dtype)
 
 
 def start_with(part: Part, initialise: Callable[[Part], None]) -> Part:

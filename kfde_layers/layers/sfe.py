@@ -21,7 +21,7 @@ class SFE(nn.Module):
     `kfde_layers.functional.sfe`.
 
     Args:
-        channels: Not used: SFE has nothing per channel. It is an argument so that `timm.layers.create_attn(SFE, channels)` works.
+        channels: Not used: SFE has nothing per channel. `timm.layers.create_attn(SFE, channels)` gives it.
         lambd: Added to the variance, in units of x squared; positive.
         beta: Added to the score, dimensionless.
         correction: Subtracted from n = H W in the divisor of the variance: 0 as in the paper, 1 as in SimAM.

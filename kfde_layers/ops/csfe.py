@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kfde_layers._checks import check_choice
 from kfde_layers._impl import Impl, select, tracing, unsupported
-from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
 from kfde_layers.fused.csfe.auto import auto_impl
 from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.sfe import check_sfe, sfe_equations
 

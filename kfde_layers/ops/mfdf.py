@@ -117,6 +117,11 @@ def mfdf_from_maps(x: Tensor, maps: Sequence[Tensor], scores: Callable[[Tensor],
     return sum_branches(x, maps, scores(branch_mean(maps)))
 
 
+def mfdf_from_maps_and_fc(x: Tensor, maps: Sequence[Tensor], *fc: Tensor) -> Tensor:
+    """Return equations (10)-(14) from the branch maps X_k of `x` and the parameters of fc1 and fc2."""
+    return mfdf_from_maps(x, maps, lambda p: branch_scores(p, *fc))
+
+
 def branch_mean(maps: Sequence[Tensor]) -> Tensor:
     """Return p of equations (10)-(11), (N, C), from the branch maps."""
     means = [upcast(branch_map).mean(dim=(2, 3)) for branch_map in maps]
@@ -262,11 +267,6 @@ def _scripted_mfdf(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     return mfdf(x, weights, biases or None, *arguments[:-1], impl=arguments[-1])
 
 
-@torch.library.impl("kfde::mfdf_fuse", "CompositeImplicitAutograd")
-def mfdf_from_maps_and_fc(x: Tensor, maps: Sequence[Tensor], *fc: Tensor) -> Tensor:
-    """Return equations (10)-(14) from the branch maps X_k of `x` and the parameters of fc1 and fc2."""
-    return mfdf_from_maps(x, maps, lambda p: branch_scores(p, *fc))
-
-
+torch.library.impl("kfde::mfdf_fuse", "CompositeImplicitAutograd")(mfdf_from_maps_and_fc)
 torch.library.impl("kfde::mfdf_branch_mean", "CompositeImplicitAutograd")(branch_mean)
 torch.library.impl("kfde::mfdf_sum_branches", "CompositeImplicitAutograd")(sum_branches)

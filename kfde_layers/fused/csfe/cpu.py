@@ -87,7 +87,9 @@ def backward(
             keep.add_(weak).add_(is_open)
             dy_sum = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
             torch.mul(x_block, dy_sum[:, None], out=upstream)
-            _sigmoid_backward(upstream, weak, grad_input=upstream)  # dz; where the gate is open, weak is 0, and so is dz
+            _sigmoid_backward(
+                upstream, weak, grad_input=upstream
+            )  # dz; where the gate is open, weak is 0, and so is dz
             z_sum[channels] += upstream.sum(dim=3, keepdim=True)
             dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
             zu_sum[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)

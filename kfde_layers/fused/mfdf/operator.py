@@ -54,9 +54,7 @@ def _mean_backward_on_cuda(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: i
     return launch_mean_backward(dp, dense(x), kernel, tap_spacing)
 
 
-def _merged_on_cuda(
-    x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int
-) -> Tensor:
+def _merged_on_cuda(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int) -> Tensor:
     from kfde_layers.fused.mfdf.cuda.launch import launch_merged
 
     return launch_merged(dense(x), alpha, stacked_kernels, merged_bias, tap_spacing)

@@ -1,0 +1,7 @@
+"""CFE, SFE and CSFE on CUDA, in Triton: two passes over the map.
+
+The first pass finds the moments of each channel, the second applies the gates. One program of the second handles
+channel block c and its partner block c + C/2, because CFE exchanges them: every element is read once and written once.
+The backward pass computes the gates again instead of reading stored ones. Arithmetic is in float32, and no sum depends
+on the order in which programs run.
+"""
