@@ -5,17 +5,17 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.cells import Cells
+from tests.support.cells import Cells
 
-# No deadline: the first call of an operator loads it, and machines differ. In CI the same examples every time.
+# No deadline: the first call of an operator loads it, and machines differ. CI draws the same examples every time.
 settings.register_profile("kfde", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("kfde")
 
-torch.set_num_threads(1)  # the tensors are tiny: a second thread would only get in the way
+torch.set_num_threads(1)  # the tensors are tiny: a second thread would only slow them down
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cells", type=Path, metavar="FILE", help="write what the marked tests found to FILE (JSON)")
+    parser.addoption("--cells", type=Path, metavar="FILE", help="write the results of the marked tests to FILE (JSON)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,6 +1,7 @@
-"""Who may import whom: read from the sources, not from what happens to be loaded."""
+"""Who may import whom, read from the sources."""
 
 import ast
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,14 +25,14 @@ ALLOWED = {
 
 
 def imports(path: Path, within: Callable[[ast.Module], Iterable[ast.AST]] = ast.walk) -> set[str]:
-    found = set()
+    names = set()
     for node in within(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def within_functions(module: ast.Module) -> Iterable[ast.AST]:
@@ -78,7 +79,42 @@ def test_examples_and_benchmarks_use_public_names_only(folder):
         assert not private, path
 
 
+def imports_of_test_files(path: Path) -> set[str]:
+    """Return the imported names that lead through a test file or a conftest file."""
+    return {name for name in imports(path) if any(re.match(r"test_|conftest$", part) for part in name.split("."))}
+
+
+def test_no_test_file_is_imported():
+    for folder in ("benchmarks", "examples", "kfde_layers", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            assert not imports_of_test_files(path), path
+
+
+def imports_of_other_tests(path: Path) -> set[str]:
+    """Return the imported names that lie in `tests`, except in `tests.support`."""
+    return {
+        name for name in imports(path) if name.split(".")[0] == "tests" and not f"{name}.".startswith("tests.support.")
+    }
+
+
+def test_support_imports_no_test():
+    paths = sorted((ROOT / "tests/support").rglob("*.py"))
+    assert paths
+    for path in paths:
+        assert not imports_of_other_tests(path), path
+
+
+def test_an_imported_test_is_seen(tmp_path):
+    (tmp_path / "helper.py").write_text(
+        "import tests.layers.test_cfe\nfrom tests import conftest, support\nfrom tests.support.inputs import draw\n"
+        "from tests.layers import options\nimport torch.testing\n"
+    )
+    test_files = {"tests.layers.test_cfe", "tests.conftest"}
+    assert imports_of_test_files(tmp_path / "helper.py") == test_files
+    assert imports_of_other_tests(tmp_path / "helper.py") == {*test_files, "tests.layers.options"}
+
+
 def test_a_forbidden_import_is_seen(tmp_path):
     (tmp_path / "layer.py").write_text("import torch\nfrom timm.layers import Mlp\nfrom kfde_layers import models\n")
-    seen = strangers(tmp_path / "layer.py", ALLOWED["kfde_layers/layers"])
-    assert seen == {"timm.layers.Mlp", "kfde_layers.models"}
+    forbidden = strangers(tmp_path / "layer.py", ALLOWED["kfde_layers/layers"])
+    assert forbidden == {"timm.layers.Mlp", "kfde_layers.models"}

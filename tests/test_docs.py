@@ -1,4 +1,4 @@
-"""The documentation is run: docstring examples, the code blocks of every page, and the site itself."""
+"""Run the documentation: docstring examples, the code blocks of every page, and the build of the site."""
 
 import doctest
 import importlib
@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import timm
@@ -18,22 +17,22 @@ from packaging.version import Version
 from torch import nn
 
 import kfde_layers
-from tests.helpers import needs_local_dir
+from tests.support.agreement import count_parameters
+from tests.support.hub import needs_local_dir
+from tests.support.pages import DOCS, ROOT, BuiltPage, fetched_by_style, python_blocks, run_block
 
-ROOT = Path(__file__).parents[1]
 MODULES = [info.name for info in pkgutil.walk_packages(kfde_layers.__path__, "kfde_layers.")]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
+PAGES = [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if python_blocks(page)]
 
 
 @pytest.fixture
 def offline_weights(monkeypatch):
-    """Answer a download of pretrained weights with weights of the right shape."""
+    """Replace a download of pretrained weights by random weights of the right shape."""
 
-    def answer(hub_id, *args, **kwargs):
+    def random_weights(hub_id, *args, **kwargs):
         return timm.create_model(hub_id.removeprefix("timm/").split(".")[0]).state_dict()
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", answer)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", random_weights)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -62,7 +61,7 @@ def test_docstring_examples_are_found_and_can_fail():
 
 
 def marks_of(page):
-    """What the code of a page needs and may find lacking."""
+    """Return the marks that skip a page whose code needs packages that are not installed."""
     text = page.read_text()
     marks = [needs_local_dir] if "local-dir:" in text else []
     for package in ("accelerate", "lightning"):
@@ -71,36 +70,36 @@ def marks_of(page):
     return marks
 
 
-# Lightning looks at data loaders in a way that torch has deprecated, and its advice hangs on the number of cores.
+# Lightning calls deprecated functions of PyTorch, and its advice depends on the number of cores.
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning")
 @pytest.mark.parametrize("page", [pytest.param(page, marks=marks_of(page), id=page.name) for page in PAGES])
 def test_code_blocks_run(page, offline_weights, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
-    for block in BLOCK.findall(page.read_text()):
-        exec(compile(block, str(page), "exec"), names)  # the blocks of a page build on each other
+    for block in python_blocks(page):
+        run_block(block, page, names)  # a block uses the names of the blocks above it
     assert "kfde_layers" in {getattr(value, "__module__", "").split(".")[0] for value in names.values()}
 
 
-def test_every_page_that_should_have_code_has_some():
+def test_these_pages_have_code():
     assert {page.stem for page in PAGES} >= {"README", "hub", "insertion", "layers", "models", "training"}
 
 
 def test_the_readme_prints_what_it_says(offline_weights, capsys):
-    (block,) = BLOCK.findall((ROOT / "README.md").read_text())
-    exec(block, {})
-    said = re.findall(r"print\(.*\)  # (.*)", block)
-    assert capsys.readouterr().out.splitlines() == said
-    assert len(said) == 2
+    (block,) = python_blocks(ROOT / "README.md")
+    run_block(block, ROOT / "README.md")
+    promised = re.findall(r"print\(.*\)  # (.*)", block)
+    assert capsys.readouterr().out.splitlines() == promised
+    assert len(promised) == 2
 
 
 def test_the_readme_counts_parameters_right():
     text = (ROOT / "README.md").read_text()
     for name in ("CFE", "SFE", "CSFE", "MFDF"):
         layer = getattr(kfde_layers, name)(768)
-        (said,) = re.findall(rf"^\| `{name}` \|.*\| ([\d,]+) \|$", text, re.MULTILINE)
-        assert int(said.replace(",", "")) == sum(parameter.numel() for parameter in layer.parameters())
+        (written,) = re.findall(rf"^\| `{name}` \|.*\| ([\d,]+) \|$", text, re.MULTILINE)
+        assert int(written.replace(",", "")) == count_parameters(layer)
 
 
 def test_the_cost_table_is_right():
@@ -110,17 +109,16 @@ def test_the_cost_table_is_right():
     )
     assert len(rows) == 9
 
-    def count(name, **kwargs):
-        model = timm.create_model(name, device="meta", **kwargs)
-        return sum(parameter.numel() for parameter in model.parameters()), model.num_features
-
-    likely = {"groups": 1, "norm_layer": nn.BatchNorm2d, "act_layer": nn.ReLU}
-    for size, channels, *said in rows:
-        bare, width = count(f"convnextv2_{size}")
-        kfde = [count(f"kfde_convnextv2_{size}", mfdf=mfdf)[0] - bare for mfdf in (True, {"groups": 32}, likely)]
-        assert int(channels) == width
-        for given, wanted, digits in zip(said, (bare, *kfde), (1, 2, 2, 1), strict=True):
-            assert given == f"{wanted / 1e6:.{digits}f}"
+    dense = {"groups": 1, "norm_layer": nn.BatchNorm2d, "act_layer": nn.ReLU}
+    for size, channels, *written in rows:
+        bare = timm.create_model(f"convnextv2_{size}", device="meta")
+        assert int(channels) == bare.num_features
+        counts = [count_parameters(bare)]
+        for mfdf in (True, {"groups": 32}, dense):
+            kfde = timm.create_model(f"kfde_convnextv2_{size}", device="meta", mfdf=mfdf)
+            counts.append(count_parameters(kfde) - count_parameters(bare))
+        for number, count, digits in zip(written, counts, (1, 2, 2, 1), strict=True):
+            assert number == f"{count / 1e6:.{digits}f}"
 
 
 @pytest.fixture(scope="module")
@@ -135,37 +133,37 @@ def site(tmp_path_factory):
 
 
 def test_the_site_builds_with_every_page(site):
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in DOCS.glob("*.md"):
         built = site / "index.html" if page.stem == "index" else site / page.stem / "index.html"
         assert built.exists(), page
 
 
-def test_mathematics_is_rendered_in_the_page(site):
-    layers, api = ((site / page / "index.html").read_text() for page in ("layers", "api"))
-    assert layers.count("<math") >= 8
-    assert api.count("<math") >= 20
-    for text in (layers, api):
-        assert "arithmatex" not in text
-        assert "\\frac" not in re.sub(r"<code>.*?</code>", "", text, flags=re.DOTALL)
+def test_formulas_are_rendered(site):
+    layers, api = (BuiltPage(site / page / "index.html") for page in ("layers", "api"))
+    assert layers.tags.count("math") >= 8
+    assert api.tags.count("math") >= 20
+    for page in (layers, api):
+        assert "arithmatex" not in page.text
+        assert "\\frac" not in page.prose
 
 
-def test_a_page_asks_no_other_host_for_anything(site):
-    fetched = re.compile(r'<(?:script|img|iframe|source)[^>]*\ssrc="([^"]*)"|<link[^>]*\shref="([^"]*)"|url\(([^)]*)\)')
-    for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
-        for groups in fetched.findall(path.read_text()):
-            address = "".join(groups).strip("'\"")
+def test_a_page_fetches_nothing_from_other_hosts(site):
+    fetched = [(path, BuiltPage(path).fetched) for path in site.rglob("*.html")]
+    fetched += [(path, fetched_by_style(path.read_text())) for path in site.rglob("*.css")]
+    for path, addresses in fetched:
+        for address in addresses:
             assert not re.match(r"(https?:)?//", address), (path, address)
 
 
 def test_the_api_page_shows_every_public_name(site):
-    text = (site / "api/index.html").read_text()
+    ids = BuiltPage(site / "api/index.html").ids
     for name in [*kfde_layers.__all__, *(f"functional.{name}" for name in kfde_layers.functional.__all__)]:
         if name != "functional":
-            assert f'id="kfde_layers.{name}"' in text or f'id="kfde_layers.ops.{name}' in text, name
+            assert any(f"{i}.".startswith((f"kfde_layers.{name}.", f"kfde_layers.ops.{name}")) for i in ids), name
 
 
-def test_the_compatibility_page_has_a_cell_for_each_that_is_tested(site, tmp_path):
-    paths = tmp_path / "cells.json", ROOT / "docs/compatibility.json"
+def test_the_compatibility_page_has_every_tested_cell(site, tmp_path):
+    paths = tmp_path / "cells.json", DOCS / "compatibility.json"
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--cells", paths[0]]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     tested, kept = (json.loads(path.read_text())["cells"] for path in paths)
@@ -181,24 +179,20 @@ def test_the_compatibility_page_has_a_cell_for_each_that_is_tested(site, tmp_pat
 
 
 def test_the_benchmarks_page_holds_the_committed_figures(site):
-    page = (site / "benchmarks/index.html").read_text()
+    page = BuiltPage(site / "benchmarks/index.html")
     paths = sorted((ROOT / "benchmarks/results").glob("*/*.json"))
     newest = max((Version(path.parent.name) for path in paths), default=None)
-    assert ("No figures of this version are there yet." in page) == (newest is None)
-    lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
-    drawings = 0
-    for path in paths:
-        if Version(path.parent.name) != newest:
-            continue
-        result = json.loads(path.read_text())
-        drawings += result["suite"] != "models"
-        assert result["machine"]["name"] in page
+    assert ("No figures of this version are there yet." in page.text) == (newest is None)
+    results = [json.loads(path.read_text()) for path in paths if Version(path.parent.name) == newest]
+    for result in results:
+        assert result["machine"]["name"] in page.text
+        baseline = "backbone" if result["suite"] == "models" else "copy"
         for row in result["rows"]:
-            label = "backbone" if result["suite"] == "models" else "copy"
-            medians = [spread["median"] for spread in row["over"].get(label, [])]
-            said = [cells for cells in lines if cells[:2] == [row["subject"], row["candidate"]]]
-            assert said, row
-            assert not medians or any(cell.startswith(f"{min(medians):.2f}") for cells in said for cell in cells), row
-    figures = re.findall(r'<img[^>]* src="\.\./(figures/[^"]*)"', page)
-    assert len(figures) == drawings
-    assert all((site / figure).exists() for figure in figures)
+            page_rows = [cells for cells in page.rows if cells[:2] == [row["subject"], row["candidate"]]]
+            assert page_rows, row
+            medians = [spread["median"] for spread in row["over"].get(baseline, [])]
+            fastest = f"{min(medians):.2f}" if medians else ""
+            assert any(cell.startswith(fastest) for cells in page_rows for cell in cells), row
+    figures = [address for address in page.images if address.startswith("../figures/")]
+    assert len(figures) == sum(result["suite"] != "models" for result in results)
+    assert all((site / "benchmarks" / figure).exists() for figure in figures)

@@ -53,10 +53,10 @@ def test_eager_calls_are_not_traced():
     ],
 )
 def test_where_it_runs(monkeypatch, device, dtype, triton, capability, reason):
-    class Elsewhere:
+    class TensorOnDevice:
         is_cuda = device == "cuda"
 
-    x = Elsewhere()
+    x = TensorOnDevice()
     x.device, x.dtype = torch.device(device), dtype
     monkeypatch.setattr(_impl, "_HAS_TRITON", triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -1,4 +1,4 @@
-"""What importing the package brings with it, each seen in a fresh process."""
+"""The modules and models that importing the package loads, each in a fresh process."""
 
 import json
 import subprocess

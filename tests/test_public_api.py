@@ -22,7 +22,7 @@ SIGNATURES = {
 }
 
 
-def written(function) -> str:
+def signature_of(function) -> str:
     words = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
@@ -40,7 +40,7 @@ def test_names():
 
 def test_signatures():
     for function, signature in SIGNATURES.items():
-        assert written(function) == signature, function
+        assert signature_of(function) == signature, function
 
 
 def test_every_public_name_is_documented():

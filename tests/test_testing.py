@@ -26,7 +26,7 @@ def test_the_floor_counts_units_of_the_largest_value(dtype):
 
 @pytest.mark.parametrize("where", ["actual", "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_fails(where, value):
+def test_tensors_that_are_not_finite_fail(where, value):
     tensors = {"actual": EXACT.float(), "reference": EXACT.float()}
     tensors[where] = tensors[where].clone()
     tensors[where][1] = value
@@ -34,7 +34,7 @@ def test_what_is_not_finite_fails(where, value):
         assert_error_budget(**tensors, exact=EXACT)
 
 
-def test_what_cannot_be_compared_fails():
+def test_tensors_that_cannot_be_compared_fail():
     with pytest.raises(AssertionError, match=r"exact must be float64, got torch\.float32"):
         assert_error_budget(EXACT.float(), EXACT.float(), EXACT.float())
     with pytest.raises(AssertionError, match=r"dtype is torch\.float16, of the reference torch\.float32"):
@@ -45,7 +45,7 @@ def test_what_cannot_be_compared_fails():
         assert_error_budget(EXACT.float()[:, None], EXACT.float(), EXACT)
 
 
-def test_nothing_has_no_error():
+def test_empty_tensors_have_no_error():
     assert_error_budget(EXACT[:0].float(), EXACT[:0].float(), EXACT[:0])
 
 
@@ -53,7 +53,7 @@ def test_largest_error():
     assert largest_error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0], dtype=torch.float64)) == 0.5
 
 
-def test_a_map_is_the_same_in_every_dtype_and_layout():
+def test_a_map_is_the_same_in_every_dtype_and_memory_format():
     exact = random_tensor(2, 6, 3, 5, seed=7, mean=10.0, dtype=torch.float64)
     assert 9 < float(exact.mean()) < 11
     assert 0.8 < float(exact.std()) < 1.2

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from tests.ecosystem.layers import DEFAULTS, DYNAMIC, MODEL, SHALLOW, TABLE, TOLERANCE, clear_of_the_step, each, pair
-from tests.helpers import relative_error
+from tests.support.agreement import relative_error
+from tests.support.cases import (
+    DEFAULTS,
+    DYNAMIC,
+    MODEL,
+    SHALLOW,
+    TABLE,
+    TOLERANCE,
+    each_case,
+    input_of_case,
+    module_and_reference,
+)
 
 LAYERS = {name: case for name, case in DEFAULTS.items() if case is not MODEL}
 
@@ -12,26 +22,26 @@ pytestmark = pytest.mark.cell(TABLE, "AOTInductor package")
 
 
 def check(case, device, path):
-    module, reference = pair(case)
+    module, reference = module_and_reference(case)
     program = torch.export.export(
         module.to(device), (torch.zeros(case.shapes[0], device=device),), dynamic_shapes=DYNAMIC
     )
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     loaded = torch._inductor.aoti_load_package(str(path))
     for shape in case.shapes:
-        x = clear_of_the_step(reference, shape)
+        x = input_of_case(reference, shape)
         assert relative_error(loaded(x.to(device)).cpu(), reference(x.double())) < TOLERANCE
 
 
 @torch.no_grad()
-@each(LAYERS | {"models": SHALLOW})
+@each_case(LAYERS | {"models": SHALLOW})
 def test_the_numbers_of_the_reference(case, tmp_path):
     check(case, "cpu", tmp_path / "package.pt2")
 
 
 @torch.no_grad()
 @pytest.mark.gpu
-@each(DEFAULTS)
+@each_case(DEFAULTS)
 def test_the_numbers_of_the_reference_on_cuda(case, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(case, "cuda", tmp_path / "package.pt2")

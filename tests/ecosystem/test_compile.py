@@ -5,53 +5,54 @@ import torch
 from packaging.version import Version
 from torch._dynamo.backends.registry import lookup_backend
 
-from tests.ecosystem.layers import (
+from tests.support.agreement import relative_error
+from tests.support.cases import (
     DEFAULTS,
     OPTIONS,
     SHALLOW,
     TABLE,
     TOLERANCE,
-    assert_near,
-    clear_of_the_step,
-    each,
-    in_one_graph,
-    pair,
-    passes,
+    assert_within_tolerance,
+    compile_whole,
+    each_case,
+    input_of_case,
+    module_and_reference,
+    output_and_gradients,
 )
-from tests.helpers import relative_error
 
 pytestmark = pytest.mark.cell(TABLE, "torch.compile, fullgraph")
 
 
 def check(compiled, module, reference, x):
-    """Inference, and then a step of training with what it leaves in the buffers."""
+    """Compare inference, and then a step of training and the buffers after it."""
     with torch.no_grad():
         assert relative_error(compiled(x), reference(x.double())) < TOLERANCE
     module.train(), reference.train()
-    assert_near(passes(compiled, module, x), passes(reference, reference, x.double()))
+    expected = output_and_gradients(reference, reference, x.double())
+    assert_within_tolerance(output_and_gradients(compiled, module, x), expected)
     for buffer, expected in zip(module.buffers(), reference.buffers(), strict=True):
         assert relative_error(buffer, expected) < TOLERANCE
 
 
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.9"),
-    reason="the C++ that PyTorch 2.8 makes of the backward pass of CFE writes past a buffer of its own, and aborts",
+    reason="PyTorch 2.8 compiles the backward pass of CFE to C++ that writes past the end of a buffer and aborts",
 )
-@each({name: OPTIONS[name] for name in ("CFE", "SFE", "CSFE", "MFDF")} | {"models": SHALLOW})
+@each_case({name: OPTIONS[name] for name in ("CFE", "SFE", "CSFE", "MFDF")} | {"models": SHALLOW})
 def test_by_inductor(case):
-    module, reference = pair(case)
-    check(in_one_graph(module), module, reference, clear_of_the_step(reference, case.shapes[0]))
+    module, reference = module_and_reference(case)
+    check(compile_whole(module), module, reference, input_of_case(reference, case.shapes[0]))
 
 
-@each(OPTIONS)
+@each_case(OPTIONS)
 def test_every_option_as_one_graph(case):
-    module, reference = pair(case)
-    x = clear_of_the_step(reference, case.shapes[0]).contiguous(memory_format=torch.channels_last)
-    check(in_one_graph(module, backend="aot_eager"), module, reference, x)
+    module, reference = module_and_reference(case)
+    x = input_of_case(reference, case.shapes[0]).contiguous(memory_format=torch.channels_last)
+    check(compile_whole(module, backend="aot_eager"), module, reference, x)
 
 
 @pytest.mark.gpu
-@each(DEFAULTS)
+@each_case(DEFAULTS)
 def test_by_inductor_around_the_kernels_for_cuda(case, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     operators = set()
@@ -60,12 +61,13 @@ def test_by_inductor_around_the_kernels_for_cuda(case, monkeypatch):
         operators.update(str(node.target) for node in graph.graph.nodes if "kfde" in str(node.target))
         return lookup_backend("inductor")(graph, inputs)
 
-    module, reference = pair(case)
-    x = clear_of_the_step(reference, case.shapes[0])
+    module, reference = module_and_reference(case)
+    x = input_of_case(reference, case.shapes[0])
     module.cuda()
-    compiled = in_one_graph(module, backend=backend)
+    compiled = compile_whole(module, backend=backend)
     with torch.no_grad():
         assert relative_error(compiled(x.cuda()).cpu(), reference(x.double())) < TOLERANCE
-    found = passes(compiled, module, x.cuda())
-    assert_near({name: tensor.cpu() for name, tensor in found.items()}, passes(reference, reference, x.double()))
-    assert operators  # "auto" takes the fused form, which the compiler leaves as it is
+    actual = output_and_gradients(compiled, module, x.cuda())
+    actual = {name: tensor.cpu() for name, tensor in actual.items()}
+    assert_within_tolerance(actual, output_and_gradients(reference, reference, x.double()))
+    assert operators  # "auto" takes the fused operator, which the compiler leaves as it is

@@ -3,37 +3,38 @@
 import pytest
 import torch
 
-from tests.ecosystem.layers import (
+from tests.support.agreement import relative_error
+from tests.support.cases import (
     OPTIONS,
     SHALLOW,
     TABLE,
     TOLERANCE,
-    assert_near,
-    clear_of_the_step,
-    each,
-    in_one_graph,
-    pair,
-    passes,
+    assert_within_tolerance,
+    compile_whole,
+    each_case,
+    input_of_case,
+    module_and_reference,
+    output_and_gradients,
 )
-from tests.helpers import relative_error
 
 pytestmark = pytest.mark.cell(TABLE, "torch.compile, dynamic batch and size")
 
 
-@each(OPTIONS | {"models": SHALLOW})
+@each_case(OPTIONS | {"models": SHALLOW})
 def test_forward_and_backward(case):
-    module, reference = pair(case)
-    compiled = in_one_graph(module, backend="aot_eager", dynamic=True)
+    module, reference = module_and_reference(case)
+    compiled = compile_whole(module, backend="aot_eager", dynamic=True)
     for shape in case.shapes:
-        x = clear_of_the_step(reference, shape)
-        assert_near(passes(compiled, module, x), passes(reference, reference, x.double()))
+        x = input_of_case(reference, shape)
+        expected = output_and_gradients(reference, reference, x.double())
+        assert_within_tolerance(output_and_gradients(compiled, module, x), expected)
 
 
 @torch.no_grad()
-@each({name: OPTIONS[name] for name in ("CFE", "SFE", "CSFE", "MFDF")})
+@each_case({name: OPTIONS[name] for name in ("CFE", "SFE", "CSFE", "MFDF")})
 def test_by_inductor(case):
-    module, reference = pair(case)
-    compiled = in_one_graph(module, dynamic=True)
+    module, reference = module_and_reference(case)
+    compiled = compile_whole(module, dynamic=True)
     for shape in case.shapes:
-        x = clear_of_the_step(reference, shape)
+        x = input_of_case(reference, shape)
         assert relative_error(compiled(x), reference(x.double())) < TOLERANCE

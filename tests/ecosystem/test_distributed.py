@@ -1,30 +1,30 @@
-"""Two processes that share a batch do what one does with the whole of it."""
+"""Two processes that share a batch train like one process with the whole batch."""
 
 import pytest
 import torch
 from torch import multiprocessing
 
-from tests.ecosystem.distributed_worker import NAMES, PROCESSES, work
-from tests.ecosystem.training import build, exact
+from tests.support.distributed_worker import NAMES, PROCESSES, work
+from tests.support.training import build, exact_training
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """One start of the processes for all networks, since it takes longer than the training."""
+    """Start the processes once for all networks, since that takes longer than the training."""
     folder = tmp_path_factory.mktemp("two")
     multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
     return folder
 
 
 def assert_as_in_one_process(results, engine: str, name: str) -> None:
-    found = torch.load(results / f"{engine} {name}.pt")
-    losses, state = exact(name)
-    torch.testing.assert_close(found["losses"], losses, rtol=1e-12, atol=0)
-    assert found["state"].keys() == state.keys()
+    trained = torch.load(results / f"{engine} {name}.pt")
+    losses, state = exact_training(name)
+    torch.testing.assert_close(trained["losses"], losses, rtol=1e-12, atol=0)
+    assert trained["state"].keys() == state.keys()
     for key, tensor in state.items():
-        torch.testing.assert_close(found["state"][key], tensor, rtol=1e-11, atol=1e-13, msg=key)
+        torch.testing.assert_close(trained["state"][key], tensor, rtol=1e-11, atol=1e-13, msg=key)
     for key, start in build(name).named_parameters():
-        assert not torch.equal(found["state"][key], start), key
+        assert not torch.equal(trained["state"][key], start), key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,6 +41,6 @@ def test_fsdp2_trains_like_one_process(name, results):
 
 @pytest.mark.parametrize("name", ["CSFE", "MFDF"])
 @pytest.mark.cell("Training engines", "FSDP2, two processes")
-def test_fsdp2_refuses_a_layer_of_which_a_part_is_sharded_by_itself(name, results):
+def test_fsdp2_refuses_a_layer_with_one_part_sharded_by_itself(name, results):
     for rank in range(PROCESSES):
         assert "got mixed torch.Tensor and DTensor" in torch.load(results / f"refusals {rank}.pt")[name]

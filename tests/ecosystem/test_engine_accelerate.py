@@ -1,25 +1,24 @@
-"""Accelerate's loop, in one process and in two, against the plain one."""
+"""Training with Accelerate, in one process and in two, against the plain loop."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.ecosystem.training import MODELS, SMALL, batch, build, exact, train
+from tests.support.pages import ROOT
+from tests.support.training import MODELS, SMALL, batch, build, exact_training, train
 
 accelerate = pytest.importorskip("accelerate")
-ROOT = Path(__file__).parents[2]
 each_network = pytest.mark.parametrize("name", [*SMALL, *MODELS])
 CELL = pytest.mark.cell("Training engines", "Accelerate")
 
 
 @pytest.fixture
 def accelerator():
-    """Accelerate holds its settings for the life of a process, and this is one process for all tests."""
-    from tests.ecosystem.accelerate_worker import make_accelerator
+    """Make an accelerator. Accelerate keeps its settings as long as the process runs, so reset them."""
+    from tests.support.accelerate_worker import make_accelerator
 
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield make_accelerator()
@@ -28,8 +27,8 @@ def accelerator():
 
 @each_network
 @CELL
-def test_one_process_does_what_the_plain_loop_does_to_the_last_bit(name, accelerator):
-    from tests.ecosystem import accelerate_worker
+def test_one_process_trains_like_the_plain_loop_to_the_last_bit(name, accelerator):
+    from tests.support import accelerate_worker
 
     losses, state = accelerate_worker.train(accelerator, name)
     model = build(name)
@@ -42,7 +41,7 @@ def test_one_process_does_what_the_plain_loop_does_to_the_last_bit(name, acceler
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("accelerate")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--module", "tests.ecosystem.accelerate_worker", str(folder)]
+    command += ["--module", "tests.support.accelerate_worker", str(folder)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -52,10 +51,10 @@ def results(tmp_path_factory):
 
 @each_network
 @CELL
-def test_two_processes_do_what_the_plain_loop_does(name, results):
-    found = torch.load(results / f"{name}.pt")
-    assert found["processes"] == 2
-    losses, state = exact(name)
-    torch.testing.assert_close(found["losses"], losses, rtol=1e-12, atol=0)
+def test_two_processes_train_like_the_plain_loop(name, results):
+    trained = torch.load(results / f"{name}.pt")
+    assert trained["processes"] == 2
+    losses, state = exact_training(name)
+    torch.testing.assert_close(trained["losses"], losses, rtol=1e-12, atol=0)
     for key, tensor in state.items():
-        torch.testing.assert_close(found["state"][key], tensor, rtol=1e-11, atol=1e-13, msg=key)
+        torch.testing.assert_close(trained["state"][key], tensor, rtol=1e-11, atol=1e-13, msg=key)

@@ -5,11 +5,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel
 
-from tests.ecosystem.training import MODELS, SMALL, WITH_BATCH_NORM, batch, build, train
+from tests.support.training import MODELS, SMALL, WITH_BATCH_NORM, batch, build, train
 
 ROUNDING = {"rtol": 1e-12, "atol": 1e-14}
 DECAY = 0.75
-# Of the weights after each of three steps: the first counts as what stands before it too, or each as much as another.
+# Shares of the weights after each of three steps: "timm" starts from the first ones, "torch" takes the mean.
 WEIGHTS = {"timm": (DECAY**2, DECAY * (1 - DECAY), 1 - DECAY), "torch": (1 / 3, 1 / 3, 1 / 3)}
 
 
@@ -38,10 +38,10 @@ def test_an_averaged_network_is_the_average_by_hand(name, kind):
         for key, tensor in states[0].items()
         if tensor.is_floating_point()
     }
-    found = average.module.state_dict()
+    averaged = average.module.state_dict()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, **ROUNDING)
-        assert not torch.equal(found[key], states[-1][key]), key  # it is not the last one
+        torch.testing.assert_close(averaged[key], tensor, **ROUNDING)
+        assert not torch.equal(averaged[key], states[-1][key]), key  # it is not the last one
     loaded = build(name)
     loaded.load_state_dict(states[-1] | expected)  # the counters of batch norm have no mean
     torch.testing.assert_close(average.module.eval()(images), loaded.eval()(images), rtol=1e-10, atol=1e-12)

@@ -1,7 +1,4 @@
-"""The LightningModule that the page on training shows, against the plain loop."""
-
-import re
-from pathlib import Path
+"""The LightningModule of the page on training, against the plain loop."""
 
 import pytest
 import torch
@@ -9,25 +6,26 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.ecosystem.training import CLASSES, MODELS, SMALL, STEPS, batch, build, build_reference, optimize
+from tests.support.pages import DOCS, python_blocks, run_block
+from tests.support.training import CLASSES, MODELS, SMALL, STEPS, batch, build, build_reference, optimize
 
 lightning = pytest.importorskip("lightning")
 pytestmark = [
-    # Lightning 2.6 looks at data loaders in a way that torch has deprecated.
+    # Lightning 2.6 inspects data loaders with functions that PyTorch has deprecated.
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-    # Its advice on speed hangs on the machine: how many cores there are, and whether a GPU lies idle.
+    # Its advice on speed depends on the number of cores, and on whether there is an unused GPU.
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
-PAGE = Path(__file__).parents[2] / "docs/training.md"
+PAGE = DOCS / "training.md"
 
 
 @pytest.fixture(scope="module")
-def shown() -> type[nn.Module]:
-    """The class of the page, as it stands there."""
-    (block,) = re.findall(r"^```python\n(import lightning\n.*?)^quiet = ", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    names = {"torch": torch, "F": F}
-    exec(compile(block, str(PAGE), "exec"), names)
-    return names["Classifier"]
+def classifier_class() -> type[nn.Module]:
+    """Run the class of the page, and return it."""
+    (block,) = (block for block in python_blocks(PAGE) if "import lightning" in block)
+    definition, training = block.split("\nquiet = ")
+    assert "trainer.fit" in training
+    return run_block(definition, PAGE, {"torch": torch, "F": F})["Classifier"]
 
 
 class Recorder(lightning.Callback):
@@ -54,24 +52,24 @@ def fit(classifier: nn.Module, name: str, dtype: torch.dtype, precision: str) ->
     return torch.stack(recorder.losses)
 
 
-def plain(classifier: nn.Module, name: str, model: nn.Module) -> torch.Tensor:
+def train_plainly(classifier: nn.Module, name: str, model: nn.Module) -> torch.Tensor:
     return optimize(model, classifier(model).configure_optimizers(), *batch(name))
 
 
 @pytest.mark.parametrize("name", [*SMALL, *MODELS])
 @pytest.mark.cell("Training engines", "Lightning")
-def test_the_shown_module_trains_like_the_plain_loop(name, shown):
+def test_the_module_of_the_page_trains_like_the_plain_loop(name, classifier_class):
     trained, model = build(name), build(name)
-    losses = fit(shown(trained), name, torch.float64, "64-true")
-    assert torch.equal(losses, plain(shown, name, model))
-    for (key, one), other in zip(trained.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(one, other), key
+    losses = fit(classifier_class(trained), name, torch.float64, "64-true")
+    assert torch.equal(losses, train_plainly(classifier_class, name, model))
+    for (key, parameter), expected in zip(trained.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter, expected), key
 
 
 @pytest.mark.parametrize("name", [*SMALL, *MODELS])
 @pytest.mark.cell("Training engines", "Lightning")
-def test_mixed_precision_follows_the_exact_loss_curve(name, shown):
-    losses = fit(shown(build(name, torch.float32)), name, torch.float32, "bf16-mixed")
-    exact = plain(shown, name, build_reference(name))
+def test_mixed_precision_follows_the_exact_loss_curve(name, classifier_class):
+    losses = fit(classifier_class(build(name, torch.float32)), name, torch.float32, "bf16-mixed")
+    exact = train_plainly(classifier_class, name, build_reference(name))
     tolerance = torch.finfo(torch.bfloat16).eps / 2 * float(exact[0])
     torch.testing.assert_close(losses.double(), exact, rtol=0, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Training with another memory format, and with activations that are computed again instead of kept."""
+"""Training in channels_last, and with activations that are computed again instead of kept."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
-from tests.ecosystem.training import MODELS, SMALL, STEPS, WITH_BATCH_NORM, batch, build, build_reference, train
+from tests.support.training import MODELS, SMALL, STEPS, WITH_BATCH_NORM, batch, build, build_reference, train
 
 each_network = pytest.mark.parametrize("name", [*SMALL, *WITH_BATCH_NORM, *MODELS])
 
@@ -30,9 +30,9 @@ def test_channels_last_trains_like_contiguous_and_stays_so(name, dtype):
     losses, exact = train(name, model, images, labels), train(name, reference, exact_images, labels)
     torch.testing.assert_close(losses.double(), exact, rtol=tolerance, atol=tolerance)
     pairs = [(images, exact_images), *zip(model.parameters(), reference.parameters(), strict=True)]
-    largest = max(float(theirs.grad.abs().max()) for _, theirs in pairs)
-    for mine, theirs in pairs:  # of the images, the sum over all steps; of a parameter, the last one
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=tolerance * largest)
+    largest = max(float(expected.grad.abs().max()) for _, expected in pairs)
+    for actual, expected in pairs:  # images sum their gradients over all steps, parameters hold the last one
+        torch.testing.assert_close(actual.grad.double(), expected.grad, rtol=0, atol=tolerance * largest)
     assert len(outputs) >= STEPS
     for tensor in (*outputs, images.grad, *(p for p in model.parameters() if p.ndim == 4)):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
@@ -82,5 +82,7 @@ def test_a_checkpointed_model_has_the_same_gradients_to_the_last_bit(name):
     losses = [train(name, model, *batch(name), steps=1) for model in (plain, checkpointed)]
     assert len(calls) == 2
     assert torch.equal(*losses)
-    for (key, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad), key
+    for (key, parameter), checkpointed_parameter in zip(
+        plain.named_parameters(), checkpointed.parameters(), strict=True
+    ):
+        assert torch.equal(parameter.grad, checkpointed_parameter.grad), key

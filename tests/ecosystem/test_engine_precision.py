@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
-from tests.ecosystem.training import MODELS, SMALL, STEPS, WITH_BATCH_NORM, batch, build, exact, make_optimizer
+from tests.support.training import MODELS, SMALL, STEPS, WITH_BATCH_NORM, batch, build, exact_training, make_optimizer
 
 each_network = pytest.mark.parametrize("name", [*SMALL, *WITH_BATCH_NORM, *MODELS])
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -32,23 +32,23 @@ def step(
 
 def assert_near_the_exact_curve(name: str, device: str, dtype: torch.dtype, scaler: torch.amp.GradScaler) -> None:
     model = build(name, torch.float32).to(device)
-    seen = []
+    dtypes = []
     for layer in model.modules():
         if isinstance(layer, LAYERS):
-            layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+            layer.register_forward_hook(lambda layer, inputs, output: dtypes.append((inputs[0].dtype, output.dtype)))
     images, labels = (tensor.to(device) for tensor in batch(name, torch.float32))
     optimizer = make_optimizer(name, model)
     losses = torch.stack([step(model, optimizer, scaler, images, labels, dtype) for _ in range(STEPS)])
-    curve, _ = exact(name)
+    curve, _ = exact_training(name)
     # Every layer rounds its activations by half a unit at most, and a loss is a mean over many of them.
     tolerance = torch.finfo(dtype).eps / 2 * float(curve[0])
     torch.testing.assert_close(losses.double().cpu(), curve, rtol=0, atol=tolerance)
     assert curve[0] - curve[-1] > 4 * tolerance
-    assert seen
-    for given, returned in seen:
-        assert returned == given
-        assert given in (dtype, torch.float32)  # some layers before ours keep to float32, whoever asks
-    assert name in MODELS or {given for given, _ in seen} == {dtype}
+    assert dtypes
+    for input_dtype, output_dtype in dtypes:
+        assert output_dtype == input_dtype
+        assert input_dtype in (dtype, torch.float32)  # some layers before ours always return float32
+    assert name in MODELS or {input_dtype for input_dtype, _ in dtypes} == {dtype}
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
 
@@ -78,7 +78,7 @@ def test_an_overflow_reaches_the_scaler_which_skips_the_step(name, device):
     optimizer, scaler = make_optimizer(name, model), torch.amp.GradScaler(device, init_scale=2.0**40)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     step(model, optimizer, scaler, images, labels, torch.float16)
-    assert not next(model.parameters()).grad.isfinite().all()  # it came through the layers behind
+    assert not next(model.parameters()).grad.isfinite().all()  # the overflow came through the layers
     assert all(map(torch.equal, model.parameters(), before))
     assert scaler.get_scale() == 2.0**39
     scaler.update(2.0**8)

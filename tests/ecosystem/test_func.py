@@ -1,64 +1,65 @@
-"""`torch.func`: a module under these transforms gives the numbers of its reference, or says why it does not."""
+"""`torch.func`: under its transforms a module gives the numbers of its reference, or says why it cannot."""
 
 import pytest
 import torch
 
-from tests.ecosystem.layers import CASES, OPTIONS, TABLE, each, pair
-from tests.helpers import MEMORY_FORMATS, draw, relative_error
+from tests.support.agreement import relative_error
+from tests.support.cases import CASES, OPTIONS, TABLE, each_case, module_and_reference
+from tests.support.inputs import MEMORY_FORMATS, draw
 
 FUSED = {name: case for name, case in OPTIONS.items() if "fused" in name}
-SEEN_THROUGH = {name: case for name, case in CASES.items() if name not in FUSED}
+TRANSFORMED = {name: case for name, case in CASES.items() if name not in FUSED}
 
 # Both sides compute in float64, which rounds by 2e-16.
 TOLERANCE = 1e-11
 
 
-# timm's ConvNeXt by itself, where it moves the channels last
+# a ConvNeXt of timm gives this warning by itself, where it moves the channels last
 slow_in_timm = pytest.mark.filterwarnings(
     "ignore:There is a performance drop .* batching rule for aten..as_strided_:UserWarning"
 )
 
 
 def in_double(case):
-    """The module and its reference in float64, and an input."""
-    module, reference = pair(case)
+    """Return the module and its reference in float64, and an input."""
+    module, reference = module_and_reference(case)
     return module.double(), reference, draw(*case.shapes[0])
 
 
 def loss(module, parameters, x):
-    """A number for one sample, whose gradient differs from position to position."""
+    """Return a number for one sample, whose gradient differs between positions."""
     return torch.func.functional_call(module, parameters, (x[None],)).sin().sum()
 
 
 def loop_over_samples(module, x):
-    """The gradients of the loss of each sample, stacked: of the input, and of the parameters by their names."""
+    """Return the gradients of the loss of each sample, stacked: for the input, and for each parameter by its name."""
     parameters = dict(module.named_parameters())
     gradients = []
     for sample in x.clone().requires_grad_():
-        wanted = [sample, *parameters.values()]
-        gradients.append(torch.autograd.grad(loss(module, parameters, sample), wanted))
+        inputs = [sample, *parameters.values()]
+        gradients.append(torch.autograd.grad(loss(module, parameters, sample), inputs))
     of_input, *of_parameters = map(torch.stack, zip(*gradients, strict=True))
     return of_input, dict(zip(parameters, of_parameters, strict=True))
 
 
 @torch.no_grad()
 @pytest.mark.cell(TABLE, "torch.func: functional_call")
-@each(CASES)
+@each_case(CASES)
 def test_functional_call_takes_other_parameters(case):
     module, reference, x = in_double(case)
     before = reference(x)
-    others = {name: parameter + 0.1 * draw(*parameter.shape) for name, parameter in reference.named_parameters()}
-    y = torch.func.functional_call(module, others, (x,))
-    assert torch.equal(module(x), in_double(case)[0](x))  # which leaves the module's own as they were
-    reference.load_state_dict(others, strict=False)
+    parameters = {name: parameter + 0.1 * draw(*parameter.shape) for name, parameter in reference.named_parameters()}
+    y = torch.func.functional_call(module, parameters, (x,))
+    assert torch.equal(module(x), in_double(case)[0](x))  # the module's own parameters are unchanged
+    reference.load_state_dict(parameters, strict=False)
     assert relative_error(y, reference(x)) < TOLERANCE
-    assert not others or relative_error(y, before) > 0.01
+    assert not parameters or relative_error(y, before) > 0.01
 
 
 @slow_in_timm
 @torch.no_grad()
 @pytest.mark.cell(TABLE, "torch.func: vmap")
-@each(SEEN_THROUGH)
+@each_case(TRANSFORMED)
 def test_vmap(case):
     module, reference, x = in_double(case)
     stack = torch.stack((x, x.flip(1), 2 * x))
@@ -69,7 +70,7 @@ def test_vmap(case):
 @slow_in_timm
 @pytest.mark.cell(TABLE, "torch.func: vmap")
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=str)
-@each(SEEN_THROUGH)
+@each_case(TRANSFORMED)
 def test_gradients_of_each_sample_by_vmap_of_grad(case, memory_format):
     module, reference, x = in_double(case)
     x = x.contiguous(memory_format=memory_format)
@@ -84,7 +85,7 @@ def test_gradients_of_each_sample_by_vmap_of_grad(case, memory_format):
 
 
 @pytest.mark.cell(TABLE, "torch.func: grad")
-@each(SEEN_THROUGH)
+@each_case(TRANSFORMED)
 def test_grad(case):
     module, reference, x = in_double(case)
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
@@ -96,7 +97,7 @@ def test_grad(case):
 
 
 @pytest.mark.cell(TABLE, "torch.func: vmap")
-@each(FUSED)
+@each_case(FUSED)
 def test_fused_refuses_vmap(case):
     module, _, x = in_double(case)
     with pytest.raises(NotImplementedError, match=r"it has no rule for the transforms of torch\.func"):
@@ -104,7 +105,7 @@ def test_fused_refuses_vmap(case):
 
 
 @pytest.mark.cell(TABLE, "torch.func: grad")
-@each(FUSED)
+@each_case(FUSED)
 def test_fused_refuses_grad(case):
     module, _, x = in_double(case)
     with pytest.raises(NotImplementedError, match=r"it has no rule for the transforms of torch\.func"):

@@ -1,8 +1,6 @@
-"""What is pushed to the Hub comes back, and so do weights in safetensors."""
+"""Models pushed to the Hub load again, and so do weights in safetensors."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,22 +9,20 @@ from safetensors.torch import load_file, load_model, save_model
 from timm.models import push_to_hf_hub
 
 from kfde_layers.testing import scatter_parameters
-from tests.ecosystem.hub_folder import stand_in
-from tests.ecosystem.training import INSERTED, MODELS, SMALL, WITH_BATCH_NORM, batch, build
-from tests.helpers import draw, needs_local_dir
+from tests.support.hub import hub_in_folder, needs_local_dir
+from tests.support.inputs import images
+from tests.support.pages import DOCS, python_blocks, run_block
+from tests.support.training import INSERTED, MODELS, SMALL, WITH_BATCH_NORM, batch, build
 
-PAGE = Path(__file__).parents[2] / "docs/hub.md"
+PAGE = DOCS / "hub.md"
 REPO_ID = "me/model"
+SIDE = 64  # px
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    stand_in(tmp_path, monkeypatch)
+    hub_in_folder(tmp_path, monkeypatch)
     return tmp_path
-
-
-def images():
-    return draw(2, 3, 64, 64, dtype=torch.float32)
 
 
 OPTIONS = {
@@ -62,7 +58,7 @@ def test_a_pushed_model_comes_back(options, prefix, hub):
     assert "library_name: timm" in (hub / REPO_ID / "README.md").read_text()
 
     again = timm.create_model(source_of(prefix, hub), pretrained=True).eval()
-    assert torch.equal(again(images()), model(images()))
+    assert torch.equal(again(images(SIDE)), model(images(SIDE)))
     assert again.pretrained_cfg["label_names"] == ["a", "b", "c"]
     assert [name for name, _ in again.named_modules()] == [name for name, _ in model.named_modules()]
 
@@ -72,40 +68,38 @@ def test_a_pushed_model_comes_back(options, prefix, hub):
 def test_a_pushed_model_takes_another_classifier(prefix, hub):
     model = scatter_parameters(timm.create_model("kfde_convnextv2_atto", num_classes=3, mfdf=False), 0.02).eval()
     push_to_hf_hub(model, REPO_ID, model_args={"mfdf": False}, safe_serialization=True)
-    other = timm.create_model(source_of(prefix, hub), pretrained=True, num_classes=5).eval()
-    assert other(images()).shape == (2, 5)
-    assert torch.equal(other.forward_features(images()), model.forward_features(images()))
+    with_other_classes = timm.create_model(source_of(prefix, hub), pretrained=True, num_classes=5).eval()
+    assert with_other_classes(images(SIDE)).shape == (2, 5)
+    assert torch.equal(with_other_classes.forward_features(images(SIDE)), model.forward_features(images(SIDE)))
 
 
 @pytest.mark.parametrize("prefix", SOURCES)
 @pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
 def test_a_pushed_model_that_lacks_keys_is_refused(prefix, hub):
     model = timm.create_model("kfde_convnextv2_atto", num_classes=3, mfdf=False)
-    push_to_hf_hub(model, REPO_ID, model_args={"mfdf": True}, safe_serialization=True)  # says more than it holds
+    push_to_hf_hub(model, REPO_ID, model_args={"mfdf": True}, safe_serialization=True)  # promises an MFDF that it lacks
     with pytest.raises(RuntimeError, match=r"Missing keys: stages\.3\.kfde\.mfdf\.branches\.0\.bias"):
         timm.create_model(source_of(prefix, hub), pretrained=True)
 
 
 @pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
-def test_a_model_in_channels_last_is_pushed_once_it_is_turned(hub):
+def test_a_model_in_channels_last_is_pushed_after_it_is_made_contiguous(hub):
     model = timm.create_model("kfde_convnextv2_atto", num_classes=3).eval()
-    expected = model(images())
+    expected = model(images(SIDE))
     model.to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="trying to save a non contiguous tensor"):
         push_to_hf_hub(model, REPO_ID, safe_serialization=True)
     push_to_hf_hub(model.to(memory_format=torch.contiguous_format), REPO_ID, safe_serialization=True)
     again = timm.create_model(f"hf-hub:{REPO_ID}", pretrained=True).eval()
-    torch.testing.assert_close(again(images()), expected)
+    torch.testing.assert_close(again(images(SIDE)), expected)
 
 
 @pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
-def test_the_page_pushes_what_loads_again(hub):
-    block = re.search(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)[1]
-    names = {}
-    exec(compile(block, str(PAGE), "exec"), names)
+def test_the_model_that_the_page_pushes_loads_again(hub):
+    names = run_block(python_blocks(PAGE)[0], PAGE)
     names["push"](REPO_ID)
     again = timm.create_model(f"hf-hub:{REPO_ID}", pretrained=True).eval()
-    assert torch.equal(again(images()), names["model"](images()))
+    assert torch.equal(again(images(SIDE)), names["model"](images(SIDE)))
     assert again.pretrained_cfg["label_names"] == ["benign", "malignant"]
 
 

@@ -1,24 +1,24 @@
-"""ONNX Runtime gives the numbers of the reference, for other batches and sizes than were exported."""
+"""ONNX Runtime gives the numbers of the reference, for other batches and sizes than at the export."""
 
 import pytest
 import torch
 
-from tests.ecosystem.layers import (
+from tests.support.agreement import relative_error
+from tests.support.cases import (
     DYNAMIC,
     EXPORTED,
     NOT_EXPORTED,
     OPTIONS,
     TABLE,
     TOLERANCE,
-    clear_of_the_step,
-    each,
-    pair,
+    each_case,
+    input_of_case,
+    module_and_reference,
 )
-from tests.helpers import relative_error
 
 onnx = pytest.importorskip("onnx", reason="ONNX is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-pytest.importorskip("onnxscript", reason="ONNX Script, of which PyTorch's exporter is made, is not installed")
+pytest.importorskip("onnxscript", reason="ONNX Script, which PyTorch's exporter uses, is not installed")
 
 OPSET = 18
 
@@ -40,9 +40,9 @@ def export(module, shape, path):
 
 
 @torch.no_grad()
-@each(EXPORTED)
+@each_case(EXPORTED)
 def test_the_numbers_of_the_reference(case, tmp_path):
-    module, reference = pair(case)
+    module, reference = module_and_reference(case)
     export(module, case.shapes[0], tmp_path / "model.onnx")
     written = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert {(entry.domain, entry.version) for entry in written.opset_import} == {("", OPSET)}
@@ -50,13 +50,13 @@ def test_the_numbers_of_the_reference(case, tmp_path):
     assert {node.domain for node in written.graph.node} == {""}
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for shape in case.shapes:
-        x = clear_of_the_step(reference, shape)
+        x = input_of_case(reference, shape)
         (y,) = session.run(["y"], {"x": x.numpy()})
         assert relative_error(y, reference(x.double()).numpy()) < TOLERANCE
 
 
-@each({name: OPTIONS[name] for name in NOT_EXPORTED})
-def test_what_is_made_for_its_operator_says_why_it_is_not_exported(case, tmp_path):
+@each_case({name: OPTIONS[name] for name in NOT_EXPORTED})
+def test_a_layer_that_runs_its_operator_says_why_it_is_not_exported(case, tmp_path):
     with pytest.raises(torch.onnx.OnnxExporterError) as refusal:
         export(case.make().eval(), case.shapes[0], tmp_path / "model.onnx")
     assert "an exporter must be shown operations that other software has" in str(refusal.value)

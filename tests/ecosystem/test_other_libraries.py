@@ -1,4 +1,4 @@
-"""`insert` in the networks of other libraries than timm, small and from random weights."""
+"""`insert` in small networks of libraries other than timm, with random weights."""
 
 import copy
 import functools
@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 from kfde_layers import CSFE, MFDF, insert, insertion_points, remove
 from kfde_layers.insertion import Point
 from kfde_layers.testing import scatter_parameters
-from tests.helpers import draw
+from tests.support.inputs import draw
+from tests.support.networks import make_host
 
 SIDE = 64  # px
 TABLE = "Other libraries"
@@ -114,43 +115,33 @@ HOSTS = {
 
 
 def cell(column):
-    hosts = [pytest.param(*at, marks=pytest.mark.cell(TABLE, name, column), id=name) for name, at in HOSTS.items()]
+    hosts = [pytest.param(*host, marks=pytest.mark.cell(TABLE, name, column), id=name) for name, host in HOSTS.items()]
     return pytest.mark.parametrize(("make", "points"), hosts)
 
 
 X = draw(2, 3, SIDE, SIDE, dtype=torch.float32)
 
 
-def made(make):
-    torch.manual_seed(0)
-    model = make().eval()
-    with torch.no_grad():  # a head that starts from zeros would hide what comes before
-        for parameter in model.parameters():
-            if not parameter.any() and parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-    return model
-
-
-def numbers(output):
+def tensors_of(output):
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def same(one, other):
-    return all(map(torch.equal, numbers(one), numbers(other)))
+def outputs_are_equal(output, expected):
+    return all(map(torch.equal, tensors_of(output), tensors_of(expected)))
 
 
 @cell("points")
 def test_points_are_where_the_source_has_them(make, points):
-    found = insertion_points(made(make), example_input=X)
-    assert {name: found.get(name) for name in points} == points
+    all_points = insertion_points(make_host(make), example_input=X)
+    assert {name: all_points.get(name) for name in points} == points
 
 
 @cell("starts equal")
 @torch.no_grad()
 def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_back(make, points):
-    bare = made(make)
-    model = insert(made(make), dict.fromkeys(points, CSFE), example_input=X, identity_start=True)
-    assert same(model(X), bare(X))
+    bare = make_host(make)
+    model = insert(make_host(make), dict.fromkeys(points, CSFE), example_input=X, identity_start=True)
+    assert outputs_are_equal(model(X), bare(X))
     result = model.load_state_dict(bare.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert result.missing_keys
@@ -158,25 +149,25 @@ def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_bac
     for name in points:
         scatter_parameters(model.get_submodule(f"{name}.kfde"))
     changed = model(X)
-    assert not same(changed, bare(X))
+    assert not outputs_are_equal(changed, bare(X))
     copies = [copy.deepcopy(model)]
-    if not type(bare).__module__.startswith("transformers"):  # whose own hooks cannot be pickled after a first forward
+    if not type(bare).__module__.startswith("transformers"):  # after a first forward, its hooks cannot be pickled
         copies.append(pickle.loads(pickle.dumps(model)))
     for copied in copies:
-        assert same(copied(X), changed)
+        assert outputs_are_equal(copied(X), changed)
         assert list(remove(copied).state_dict()) == list(bare.state_dict())
-        assert same(copied(X), bare(X))
+        assert outputs_are_equal(copied(X), bare(X))
 
 
 @cell("trains")
 def test_every_inserted_parameter_trains(make, points):
     blocks = dict(zip(points, (CSFE, MFDF), strict=True))
-    model = insert(made(make), blocks, example_input=X, identity_start=True)
+    model = insert(make_host(make), blocks, example_input=X, identity_start=True)
     added = {name: parameter for name, parameter in model.named_parameters() if ".kfde." in name}
     optimizer = torch.optim.Adam(added.values(), lr=0.1)
-    for _ in range(2):  # behind a blend of zero, the block's own parameters wait for the second step
+    for _ in range(2):  # a blend of zero stops the block's gradients in the first step
         optimizer.zero_grad()
-        sum((out * draw(*out.shape, seed=1, dtype=out.dtype)).sum() for out in numbers(model(X))).backward()
+        sum((out * draw(*out.shape, seed=1, dtype=out.dtype)).sum() for out in tensors_of(model(X))).backward()
         optimizer.step()
     for name, parameter in added.items():
         assert parameter.grad.isfinite().all(), name
@@ -186,12 +177,11 @@ def test_every_inserted_parameter_trains(make, points):
 @cell("half precision")
 @torch.no_grad()
 def test_blocks_join_a_model_in_bfloat16(make, points):
-    model = insert(made(make).bfloat16(), dict.fromkeys(points, CSFE), example_input=X.bfloat16())
+    model = insert(make_host(make).bfloat16(), dict.fromkeys(points, CSFE), example_input=X.bfloat16())
     blocks = [model.get_submodule(f"{name}.kfde") for name in points]
     assert {parameter.dtype for block in blocks for parameter in block.parameters()} == {torch.bfloat16}
-    reference = insert(made(make), dict.fromkeys(points, CSFE), example_input=X)
-    assert not same(model(X.bfloat16()), made(make).bfloat16()(X.bfloat16()))
-    before, after = numbers(reference(X)), numbers(model(X.bfloat16()))
-    for old, new in zip(before, after, strict=True):
-        assert new.dtype == torch.bfloat16
-        assert (old - new).norm() < 0.2 * old.norm()
+    reference = insert(make_host(make), dict.fromkeys(points, CSFE), example_input=X)
+    assert not outputs_are_equal(model(X.bfloat16()), make_host(make).bfloat16()(X.bfloat16()))
+    for expected, actual in zip(tensors_of(reference(X)), tensors_of(model(X.bfloat16())), strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert (expected - actual).norm() < 0.2 * expected.norm()

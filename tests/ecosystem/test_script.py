@@ -3,17 +3,26 @@
 import pytest
 import torch
 
-from tests.ecosystem.layers import CASES, TABLE, assert_near, clear_of_the_step, each, pair, passes
+from tests.support.cases import (
+    CASES,
+    TABLE,
+    assert_within_tolerance,
+    each_case,
+    input_of_case,
+    module_and_reference,
+    output_and_gradients,
+)
 
 pytestmark = pytest.mark.cell(TABLE, "TorchScript")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@each(CASES)
+@each_case(CASES)
 def test_the_numbers_of_the_reference(case, training, tmp_path):
-    module, reference = pair(case)
+    module, reference = module_and_reference(case)
     torch.jit.save(torch.jit.script(module), tmp_path / "script.pt")
     loaded = torch.jit.load(tmp_path / "script.pt").train(training)
     for shape in case.shapes:
-        x = clear_of_the_step(reference.eval(), shape)
-        assert_near(passes(loaded, loaded, x), passes(reference, reference.train(training), x.double()))
+        x = input_of_case(reference.eval(), shape)
+        expected = output_and_gradients(reference, reference.train(training), x.double())
+        assert_within_tolerance(output_and_gradients(loaded, loaded, x), expected)

@@ -1,4 +1,4 @@
-"""`insert` in the smallest model of each of timm's families, at as few pixels as it takes."""
+"""`insert` in the smallest model of each of timm's families, with the smallest image that it takes."""
 
 import copy
 import warnings
@@ -10,7 +10,8 @@ from einops import rearrange
 
 from kfde_layers import CSFE, SFE, insert, insertion_points, remove
 from kfde_layers.testing import scatter_parameters
-from tests.helpers import draw
+from tests.support.inputs import draw
+from tests.support.networks import fill_zero_weights
 
 SIDE = 64  # px
 
@@ -140,17 +141,13 @@ REFUSED = {
 TABLE = "timm families"
 
 
-def make(family, **kwargs):
-    name, own = FAMILIES[family]
+def make_model(family, **kwargs):
+    name, options = FAMILIES[family]
     if not timm.is_model(name):
         pytest.skip(f"this timm has no {name}")
     torch.manual_seed(0)
-    model = timm.create_model(name, **own, **kwargs).eval()
-    with torch.no_grad():  # heads and the ends of residual branches that start from zeros would hide what comes before
-        for parameter in model.parameters():
-            if not parameter.any() and parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-    return model
+    model = timm.create_model(name, **options, **kwargs).eval()
+    return fill_zero_weights(model)
 
 
 class Host:
@@ -160,7 +157,7 @@ class Host:
         side = LARGER.get(family, SIDE)
         self.family = family
         self.x = draw(1, 3, side, side, dtype=torch.float32)
-        self.bare = make(family, num_classes=5)
+        self.bare = make_model(family, num_classes=5)
         self.points = insertion_points(self.bare, example_input=self.x)
         self.names = CHOSEN.get(family, [name for name, point in self.points.items() if point.channels % 2 == 0])
         with torch.no_grad():
@@ -178,7 +175,7 @@ def host(request):
 
 
 def cell(column):
-    """The cell of a family's row; the plugin takes rows from marks, so each parameter carries its own."""
+    """Run a test for each family, with a mark for the cell in its row."""
     families = [pytest.param(family, marks=pytest.mark.cell(TABLE, family, column)) for family in FAMILIES]
     return pytest.mark.parametrize("host", families, indirect=True)
 
@@ -238,12 +235,12 @@ def test_blocks_train_wherever_the_output_depends_on_their_map(host, record_prop
         model = insert(
             copy.deepcopy(host.bare), dict.fromkeys(host.names, CSFE), example_input=host.x, identity_start=True
         )
-    said = " ".join(str(warning.message) for warning in caught)
-    without_effect = [name for name in host.names if f"{name!r}: the block there will not change it" in said]
+    warned = " ".join(str(warning.message) for warning in caught)
+    without_effect = [name for name in host.names if f"{name!r}: the block there will not change it" in warned]
     cotangent = draw(*host.expected.shape, seed=1, dtype=torch.float32)
     added = {name: parameter for name, parameter in model.named_parameters() if ".kfde." in name}
     optimizer = torch.optim.Adam(added.values(), lr=0.1)
-    for _ in range(2):  # behind a blend of zero, the block's own parameters wait for the second step
+    for _ in range(2):  # a blend of zero stops the block's gradients in the first step
         optimizer.zero_grad()
         (model(host.x) * cotangent).sum().backward()
         optimizer.step()
@@ -255,24 +252,24 @@ def test_blocks_train_wherever_the_output_depends_on_their_map(host, record_prop
 
 
 def assert_first_changed(before, after, index):
-    """The maps before a block are as they were, the one at it went through the block, none has another shape."""
-    assert [tuple(old.shape) for old in before] == [tuple(new.shape) for new in after]
+    """Check that maps before `index` are equal, that the one there went through SFE, and that all shapes are equal."""
+    assert [feature_map.shape for feature_map in before] == [feature_map.shape for feature_map in after]
     assert all(map(torch.equal, before[:index], after[:index]))
-    old, new = before[index], after[index]
-    assert not torch.equal(old, new)
-    if old.shape[1] == old.shape[2] != old.shape[3]:
-        old, new = (rearrange(x, "n h w c -> n c h w") for x in (old, new))
-    torch.testing.assert_close(new, SFE()(old), rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+    bare, changed = before[index], after[index]
+    assert not torch.equal(bare, changed)
+    if bare.shape[1] == bare.shape[2] != bare.shape[3]:
+        bare, changed = (rearrange(x, "n h w c -> n c h w") for x in (bare, changed))
+    torch.testing.assert_close(changed, SFE()(bare), rtol=1e-4, atol=1e-5 * float(bare.abs().max()))
 
 
 def middle(host):
-    """A point in the middle, and which of timm's feature maps it is."""
+    """Return a point in the middle, and the index of its map among timm's feature maps."""
     names = CHOSEN.get(host.family, [info["module"] for info in host.bare.feature_info])
     index = next(i for i in (names.index(names[len(names) // 2]), *range(len(names))) if names[i] in host.names)
     return names[index], index
 
 
-# timm takes these maps not behind the modules that it declares for them, but where something else follows
+# In these families timm takes a map at another place than the output of the module that it declares for it.
 ELSEWHERE = {
     "coat": "no module returns the maps that timm takes, which have run through several blocks in parallel",
     "hiera": REFUSED["hiera"],
@@ -302,14 +299,14 @@ def test_features_come_with_the_block(host, record_property):
     name, index = middle(host) if host.family != "hiera" else (host.names[0], 0)
     first = int(host.family == "tresnet")  # whose first map timm declares but cannot give
     maps = tuple(range(first, len(host.bare.feature_info)))
-    model = make(host.family, features_only=True, out_indices=maps)
+    model = make_model(host.family, features_only=True, out_indices=maps)
     before = model(host.x)
     modules = dict(model.named_modules())
-    forms = (name, name.replace(".", "_"), name.replace(".", "_", 1), f"model.{name}", f"body.{name}")
-    wrapped = next(form for form in forms if form in modules)
+    spellings = (name, name.replace(".", "_"), name.replace(".", "_", 1), f"model.{name}", f"body.{name}")
+    point = next(spelling for spelling in spellings if spelling in modules)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the model's output does not depend")
-        insert(model, {wrapped: SFE}, example_input=host.x)
+        insert(model, {point: SFE}, example_input=host.x)
     after = model(host.x)
     if host.family in ("coat", "hiera", "hrnet"):
         record_property("limit", ELSEWHERE[host.family])

@@ -1,4 +1,4 @@
-"""The layers where timm takes a class for an attention layer, and timm's own training script."""
+"""The layers in timm's options for an attention layer, and timm's own training script."""
 
 import os
 import subprocess
@@ -14,12 +14,14 @@ from torchvision.utils import save_image
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
 from kfde_layers.testing import scatter_parameters
-from tests.helpers import draw, relative_error
+from tests.support.agreement import relative_error
+from tests.support.inputs import draw
+from tests.support.networks import fill_zero_weights
 
 LAYERS = {"CFE": CFE, "SFE": SFE, "CSFE": CSFE, "MFDF": MFDF}
 TABLE = "timm's own slots"
 
-# name of the slot -> a model that has it, and what puts a class into it
+# name of the option -> a model that has it, and the arguments that put a class into it
 SLOTS = {
     "ResNet, `block_args`": ("test_resnet", lambda layer: {"block_args": {"attn_layer": layer}}),
     "Res2Net, `block_args`": ("res2net50_48w_2s", lambda layer: {"block_args": {"attn_layer": layer}}),
@@ -33,39 +35,36 @@ SLOTS = {
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.cell(TABLE, "`create_attn`")
 def test_create_attn_makes_the_layer(layer):
-    made = scatter_parameters(create_attn(layer, 32))
-    assert type(made) is layer
+    module = scatter_parameters(create_attn(layer, 32))
+    assert type(module) is layer
     reference = layer(32, impl="reference").double()
-    reference.load_state_dict(made.state_dict())
+    reference.load_state_dict(module.state_dict())
     x = draw(2, 32, 5, 7)
-    assert relative_error(made.double()(x), reference(x)) < 1e-12
+    assert relative_error(module.double()(x), reference(x)) < 1e-12
 
 
 @pytest.mark.parametrize(
     ("name", "slot", "layer"),
     [
-        pytest.param(*at, layer, id=f"{column}, {row}", marks=pytest.mark.cell(TABLE, row, column))
-        for row, at in SLOTS.items()
+        pytest.param(*slot, layer, id=f"{column}, {row}", marks=pytest.mark.cell(TABLE, row, column))
+        for row, slot in SLOTS.items()
         for column, layer in LAYERS.items()
     ],
 )
 def test_a_class_in_timms_slot_gives_the_numbers_of_the_reference(name, slot, layer):
-    """Against the same weights with the equations as they stand, in float64."""
+    """Compare with the reference with the same weights, in float64."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **slot(layer)).eval()
     reference = timm.create_model(name, num_classes=5, **slot(partial(layer, impl="reference"))).eval()
     placed = [module for module in model.modules() if isinstance(module, layer)]
     assert placed
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if not parameter.any() and not key.endswith("bias"):  # the ends of residual branches start from zeros
-                parameter.fill_(0.5)
+    fill_zero_weights(model)
     for module in placed:
         scatter_parameters(module)
     reference.load_state_dict(model.state_dict())
     x = draw(2, 3, 64, 64, dtype=torch.float32)
     expected = reference.double()(x.double())
-    assert relative_error(model(x), expected) < 1e-3  # a gate near its threshold may open in one format alone
+    assert relative_error(model(x), expected) < 1e-3  # a gate near its threshold may open in one dtype only
     assert relative_error(model.double()(x.double()), expected) < 1e-10
     model(x.double()).square().sum().backward()
     for module in placed:

@@ -11,20 +11,14 @@ from torch import Tensor, nn
 from kfde_layers import MFDF, SFE, insert, insertion_points, remove
 from kfde_layers.insertion import Point
 from kfde_layers.testing import scatter_parameters
-from tests.helpers import draw
-from tests.insertion.hosts import (
-    Patches,
-    Series,
-    each_host,
-    host,
-    images,
-)
+from tests.support.inputs import draw, images
+from tests.support.networks import Patches, Series, each_host, make_host
 
 
 @each_host
 def test_maps_in_either_layout_reach_the_block_as_nchw(make, points, side):
     name, (channels, reduction, _) = next(iter(points.items()))
-    seen = []
+    received = []
 
     class Spy(nn.Module):
         def __init__(self, channels):
@@ -32,16 +26,16 @@ def test_maps_in_either_layout_reach_the_block_as_nchw(make, points, side):
             self.channels = channels
 
         def forward(self, x):
-            seen.append((self.channels, tuple(x.shape)))
+            received.append((self.channels, tuple(x.shape)))
             return x
 
-    model = insert(host(make), {name: Spy}, example_input=images(side))
-    seen.clear()  # of the trial on the probed map
-    torch.testing.assert_close(model(images(side)), host(make)(images(side)))
-    assert seen == [(channels, (2, channels, side // reduction, side // reduction))]
+    model = insert(make_host(make), {name: Spy}, example_input=images(side))
+    received.clear()  # `insert` has tried the block on the probed map
+    torch.testing.assert_close(model(images(side)), make_host(make)(images(side)))
+    assert received == [(channels, (2, channels, side // reduction, side // reduction))]
 
 
-class Both(NamedTuple):
+class HeadAndTail(NamedTuple):
     head: Tensor
     tail: Tensor
 
@@ -53,7 +47,7 @@ class Output:
 
 
 class Packed(nn.Module):
-    """Returns its input and a summary of it, packed in some way."""
+    """Return the input and a summary of it, in a container that `pack` makes."""
 
     def __init__(self, pack):
         super().__init__()
@@ -66,7 +60,7 @@ class Packed(nn.Module):
 PACKS = {
     "tuple": lambda mean, x: (mean, x),
     "list": lambda mean, x: [x, mean],
-    "named tuple": Both,
+    "named tuple": HeadAndTail,
     "dict": lambda mean, x: {"mean": mean, 1: x},
     "ordered dict": lambda mean, x: OrderedDict(map=x, mean=mean),
     "dataclass": Output,
@@ -82,7 +76,7 @@ def unpacked(output):
 @pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS.keys())
 @pytest.mark.parametrize("container", [nn.Sequential, Series])
 def test_the_first_map_of_an_output_goes_through_the_block(pack, container):
-    """Behind a module of its own, and behind the last child of a container."""
+    """The block follows a module of its own class, and then the last child of a container."""
     for name in ("1", ""):
         model = container(nn.Conv2d(3, 6, 3, stride=2, padding=1), Packed(pack))
         if not name:
@@ -93,8 +87,8 @@ def test_the_first_map_of_an_output_goes_through_the_block(pack, container):
         after = model(x)
         assert type(after) is type(before)
         assert not isinstance(after, dict) or list(after) == list(before)
-        for old, new in zip(unpacked(before), unpacked(after), strict=True):
-            assert torch.equal(new, SFE()(old) if old.ndim == 4 else old)
+        for part, part_after in zip(unpacked(before), unpacked(after), strict=True):
+            assert torch.equal(part_after, SFE()(part) if part.ndim == 4 else part)
         assert torch.equal(unpacked(copy.deepcopy(model)(x))[1], unpacked(after)[1])
         assert all(map(torch.equal, unpacked(remove(model)(x)), unpacked(before)))
 

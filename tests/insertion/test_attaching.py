@@ -12,34 +12,27 @@ from torch import nn
 from kfde_layers import CFE, CSFE, MFDF, SFE, insert, insertion_points, remove
 from kfde_layers.layers import Blend
 from kfde_layers.testing import scatter_parameters
-from tests.insertion.hosts import (
-    HOSTS,
-    aliased,
-    each_host,
-    host,
-    images,
-    plain_backbone,
-    replace_output,
-)
+from tests.support.inputs import images
+from tests.support.networks import HOSTS, each_host, make_host, model_with_alias, plain_backbone, replace_output
 
 
 @each_host
-def test_blocks_are_run_behind_their_points(make, points, side):
-    bare, x = host(make), images(side)
+def test_blocks_run_after_their_points(make, points, side):
+    bare, x = make_host(make), images(side)
     model = insert(copy.deepcopy(bare), dict.fromkeys(points, CSFE), example_input=x)
     for name in points:
         scatter_parameters(model.get_submodule(name).kfde)
         replace_output(bare.get_submodule(name), model.get_submodule(name).kfde)
     torch.testing.assert_close(model(x), bare(x))
-    changed, unchanged = model(x), host(make)(x)
+    changed, unchanged = model(x), make_host(make)(x)
     assert (changed - unchanged).norm() > 0.01 * unchanged.norm()
 
 
 @each_host
 def test_identity_start_leaves_the_outputs_equal_and_then_trains(make, points, side):
-    bare, x = host(make), images(side)
+    bare, x = make_host(make), images(side)
     blocks = dict(zip(points, (CSFE, MFDF), strict=True))
-    model = insert(host(make), blocks, example_input=x, identity_start=True)
+    model = insert(make_host(make), blocks, example_input=x, identity_start=True)
     assert torch.equal(model(x), bare(x))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
@@ -54,34 +47,33 @@ def test_identity_start_leaves_the_outputs_equal_and_then_trains(make, points, s
 
 @each_host
 def test_the_bare_checkpoint_still_loads(make, points, side):
-    bare = host(make)
-    model = insert(host(make), dict.fromkeys(points, MFDF), example_input=images(side))
+    bare = make_host(make)
+    model = insert(make_host(make), dict.fromkeys(points, MFDF), example_input=images(side))
     result = model.load_state_dict(bare.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert result.missing_keys
     assert all(key.startswith(tuple(f"{name}.kfde." for name in points)) for key in result.missing_keys)
-    again = insert(host(make), dict.fromkeys(points, MFDF), example_input=images(side))
+    again = insert(make_host(make), dict.fromkeys(points, MFDF), example_input=images(side))
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(images(side)), model(images(side)))
 
 
 @each_host
 def test_deepcopy_and_pickle(make, points, side):
-    model, x = insert(host(make), dict.fromkeys(points, CSFE), example_input=images(side)), images(side)
+    model, x = insert(make_host(make), dict.fromkeys(points, CSFE), example_input=images(side)), images(side)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 @pytest.mark.parametrize(("make", "points", "side"), list(HOSTS.values())[:4], ids=list(HOSTS)[:4])
 def test_the_rest_of_timms_api_passes_through_the_block(make, points, side):
-    bare, x = host(make), images(side)
-    model = insert(host(make), dict.fromkeys(points, CSFE), example_input=x)
+    bare, x = make_host(make), images(side)
+    model = insert(make_host(make), dict.fromkeys(points, CSFE), example_input=x)
     for name in points:
         replace_output(bare.get_submodule(name), model.get_submodule(name).kfde)
-    for given, wanted in zip(
-        *(m.forward_intermediates(x, intermediates_only=True) for m in (model, bare)), strict=True
-    ):
-        torch.testing.assert_close(given, wanted)
+    maps, expected_maps = (m.forward_intermediates(x, intermediates_only=True) for m in (model, bare))
+    for feature_map, expected_map in zip(maps, expected_maps, strict=True):
+        torch.testing.assert_close(feature_map, expected_map)
     torch.testing.assert_close(model.forward_features(x), bare.forward_features(x))
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
@@ -128,12 +120,12 @@ def test_torchscript_takes_an_inserted_model():
 
 
 def test_one_module_under_two_names():
-    model = aliased()
+    model = model_with_alias()
     before = model(images(16))
     insert(model, {"alias": SFE})
     assert type(model[0].kfde) is SFE
     with pytest.raises(ValueError, match="cannot insert at 'alias': it is one module with another of the names"):
-        insert(aliased(), {"0": SFE, "alias": CSFE})
+        insert(model_with_alias(), {"0": SFE, "alias": CSFE})
     assert not torch.allclose(model(images(16)), before)
 
 
@@ -153,7 +145,7 @@ def test_unfit_blocks_are_refused(blocks, error, message):
     assert list(model.state_dict()) == list(plain_backbone().state_dict())
 
 
-def test_a_point_takes_one_block_and_others_go_on_taking_theirs():
+def test_a_point_takes_one_block_and_other_points_stay_free():
     model = insert(plain_backbone(), {"1": SFE})
     with pytest.raises(ValueError, match="cannot insert at '1': it already holds a block"):
         insert(model, {"1": SFE})
@@ -164,16 +156,16 @@ def test_a_point_takes_one_block_and_others_go_on_taking_theirs():
 
 
 def test_other_hooks_see_the_blocks_output():
-    model, seen = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), []
-    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model, outputs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), []
+    model[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     expected = SFE()(model[0](images(8)))
     insert(model, {"0": SFE})
-    seen.clear()
+    outputs.clear()
     model(images(8))
-    assert torch.equal(seen[0], expected)
+    assert torch.equal(outputs[0], expected)
 
 
-def test_remove_leaves_nothing_behind():
+def test_remove_leaves_no_trace():
     for make in (lambda: timm.create_model("test_resnet"), lambda: timm.create_model("kfde_convnextv2_atto")):
         bare = make().eval()
         model = insert(copy.deepcopy(bare), dict.fromkeys(list(insertion_points(bare))[:3], CSFE))
@@ -181,14 +173,14 @@ def test_remove_leaves_nothing_behind():
             assert remove(changed) is changed
             assert repr(changed) == repr(bare)
             assert list(changed.state_dict()) == list(bare.state_dict())
-            for old, new in zip(bare.modules(), changed.modules(), strict=True):
-                assert old.__dict__.keys() == new.__dict__.keys()
-                assert not new._forward_hooks
+            for bare_module, module in zip(bare.modules(), changed.modules(), strict=True):
+                assert module.__dict__.keys() == bare_module.__dict__.keys()
+                assert not module._forward_hooks
             assert torch.equal(changed(images(64)), bare(images(64)))
 
 
 def test_a_pickled_block_is_not_lost_to_hooks_of_another_process(tmp_path):
-    """Torch numbers hooks anew in each process, and a number that is taken must be known as taken."""
+    """PyTorch counts hooks in each process from zero: it must know the numbers of loaded hooks as used."""
     insert_it = "import sys, timm, torch; from kfde_layers import SFE, insert, insertion_points; path = sys.argv[1]\n"
     save = 'torch.save(insert(timm.create_model("test_convnext").eval(), {"stages.3": SFE}), path)'
     load = """
@@ -230,7 +222,7 @@ def test_wrong_arguments_are_named(call, error, message):
 
 
 def test_remove_takes_every_name_that_insert_takes():
-    model = insert(aliased(), {"alias": SFE})
+    model = insert(model_with_alias(), {"alias": SFE})
     remove(model, ["alias"])
     assert not any("kfde" in name for name, _ in model.named_modules())
 

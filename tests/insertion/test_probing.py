@@ -9,28 +9,23 @@ from torch.distributed.fsdp import fully_shard
 
 from kfde_layers import CSFE, SFE, insert, insertion_points
 from kfde_layers.insertion import Point
-from tests.insertion.hosts import (
-    Patches,
-    each_host,
-    host,
-    images,
-    plain_backbone,
-)
+from tests.support.inputs import images
+from tests.support.networks import Patches, each_host, make_host, plain_backbone
 
 
 @each_host
 def test_points_are_named_with_channels_reduction_and_layout(make, points, side):
-    model = host(make)
+    model = make_host(make)
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.train().modules()]
-    found = insertion_points(model, example_input=images(side, 1))
-    assert {name: found[name] for name in points} == {name: Point(*point) for name, point in points.items()}
+    all_points = insertion_points(model, example_input=images(side, 1))
+    assert {name: all_points[name] for name in points} == {name: Point(*point) for name, point in points.items()}
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
     if hasattr(model, "feature_info"):
-        assert list(found) == [info["module"] for info in model.feature_info]
-        assert [point.channels for point in found.values()] == [info["num_chs"] for info in model.feature_info]
-        assert [point.reduction for point in found.values()] == [info["reduction"] for info in model.feature_info]
+        assert list(all_points) == [info["module"] for info in model.feature_info]
+        assert [point.channels for point in all_points.values()] == [info["num_chs"] for info in model.feature_info]
+        assert [point.reduction for point in all_points.values()] == [info["reduction"] for info in model.feature_info]
 
 
 def test_the_example_is_guessed_from_the_first_convolution():
@@ -42,31 +37,31 @@ def test_the_example_is_guessed_from_the_first_convolution():
 @pytest.mark.parametrize(("height", "width"), [(460, 700), (230, 350), (100, 60), (65, 33), (224, 224), (32, 32)])
 def test_maps_of_any_image_are_recognised(height, width):
     """A stride rounds each side of the map by itself, so that the two sides shrink by slightly different factors."""
-    found = insertion_points(timm.create_model("resnet18"), example_input=torch.zeros(1, 3, height, width))
-    assert [point.reduction for point in found.values()] == [2, 4, 8, 16, 32]
-    assert {point.layout for point in found.values()} == {"NCHW"}
+    points = insertion_points(timm.create_model("resnet18"), example_input=torch.zeros(1, 3, height, width))
+    assert [point.reduction for point in points.values()] == [2, 4, 8, 16, 32]
+    assert {point.layout for point in points.values()} == {"NCHW"}
 
 
-def test_an_oblong_example_tells_the_layouts_apart():
+def test_an_oblong_example_distinguishes_the_layouts():
     class Transposed(nn.Module):
         def forward(self, x):
             return x.permute(0, 2, 3, 1)
 
     model = nn.Sequential(nn.Conv2d(3, 24, 1), Transposed())
-    x = torch.zeros(1, 3, 24, 24)  # as square as it is deep: nothing to tell by
+    x = torch.zeros(1, 3, 24, 24)  # as high and wide as it has channels: the layout is ambiguous
     assert insertion_points(model, example_input=x)["1"].layout == "NCHW"
     x = torch.zeros(1, 3, 24, 48)
     assert insertion_points(model, example_input=x) == {"0": Point(24, 1, "NCHW"), "1": Point(24, 1, "NHWC")}
 
 
-def test_tokens_that_are_no_map_are_left_alone():
-    """A square image gives no grid of 4 x 5, wherever 20 tokens may come from."""
+def test_tokens_that_are_no_map_are_no_point():
+    """The 20 tokens cannot be a map: a square image gives no map of 4 x 5."""
     model = nn.Sequential(nn.Conv2d(3, 20, 4, stride=4), nn.Flatten(2))
     assert list(insertion_points(model, example_input=images(64, 1))) == ["0"]
 
 
-def distributed(wrap):
-    def wrapped(model):
+def in_process_group(wrap):
+    def wrap_in_group(model):
         with tempfile.NamedTemporaryFile() as file:
             torch.distributed.init_process_group(
                 "gloo", store=torch.distributed.FileStore(file.name), rank=0, world_size=1
@@ -76,7 +71,7 @@ def distributed(wrap):
             finally:
                 torch.distributed.destroy_process_group()
 
-    return wrapped
+    return wrap_in_group
 
 
 @pytest.mark.parametrize(
@@ -84,10 +79,10 @@ def distributed(wrap):
     [
         (nn.DataParallel, "model must not be wrapped yet, got DataParallel: insert first, wrap then"),
         (
-            distributed(nn.parallel.DistributedDataParallel),
+            in_process_group(nn.parallel.DistributedDataParallel),
             "must not be wrapped yet, got DistributedDataParallel: insert",
         ),
-        (distributed(fully_shard), "model must not be wrapped yet, got FSDPModule: insert first, wrap then"),
+        (in_process_group(fully_shard), "model must not be wrapped yet, got FSDPModule: insert first, wrap then"),
         (torch.compile, "model must not be compiled yet, got a compiled one: insert first, compile then"),
         (lambda model: model.compile() or model, "model must not be compiled yet, got a compiled one: insert first"),
         (
@@ -105,7 +100,7 @@ def test_a_wrapped_model_is_refused_with_what_to_do_first(wrap, message):
 
 
 class SideEffects(nn.Module):
-    """Counts, draws random numbers, and does something when it is set to eval mode."""
+    """Count calls, draw random numbers, and change when set to eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -134,14 +129,14 @@ def test_probing_leaves_no_trace():
     assert block.num_batches_tracked == 0
 
 
-def test_probing_under_autocast_gives_the_block_the_format_of_the_model():
+def test_probing_under_autocast_gives_the_block_the_dtype_of_the_model():
     with torch.autocast("cpu", torch.bfloat16):
         model = insert(plain_backbone(), {"1": CSFE})
     assert model[1].kfde.cfe.weight.dtype == torch.float32
 
 
-def test_tokens_that_can_be_read_in_two_ways_are_refused():
-    """25 tokens: 4 x 6 of 8 px behind one, or 4 x 5 of nearly 9 px behind five."""
+def test_ambiguous_tokens_are_refused():
+    """25 tokens: one and then 4 x 6 of 8 px, or five and then 4 x 5 of nearly 9 px."""
     model, x = Patches(1, declared=False), torch.zeros(1, 3, 32, 48)
     model.conv = nn.Conv2d(3, 8, 8, stride=8)
     with pytest.raises(ValueError, match="its 25 tokens may stand for a map behind 1 or 5 prefix tokens; a square"):

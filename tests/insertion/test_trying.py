@@ -7,17 +7,18 @@ import torch
 from torch import nn
 
 from kfde_layers import CSFE, SFE, insert, insertion_points, remove
-from tests.insertion.hosts import Series, images
+from tests.support.inputs import images
+from tests.support.networks import Series
 
 
 class Sum(Series):
-    """Gives each child the same input."""
+    """Give each child the same input, and return the sum of their outputs."""
 
     def forward(self, x):
         return sum(child(x) for child in self.children())
 
 
-class Odd(nn.Module):
+class Unfit(nn.Module):
     """A model with every kind of point that cannot take a block."""
 
     def __init__(self):
@@ -46,7 +47,7 @@ class Odd(nn.Module):
     ],
 )
 def test_refusals_leave_the_model_unchanged(name, block, message):
-    model = Odd()
+    model = Unfit()
     keys, expected = list(model.state_dict()), model(images(16))
     with pytest.raises(ValueError, match=message):
         insert(model, {"parts.own.0": SFE, name: block}, example_input=torch.zeros(1, 3, 16, 16))
@@ -65,7 +66,7 @@ def test_a_module_that_runs_its_children_runs_the_block_once():
     assert torch.equal(SFE()(model(images(16))), expected)
 
 
-def test_a_block_without_effect_on_the_output_is_said():
+def test_a_block_without_effect_on_the_output_gives_a_warning():
     vit = timm.create_model("test_vit", img_size=32)
     with pytest.warns(
         UserWarning, match=r"output does not depend, as it stands, on the feature map at 'blocks.5': the block"
@@ -80,7 +81,7 @@ def test_a_block_without_effect_on_the_output_is_said():
         insert(model, {name: SFE}, example_input=images(32))  # a warning would be an error here
 
 
-def test_nothing_is_said_where_the_head_starts_from_zeros():
+def test_no_warning_where_the_head_starts_from_zeros():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 2))
     nn.init.zeros_(model[2].weight)
     with warnings.catch_warnings(record=True) as caught:
@@ -91,7 +92,7 @@ def test_nothing_is_said_where_the_head_starts_from_zeros():
 
 
 class LeavesOutTheLast(Series):
-    """Does not run its last child."""
+    """Run all children except the last."""
 
     def forward(self, x):
         for child in list(self.children())[:-1]:
@@ -99,7 +100,7 @@ class LeavesOutTheLast(Series):
         return x
 
 
-def test_a_module_that_a_further_child_would_alter_is_refused():
+def test_a_module_that_one_more_child_would_change_is_refused():
     model = nn.Sequential(LeavesOutTheLast(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)))
     before = model(images(8))
     with pytest.raises(ValueError, match="cannot insert at '0': LeavesOutTheLast runs its children in its own way"):

@@ -1,7 +1,29 @@
-"""Ends a run with what the compiled kernels need of a multiprocessor."""
+"""Fixtures for the tests of the kernels, and a table of the compiled kernels at the end of a run."""
 
 from collections import defaultdict
 from importlib.metadata import version
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    """Fill new tensors with NaN, so that an element that no kernel writes is seen.
+
+    Deterministic algorithms fill the results of torch.empty and its kin.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def new_triton_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -17,6 +39,6 @@ def pytest_terminal_summary(terminalreporter):
     targets = sorted({row.target for row in rows}, key=lambda target: int(target.removeprefix("sm_")))
     line = ("{:<30}" + "{:>12}" * len(targets) + "{:>10}{:>16}").format
     terminalreporter.line(line("kernel", *targets, "spills", "shared, bytes"))
-    for kernel, found in registers.items():
-        ranges = [f"{min(found[target])} - {max(found[target])}" for target in targets]
+    for kernel, by_target in registers.items():
+        ranges = [f"{min(by_target[target])} - {max(by_target[target])}" for target in targets]
         terminalreporter.line(line(kernel, *ranges, *worst[kernel]))

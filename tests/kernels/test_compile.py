@@ -1,4 +1,3 @@
-import os
 import re
 
 import pytest
@@ -7,28 +6,28 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kfde_layers.kernels import csfe as kernels
-from tests.kernels.compiling import TARGETS, compile_launch, recorded, resources, sass, table
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="under TRITON_INTERPRET=1 there is nothing to compile"
+from tests.support.inputs import LAYOUTS
+from tests.support.kernels import (
+    TARGETS,
+    compile_launch,
+    compiled_kernels,
+    needs_compiler,
+    recorded,
+    resources,
+    sass,
+    the_launch_of,
 )
 
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+pytestmark = [needs_compiler, pytest.mark.usefixtures("new_triton_cache")]
+
 LARGE, SMALL = (64, 96, 56, 56), (32, 768, 7, 7)
-# bits of the loads and stores of a map of 16-bit numbers, channels last
+# Bits of each load and store, for a channels_last map of 16-bit numbers.
 WIDEST = {"_csfe_stats_kernel": 128, "_csfe_forward_kernel": 128, "_csfe_sums_kernel": 64, "_csfe_backward_kernel": 64}
 KERNELS = {*WIDEST, "_csfe_parameters_kernel"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def launch(shape, layout, dtype, num_groups=16, operator="csfe"):
-    """Both launchers on tensors without memory."""
+def launch_csfe(shape, layout, dtype, num_groups=16, operator="csfe"):
+    """Call both launchers on tensors without memory."""
     x = torch.empty(shape, device="meta", dtype=dtype, memory_format=LAYOUTS[layout])
     parameter = None if operator == "sfe" else torch.empty(shape[1], device="meta")
     options = (num_groups, 0.5, 1e-5, operator != "cfe", 1e-4, 0.5, 0, 1.0)
@@ -36,19 +35,19 @@ def launch(shape, layout, dtype, num_groups=16, operator="csfe"):
     kernels.launch_backward(y, x, parameter, parameter, mean, m2, *options)
 
 
-def vectors(compiled, folder):
-    """Bits of each kind of access to global memory; LDGSTS are the loads of a map, since those are pipelined."""
-    found = {"LDGSTS": set(), "STG": set()}
+def access_bits(compiled, folder):
+    """Return the bits of each kind of access to global memory. LDGSTS are the loads of a map, which are pipelined."""
+    widths = {"LDGSTS": set(), "STG": set()}
     for kind, suffixes in re.findall(r"\b(LDGSTS|STG)\.E((?:\.[A-Z0-9]+)*)", sass(compiled, folder)):
         bits = re.search(r"\.(?:U|S)?(8|16|64|128)\b", suffixes)
-        found[kind].add(int(bits[1]) if bits else 32)
-    return found
+        widths[kind].add(int(bits[1]) if bits else 32)
+    return widths
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 def test_nothing_spills(shape, layout, tmp_path, record_property):
-    rows = table(kernels, lambda dtype: launch(shape, layout, dtype), tmp_path)
+    rows = compiled_kernels(kernels, lambda dtype: launch_csfe(shape, layout, dtype), tmp_path)
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in TARGETS}
     assert {row.kernel for row in rows} >= KERNELS
     for row in rows:
@@ -62,8 +61,10 @@ def test_nothing_spills(shape, layout, tmp_path, record_property):
     ("operator", "num_groups", "layout"),
     [("cfe", 16, "nhwc"), ("sfe", 16, "nhwc"), ("csfe", 1, "nchw"), ("csfe", 96, "nhwc")],
 )
-def test_nothing_spills_in_parts_of_it_and_with_other_groups(operator, num_groups, layout, tmp_path):
-    rows = table(kernels, lambda dtype: launch(LARGE, layout, dtype, num_groups, operator), tmp_path, targets=(90,))
+def test_nothing_spills_in_cfe_or_sfe_and_with_other_groups(operator, num_groups, layout, tmp_path):
+    rows = compiled_kernels(
+        kernels, lambda dtype: launch_csfe(LARGE, layout, dtype, num_groups, operator), tmp_path, targets=(90,)
+    )
     assert all(row.spills == 0 for row in rows), rows
     assert ("_csfe_parameters_kernel" in {row.kernel for row in rows}) == (operator != "sfe")
 
@@ -74,30 +75,30 @@ def test_nothing_spills_in_parts_of_it_and_with_other_groups(operator, num_group
 )
 def test_maps_are_read_and_written_in_wide_vectors(shape, layout, capability, tmp_path):
     with recorded(kernels) as launches:
-        launch(shape, layout, torch.bfloat16)
-    launches = [found for found in launches if found.name in WIDEST]
-    assert len(launches) == 4
-    for found in launches:
-        wanted = WIDEST[found.name] if layout == "nhwc" else 64
-        bits = vectors(compile_launch(found, capability), tmp_path)
-        assert bits["LDGSTS"] == {wanted}, found.name
-        if "y_ptr" in found.arguments or "dx_ptr" in found.arguments:
-            assert bits["STG"] == {wanted}, found.name
+        launch_csfe(shape, layout, torch.bfloat16)
+    launches_on_maps = [launch for launch in launches if launch.name in WIDEST]
+    assert len(launches_on_maps) == 4
+    for map_launch in launches_on_maps:
+        expected_bits = WIDEST[map_launch.name] if layout == "nhwc" else 64
+        bits = access_bits(compile_launch(map_launch, capability), tmp_path)
+        assert bits["LDGSTS"] == {expected_bits}, map_launch.name
+        if "y_ptr" in map_launch.arguments or "dx_ptr" in map_launch.arguments:
+            assert bits["STG"] == {expected_bits}, map_launch.name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 6, 4, 4), (3, 34, 13, 11)])
 def test_odd_sizes_compile(shape, layout, tmp_path):
-    # Arguments that equal one are constants to the compiler, which the interpreter does not know.
+    # The compiler treats an argument that equals one as a constant. The interpreter does not.
     with recorded(kernels) as launches:
-        launch(shape, layout, torch.float16, num_groups=1)
-    for found in launches:
-        assert resources(compile_launch(found, 90), tmp_path).spills == 0
+        launch_csfe(shape, layout, torch.float16, num_groups=1)
+    for launch in launches:
+        assert resources(compile_launch(launch, 90), tmp_path).spills == 0
 
 
 def test_a_spill_is_seen(monkeypatch, tmp_path):
     with recorded(kernels) as launches:
-        launch(LARGE, "nhwc", torch.bfloat16)
-    backward = next(found for found in launches if found.name == "_csfe_backward_kernel")
+        launch_csfe(LARGE, "nhwc", torch.bfloat16)
+    backward = the_launch_of(launches, "_csfe_backward_kernel")
     tight = backward._replace(options=backward.options | {"maxnreg": 32})
     assert resources(compile_launch(tight, 90), tmp_path).spills > 0

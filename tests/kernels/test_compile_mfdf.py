@@ -1,4 +1,3 @@
-import os
 import re
 
 import pytest
@@ -7,13 +6,21 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kfde_layers.kernels import mfdf as kernels
-from tests.kernels.compiling import TARGETS, compile_launch, recorded, resources, sass, table
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="under TRITON_INTERPRET=1 there is nothing to compile"
+from tests.support.inputs import LAYOUTS
+from tests.support.kernels import (
+    TARGETS,
+    compile_launch,
+    compiled_kernels,
+    launches_of,
+    needs_compiler,
+    recorded,
+    resources,
+    sass,
+    the_launch_of,
 )
 
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+pytestmark = [needs_compiler, pytest.mark.usefixtures("new_triton_cache")]
+
 LARGE, SMALL = (64, 96, 56, 56), (32, 768, 7, 7)
 KERNELS = {
     "_mfdf_cover_kernel",
@@ -26,15 +33,8 @@ KERNELS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def launch(shape, layout, dtype, branches=4, size=7, step=1):
-    """All four launchers on tensors without memory."""
+def launch_mfdf(shape, layout, dtype, branches=4, size=7, step=1):
+    """Call all four launchers on tensors without memory."""
     batch, channels = shape[:2]
     x = torch.empty(shape, device="meta", dtype=dtype, memory_format=LAYOUTS[layout])
     grid = torch.empty((branches, channels, size, size), device="meta")
@@ -45,10 +45,21 @@ def launch(shape, layout, dtype, branches=4, size=7, step=1):
     kernels.launch_merged_backward(x, x, alpha, grid, step)
 
 
+def loop_bodies(code):
+    """Return the instructions of each loop: those between a jump backwards and its target."""
+    instructions = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    bodies = []
+    for address, text in instructions:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if jump and (target := int(jump[1], 16)) < address:
+            bodies.append([text for place, text in instructions if target <= place <= address])
+    return bodies
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 def test_nothing_spills(shape, layout, tmp_path, record_property):
-    rows = table(kernels, lambda dtype: launch(shape, layout, dtype), tmp_path)
+    rows = compiled_kernels(kernels, lambda dtype: launch_mfdf(shape, layout, dtype), tmp_path)
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in TARGETS}
     assert {row.kernel for row in rows} == KERNELS
     for row in rows:
@@ -61,7 +72,9 @@ def test_nothing_spills(shape, layout, tmp_path, record_property):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "step"), [(1, 1), (3, 2), (5, 1), (9, 1), (31, 1)])
 def test_nothing_spills_with_other_kernel_sizes(size, step, layout, tmp_path):
-    rows = table(kernels, lambda dtype: launch(LARGE, layout, dtype, 2, size, step), tmp_path, targets=(90,))
+    rows = compiled_kernels(
+        kernels, lambda dtype: launch_mfdf(LARGE, layout, dtype, 2, size, step), tmp_path, targets=(90,)
+    )
     assert all(row.spills == 0 for row in rows), rows
     assert ("_mfdf_merged_loop_kernel" in {row.kernel for row in rows}) == (size > 7)
 
@@ -70,9 +83,10 @@ def test_nothing_spills_with_other_kernel_sizes(size, step, layout, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_mean_reads_and_writes_wide_vectors(dtype, capability, tmp_path):
     with recorded(kernels) as launches:
-        launch(LARGE, "nhwc", dtype)
+        launch_mfdf(LARGE, "nhwc", dtype)
     forward, backward = (
-        sass(compile_launch(found, capability), tmp_path) for found in launches if "_pool_" in found.name
+        sass(compile_launch(the_launch_of(launches, name), capability), tmp_path)
+        for name in ("_mfdf_pool_kernel", "_mfdf_pool_backward_kernel")
     )
     assert len(re.findall(r"\bLDG\.E\.128\b", forward)) >= 5  # four samples and their cover
     assert not re.findall(r"\bLDG\.E\.(?:64|U16)\b", forward)
@@ -81,21 +95,15 @@ def test_the_mean_reads_and_writes_wide_vectors(dtype, capability, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_convolution_does_little_but_multiply(dtype, tmp_path):
-    # In the loop over the rows, of which the taps' multiplications are most of the instructions.
+def test_the_convolution_mostly_multiplies(dtype, tmp_path):
+    # Most instructions of the loop over the rows are the multiplications of the taps.
     with recorded(kernels) as launches:
-        launch(LARGE, "nhwc", dtype)
+        launch_mfdf(LARGE, "nhwc", dtype)
     for name in ("_mfdf_merged_kernel", "_mfdf_taps_kernel"):
-        found = next(found for found in launches if found.name == name)
-        code = sass(compile_launch(found, 90), tmp_path)
-        lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)
-        bodies = []
-        for at, text in lines:
-            jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-            if jump and int(jump[1], 16) < int(at, 16):
-                bodies.append([text for place, text in lines if int(jump[1], 16) <= int(place, 16) <= int(at, 16)])
-        taps = 49 * found.arguments["SEGMENT"]
-        loops = [body for body in bodies if sum("FFMA" in text for text in body) == taps]
+        launch = launches_of(launches, name)[0]
+        bodies = loop_bodies(sass(compile_launch(launch, 90), tmp_path))
+        taps = 49 * launch.arguments["SEGMENT"]
+        loops = [body for body in bodies if sum("FFMA" in instruction for instruction in body) == taps]
         assert loops
         assert min(map(len, loops)) < 1.75 * taps
 
@@ -103,9 +111,9 @@ def test_the_convolution_does_little_but_multiply(dtype, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 6, 4, 4), (3, 34, 13, 11)])
 def test_odd_sizes_compile(shape, layout, tmp_path):
-    # Arguments that equal one are constants to the compiler, which the interpreter does not know.
+    # The compiler treats an argument that equals one as a constant. The interpreter does not.
     for branches, size in ((1, 1), (3, 5), (1, 9)):
         with recorded(kernels) as launches:
-            launch(shape, layout, torch.float16, branches, size, 2)
-        for found in launches:
-            assert resources(compile_launch(found, 90), tmp_path).spills == 0
+            launch_mfdf(shape, layout, torch.float16, branches, size, 2)
+        for launch in launches:
+            assert resources(compile_launch(launch, 90), tmp_path).spills == 0

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,48 +9,24 @@ import triton.language as tl
 
 from kfde_layers.functional import cfe, csfe, sfe
 from kfde_layers.kernels import csfe as kernels
-from kfde_layers.ops.cfe import cfe_gate
 from kfde_layers.testing import assert_error_budget, random_affine, random_tensor
-from tests.kernels.compiling import recorded
+from tests.support.agreement import with_gradients
+from tests.support.gates import move_away_from_threshold
+from tests.support.inputs import LAYOUTS
+from tests.support.kernels import (
+    DEVICE,
+    launches_of,
+    needs_interpreter,
+    recorded,
+    runs_kernels,
+    sigmoid_may_overflow,
+    the_launch_of,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 OPERATORS = ("cfe", "sfe", "csfe")
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 LAMBD, BETA, EPS = 1e-3, 0.2, 1e-4
 
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels do not see what a test replaces")
-pytestmark = [
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 from the start"
-    ),
-    # The sigmoid is made for exp2 to overflow.
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
-    # The interpreter of older Tritons.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    """Deterministic algorithms fill what torch.empty and its kin return, so that what nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def settle(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, threshold: float, margin: float) -> Tensor:
-    """Move the elements whose logit is so near to the threshold that rounding may flip their gate."""
-    x = x.clone(memory_format=torch.preserve_format)
-    cut = torch.tensor(threshold, dtype=torch.float64, device=x.device).logit()
-    for _ in range(100):
-        r, _ = cfe_gate(x.double(), weight.double(), bias.double(), num_groups, threshold, EPS)
-        near = (r.logit() - cut).abs() < margin
-        if not near.any():
-            return x
-        x[near] += 0.1
-    raise AssertionError("no input without gates near the threshold found")
+pytestmark = [*runs_kernels, sigmoid_may_overflow, pytest.mark.usefixtures("fresh_memory_is_nan")]
 
 
 def run_reference(
@@ -74,7 +48,7 @@ def run_reference(
     else:
         fusion = {1.0: "sum", 0.5: "mean"}[scale]
         y = csfe(*inputs, num_groups, threshold, LAMBD, BETA, correction, EPS, fusion=fusion, impl="reference")
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+    return with_gradients(y, inputs, dy)
 
 
 def run_kernels(
@@ -108,16 +82,16 @@ def check(
     margin: float = 1e-5,
     factor: float = 4.0,
 ) -> None:
-    """Compare the result and every gradient with the reference in float64, by the reference's error in the dtype of x.
+    """Compare the result and every gradient with the reference in float64.
 
-    Before that, elements near the threshold are moved, where `x` is dense; others are not to have any.
+    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first.
     """
     x = x.to(DEVICE)
     weight, bias = (p.to(DEVICE) for p in (affine or random_affine(x.shape[1], seed=1)))
     dy = random_tensor(*x.shape, seed=2, dtype=x.dtype, device=DEVICE) if dy is None else dy.to(DEVICE)
     if operator != "sfe":
-        settled = settle(x, weight, bias, num_groups, threshold, margin)
-        x = x.copy_(settled)
+        parameters = (weight.double(), bias.double(), num_groups, threshold, EPS)
+        move_away_from_threshold(lambda x: cfe(x, *parameters, impl="reference"), x, margin)
     options = (num_groups, threshold, correction, scale)
     actual = run_kernels(operator, dy, x, weight, bias, *options)
     reference = run_reference(operator, dy, x, weight, bias, *options)
@@ -136,7 +110,7 @@ def check(
 def test_equals_the_reference(operator, threshold, correction, scale, layout):
     if scale != 1.0 and operator != "csfe":
         scale = 1.0  # only a sum is ever scaled
-    affine = random_affine(6, seed=1)  # few channels, so that gates at 0.4 close, too
+    affine = random_affine(6, seed=1)  # few channels, so that gates at 0.4 close too
     x = 4 * random_tensor(3, 6, 5, 7, memory_format=LAYOUTS[layout])
     check(operator, x, 3, threshold=threshold, correction=correction, scale=scale, affine=affine)
 
@@ -161,7 +135,7 @@ def test_sfe_takes_an_odd_number_of_channels(channels, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_of_positions_are_put_together(layout):
+def test_chunks_of_positions_are_combined(layout):
     x = random_tensor(1, 6, 61, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(kernels, run=True) as launches:
         check("csfe", x, 3)
@@ -173,7 +147,7 @@ def test_chunks_of_positions_are_put_together(layout):
         "_csfe_backward_kernel",
         "_csfe_parameters_kernel",
     ]
-    assert all(launch.grid[1] > 2 for launch in (launches[0], launches[3]))
+    assert all(the_launch_of(launches, name).grid[1] > 2 for name in ("_csfe_stats_kernel", "_csfe_sums_kernel"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,13 +167,14 @@ def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
         if "BLOCK_MEMBERS" in arguments:
             assert arguments["GROUP_SIZE"] / arguments["BLOCK_MEMBERS"] > 32
             assert arguments["C"] / arguments["BLOCK_SUM"] > 32
-    assert launches[-1].arguments["C"] / launches[-1].arguments["BLOCK"] > 32
+    (parameters,) = (launch.arguments for launch in launches_of(launches, "_csfe_parameters_kernel"))
+    assert parameters["C"] / parameters["BLOCK"] > 32
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_survives_a_large_mean(operator, layout):
-    # The mean itself is rounded to 1e-3 there, in the reference as well.
+    # There the mean itself is rounded to 1e-3, also in the reference.
     x = random_tensor(2, 6, 7, 11, seed=7, mean=1e4, memory_format=LAYOUTS[layout])
     check(operator, x, 3, margin=1e-3)
 
@@ -218,9 +193,9 @@ def test_inputs_that_are_not_dense(operator):
     rows = random_tensor(3, 6, 10, 9, seed=9)[:, :, ::2, 1:8]
     channels = random_tensor(3, 9, 5, 7, seed=9, memory_format=torch.channels_last)[:, :6]
     samples = random_tensor(6, 6, 5, 7, seed=9)[::2]
-    other = random_tensor(3, 6, 5, 7, seed=10, memory_format=torch.channels_last)
+    dense_dy = random_tensor(3, 6, 5, 7, seed=10, memory_format=torch.channels_last)
     for x in (rows, channels, samples):
-        check(operator, x, 3, dy=other)
+        check(operator, x, 3, dy=dense_dy)
         check(operator, x, 3, dy=torch.tensor(0.7).expand(3, 6, 5, 7))
 
 
@@ -236,16 +211,16 @@ def test_an_empty_batch(operator, layout):
     x = random_tensor(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
     weight, bias = random_affine(6, device=DEVICE)
     with recorded(kernels) as launches:
-        y, dx, *rest = run_kernels(operator, x, x, weight, bias, 3, 0.5, 0, 1.0)
+        y, dx, *parameter_gradients = run_kernels(operator, x, x, weight, bias, 3, 0.5, 0, 1.0)
     assert not launches
     assert y.shape == dx.shape == x.shape
-    assert all(torch.equal(gradient, torch.zeros(6, device=DEVICE)) for gradient in rest)
-    assert len(rest) == (0 if operator == "sfe" else 2)
+    assert all(torch.equal(gradient, torch.zeros(6, device=DEVICE)) for gradient in parameter_gradients)
+    assert len(parameter_gradients) == (0 if operator == "sfe" else 2)
 
 
 @pytest.mark.parametrize(("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0)])
 def test_a_sum_of_gamma_near_zero_is_replaced(first, last):
-    # Below 1e-6 with its sign; times 1e6 every gate is all or nothing, and what is left is exact enough to compare.
+    # A sum below 1e-6 becomes 1e-6 with the same sign. Then every gate is 0 or 1, and the rest can be compared exactly.
     x = random_tensor(2, 2, 5, 7, seed=11)
     weight, bias = torch.tensor([first, last]), torch.tensor([0.5, -0.3])
     assert abs(float(weight.double().sum())) < 1e-6
@@ -331,8 +306,8 @@ def test_an_unwritten_element_is_seen(monkeypatch):
     tiling = kernels._tiling
 
     def one_chunk_less(*args):
-        found = tiling(*args)
-        return found._replace(chunks=found.chunks - 1) if found.chunks > 1 else found
+        right = tiling(*args)
+        return right._replace(chunks=right.chunks - 1) if right.chunks > 1 else right
 
     monkeypatch.setattr(kernels, "_tiling", one_chunk_less)
     with pytest.raises(AssertionError, match="error nan"):

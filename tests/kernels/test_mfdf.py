@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,30 +11,20 @@ from kfde_layers.kernels import mfdf as kernels
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.mfdf_merged import merged, pooled
 from kfde_layers.testing import assert_error_budget, random_tensor
-from tests.kernels.compiling import recorded
+from tests.support.agreement import with_gradients
+from tests.support.inputs import LAYOUTS
+from tests.support.kernels import (
+    DEVICE,
+    launches_of,
+    needs_interpreter,
+    recorded,
+    runs_kernels,
+    the_launch_of,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 RESULTS = ("p", "dx of the mean", "dkernel", "y", "dx", "dalpha", "dgrid", "dshifts")
 
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels do not see what a test replaces")
-pytestmark = [
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 from the start"
-    ),
-    # The interpreter of older Tritons.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    """Deterministic algorithms fill what torch.empty and its kin return, so that what nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [*runs_kernels, pytest.mark.usefixtures("fresh_memory_is_nan")]
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -46,13 +34,13 @@ def draw(*shape: int, seed: int) -> Tensor:
 def run_pool_reference(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> list[Tensor]:
     inputs = [tensor.detach().requires_grad_() for tensor in (x, kernel)]
     p = pooled(upcast(inputs[0]), inputs[1], step)
-    return [p.detach(), *torch.autograd.grad(p, inputs, dp)]
+    return with_gradients(p, inputs, dp)
 
 
 def run_merged_reference(dy: Tensor, x: Tensor, alpha: Tensor, grid: Tensor, shifts: Tensor, step: int) -> list[Tensor]:
     inputs = [tensor.detach().requires_grad_() for tensor in (x, alpha, grid, shifts)]
     y = as_input(merged(upcast(inputs[0]), *inputs[1:], step), x)
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+    return with_gradients(y, inputs, dy)
 
 
 def run_pool(dp: Tensor, x: Tensor, kernel: Tensor, step: int) -> list[Tensor]:
@@ -132,19 +120,19 @@ def test_low_precision(dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_parts_are_put_together(layout, monkeypatch):
+def test_parts_are_combined(layout, monkeypatch):
     monkeypatch.setattr(kernels, "_SAMPLES", 1)
     x = random_tensor(2, 2, 29, 31, seed=10, memory_format=LAYOUTS[layout])
     with recorded(kernels, run=True) as launches:
         check_pool(x)
         check_merged(x)
-    of = {launch.name: launch for launch in launches}
-    assert of["_mfdf_pool_kernel"].grid[1] > 1  # chunks of positions
-    assert of["_mfdf_pool_backward_kernel"].grid[1] > 1  # parts of the samples
-    assert of["_mfdf_window_kernel"].arguments["scale"] != 1
+    assert the_launch_of(launches, "_mfdf_pool_kernel").grid[1] > 1  # chunks of positions
+    assert the_launch_of(launches, "_mfdf_pool_backward_kernel").grid[1] > 1  # parts of the samples
+    assert launches_of(launches, "_mfdf_window_kernel")[-1].arguments["scale"] != 1
     for name in ("_mfdf_merged_kernel", "_mfdf_taps_kernel"):
-        assert of[name].arguments["rows"] < 29
-        assert of[name].grid[1] > 1
+        for launch in launches_of(launches, name):
+            assert launch.arguments["rows"] < 29
+            assert launch.grid[1] > 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,58 +147,68 @@ def test_a_program_with_several_strips(layout, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_of_the_taps_is_made_for_some_samples_at_a_time(layout, monkeypatch):
+def test_the_gradient_of_the_taps_is_computed_for_a_few_samples_at_a_time(layout, monkeypatch):
     monkeypatch.setattr(kernels, "_SCRATCH", 1)
     x = random_tensor(5, 3, 3, 2, seed=12, memory_format=LAYOUTS[layout])
     with recorded(kernels, run=True) as launches:
         check_merged(x, 2, 5)
-    assert [launch.name for launch in launches].count("_mfdf_taps_kernel") == 5
+    assert len(launches_of(launches, "_mfdf_taps_kernel")) == 5
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("nhwc", torch.bfloat16), ("nchw", torch.float32)])
 def test_many_turns_of_every_loop_of_the_mean(layout, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_rows", lambda *_: 1)
-    monkeypatch.setattr(kernels, "_tiling", lambda *_: kernels._Tiling(2, 2, 124, 1, 4))
+    tiling = kernels._Tiling(block_hw=2, block_c=2, chunk=124, chunks=1, samples=4)
+    monkeypatch.setattr(kernels, "_tiling", lambda *_: tiling)
     monkeypatch.setattr(kernels, "_SAMPLES", 64)
     x = random_tensor(37, 2, 3, 41, seed=13, dtype=dtype, memory_format=LAYOUTS[layout])
     with recorded(kernels, run=True) as launches:
         check_pool(x, 7)
-    _, pool, cover, backward, lines, _ = (launch.arguments for launch in launches)
+    pool = the_launch_of(launches, "_mfdf_pool_kernel").arguments
+    backward = the_launch_of(launches, "_mfdf_pool_backward_kernel").arguments
+    cover = launches_of(launches, "_mfdf_cover_kernel")[0].arguments  # the same in the backward pass
+    along_width = launches_of(launches, "_mfdf_window_kernel")[0].arguments  # the second one goes along the height
     assert cover["SIZE"] ** 2 / cover["BLOCK_TAPS"] > 32
     assert pool["chunk"] / pool["BLOCK_HW"] > 32
     assert backward["samples"] > 32
-    assert (lines["length"] - lines["SIZE"] // 2) / lines["BLOCK_L"] > 32
+    assert (along_width["length"] - along_width["SIZE"] // 2) / along_width["BLOCK_L"] > 32
 
     monkeypatch.setattr(kernels, "_SAMPLES", 1)
     with recorded(kernels, run=True) as launches:
         check_pool(random_tensor(37, 2, 3, 5, seed=13, dtype=dtype, memory_format=LAYOUTS[layout]))
-    assert launches[4].arguments["groups"] > 32
+    assert launches_of(launches, "_mfdf_window_kernel")[0].arguments["groups"] > 32
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("nhwc", torch.bfloat16), ("nchw", torch.float32)])
 def test_many_turns_of_every_loop_of_the_convolution(layout, dtype, monkeypatch):
-    def run(*shape, share, branches=1, size=3):
+    def arguments(*shape, share, branches=1, size=3):
+        """Run the kernels with a strip for each column; return the arguments of each kernel's first and last launch."""
         _, _, height, width = shape
-        cut = kernels._Strips(1, 1, 2, height, width, width, share)  # a strip to each column
+        cut = kernels._Strips(segment=1, block_p=1, block_c=2, rows=height, across=width, strips=width, share=share)
         monkeypatch.setattr(kernels, "_strips", lambda *_, **__: cut)
         with recorded(kernels, run=True) as launches:
             check_merged(random_tensor(*shape, seed=14, dtype=dtype, memory_format=LAYOUTS[layout]), branches, size)
-        return [(launch.name, launch.arguments) for launch in launches]
+        first = {launch.name: launch.arguments for launch in reversed(launches)}
+        last = {launch.name: launch.arguments for launch in launches}
+        return first, last
 
     monkeypatch.setattr(kernels, "_rows", lambda *_: 1)
-    (_, forward), _, (_, taps), *_ = run(1, 2, 37, 3, branches=37, share=1)
+    first, _ = arguments(1, 2, 37, 3, branches=37, share=1)
+    forward, taps = first["_mfdf_merged_kernel"], first["_mfdf_taps_kernel"]
     assert min(forward["branches"], forward["rows"], taps["rows"]) > 32
-    (_, forward), _, (_, taps), *_ = run(1, 2, 3, 37, share=37)
-    assert min(forward["share"], taps["share"]) > 32
-    *_, (_, samples) = run(37, 1, 1, 1, size=1, share=1)
-    *_, (_, parts) = run(2, 1, 1, 41, size=1, share=1)
-    assert min(samples["count"] / samples["BLOCK_B"], parts["parts"]) > 32
+    first, _ = arguments(1, 2, 3, 37, share=37)
+    assert min(first["_mfdf_merged_kernel"]["share"], first["_mfdf_taps_kernel"]["share"]) > 32
+    _, last = arguments(37, 1, 1, 1, size=1, share=1)
+    over_samples = last["_mfdf_contract_kernel"]
+    _, last = arguments(2, 1, 1, 41, size=1, share=1)
+    over_parts = last["_mfdf_contract_kernel"]
+    assert min(over_samples["count"] / over_samples["BLOCK_B"], over_parts["parts"]) > 32
 
     monkeypatch.setattr(kernels, "_UNROLLED", 1)
-    (name, branches), *_ = run(1, 2, 2, 3, branches=37, share=1)
-    (_, taps), *_ = run(1, 2, 2, 3, size=7, share=1)
-    assert name == "_mfdf_merged_loop_kernel"
-    assert min(branches["branches"], taps["SIZE"] ** 2) > 32
+    first, _ = arguments(1, 2, 2, 3, branches=37, share=1)
+    assert first["_mfdf_merged_loop_kernel"]["branches"] > 32
+    first, _ = arguments(1, 2, 2, 3, size=7, share=1)
+    assert first["_mfdf_merged_loop_kernel"]["SIZE"] ** 2 > 32
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -325,8 +323,8 @@ def test_an_unwritten_element_is_seen(monkeypatch):
     strips = kernels._strips
 
     def one_strip_less(*args, **kwargs):
-        found = strips(*args, **kwargs)
-        return found._replace(strips=found.strips - 1)
+        right = strips(*args, **kwargs)
+        return right._replace(strips=right.strips - 1)
 
     monkeypatch.setattr(kernels, "_strips", one_strip_less)
     with pytest.raises(AssertionError, match="y: error nan"):

@@ -1,6 +1,5 @@
-"""What the operators run on CUDA, run by the interpreter: the launchers take what the operators hand them."""
+"""The CUDA part of the operators, run by the interpreter: the launchers accept the arguments of the operators."""
 
-import os
 from contextlib import contextmanager
 
 import pytest
@@ -17,17 +16,15 @@ from kfde_layers.ops import csfe_fused as csfe
 from kfde_layers.ops import mfdf_fused as mfdf
 from kfde_layers.ops.csfe_moments import Enhancement
 from kfde_layers.testing import random_affine, random_tensor
-from tests.kernels.compiling import recorded
+from tests.support.agreement import with_gradients
+from tests.support.inputs import LAYOUTS
+from tests.support.kernels import INTERPRETED, recorded, runs_kernels, sigmoid_may_overflow
 
 pytestmark = [
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, to run on the CPU what is for CUDA"
-    ),
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),  # the sigmoid is made for it
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # in older Tritons
+    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, to run the code for CUDA on the CPU"),
+    *runs_kernels,
+    sigmoid_may_overflow,
 ]
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-
 
 OPERATORS = [
     (csfe._forward, csfe._forward_on_cuda),
@@ -41,7 +38,7 @@ OPERATORS = [
 
 @contextmanager
 def cuda_kernels_on_the_cpu():
-    """The operators themselves, with all that they ask of a kernel's results, run what is for CUDA."""
+    """Make the operators run their code for CUDA on CPU tensors."""
     with pytest.MonkeyPatch.context() as patch:
         for operator, kernel in OPERATORS:
             patch.setitem(operator._backend_fns, "cpu", kernel)
@@ -51,21 +48,21 @@ def cuda_kernels_on_the_cpu():
 def assert_cuda_equals_cpu(call):
     with (
         cuda_kernels_on_the_cpu(),
-        recorded(kernels_csfe, run=True) as some,
-        recorded(kernels_mfdf, run=True) as others,
+        recorded(kernels_csfe, run=True) as csfe_launches,
+        recorded(kernels_mfdf, run=True) as mfdf_launches,
     ):
         on_cuda = call()
-    assert bool(some or others) == (on_cuda[0].numel() > 0)  # it was the kernels that ran
-    for mine, theirs in zip(on_cuda, call(), strict=True):
-        assert mine.dtype == theirs.dtype
-        assert mine.stride() == theirs.stride() or mine.numel() == 0
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert bool(csfe_launches or mfdf_launches) == (on_cuda[0].numel() > 0)  # it was the kernels that ran
+    for cuda_tensor, cpu_tensor in zip(on_cuda, call(), strict=True):
+        assert cuda_tensor.dtype == cpu_tensor.dtype
+        assert cuda_tensor.stride() == cpu_tensor.stride() or cuda_tensor.numel() == 0
+        torch.testing.assert_close(cuda_tensor, cpu_tensor, rtol=1e-4, atol=1e-4)
 
 
-def with_gradients(operation, tensors):
+def run(operation, tensors):
     y = operation(*tensors)
     cotangent = random_tensor(*y.shape[:3], 2 * y.shape[3], seed=5)[..., ::2]  # not dense
-    return [y.detach(), *torch.autograd.grad(y, tensors, cotangent)]
+    return with_gradients(y, tensors, cotangent)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,7 +77,7 @@ def test_csfe(options, layout, batch, gaps):
     def operation(x, weight=None, bias=None):
         return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
 
-    assert_cuda_equals_cpu(lambda: with_gradients(operation, [x, *parameters]))
+    assert_cuda_equals_cpu(lambda: run(operation, [x, *parameters]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -89,4 +86,4 @@ def test_mfdf(layout, batch, gaps):
     x = random_tensor(batch, 6, 7, 5 * gaps, memory_format=LAYOUTS[layout])[..., ::gaps].requires_grad_()
     layer = scatter_parameters(MFDF(6, (1, 3, 5), dilation=2, impl="fused"))
     parameters = list(layer.parameters())
-    assert_cuda_equals_cpu(lambda: with_gradients(lambda x, *_: layer(x), [x, *parameters]))
+    assert_cuda_equals_cpu(lambda: run(lambda x, *_: layer(x), [x, *parameters]))

@@ -1,92 +1,63 @@
-"""What every layer promises, in each of its options."""
+"""Properties that every layer has, in each of its options."""
 
 import copy
-import functools
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
-from kfde_layers.layers import Blend
-from kfde_layers.testing import scatter_parameters
-from tests.helpers import batches, draw, has_format, memory_formats, relative_error, seeds, sides
+from tests.support.agreement import has_memory_format, relative_error, use_reference
+from tests.support.cases import LAYERS, make_layer
+from tests.support.gates import input_away_from_threshold
+from tests.support.inputs import batches, draw, memory_formats, seeds, sides
 
-LAYERS = {
-    "CFE": CFE,
-    "CFE, threshold, one group": functools.partial(CFE, num_groups=1, threshold=0.45, eps=1e-3),
-    "SFE": SFE,
-    "SFE, SimAM": functools.partial(SFE, correction=1, lambd=1e-3, beta=0.1),
-    "CSFE": CSFE,
-    "CSFE, mean": functools.partial(CSFE, fusion="mean"),
-    "CSFE, cfe_sfe": functools.partial(CSFE, arrangement="cfe_sfe"),
-    "CSFE, sfe_cfe": functools.partial(CSFE, arrangement="sfe_cfe", num_groups=2, correction=1),
-    "CSFE, fused": functools.partial(CSFE, impl="fused"),
-    "CSFE, reference": functools.partial(CSFE, impl="reference"),
-    "MFDF": MFDF,
-    "MFDF, fused": functools.partial(MFDF, impl="fused", dilation=(1, 2, 3, 1)),
-    "MFDF, reference, no bias": functools.partial(MFDF, impl="reference", bias=False, kernel_sizes=(3, 5), dilation=2),
-    "MFDF, dense": functools.partial(MFDF, groups=1, kernel_sizes=(1, 3), rd_channels=7),
-    "MFDF, grouped, ReLU": functools.partial(MFDF, groups=2, kernel_sizes=(1, 3), act_layer=nn.ReLU),
-    "MFDF, batch norm": functools.partial(MFDF, kernel_sizes=(1, 3, 5), norm_layer=nn.BatchNorm2d),
-    "MFDF, dense, batch norm, ReLU": functools.partial(
-        MFDF, groups=1, kernel_sizes=(1, 3), norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU
-    ),
-    "Blend of CSFE": lambda channels, **kwargs: Blend(CSFE(channels, **kwargs), channels, **kwargs),
-}
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
-
-
-def made(make, channels=6, **kwargs):
-    return scatter_parameters(make(channels, **kwargs)).eval()
 
 
 @given(st.sampled_from(list(LAYERS.values())), batches, sides, sides, seeds, memory_formats, st.booleans())
 def test_shape_dtype_and_memory_format_are_kept(make, batch, height, width, seed, memory_format, requires_grad):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        layer = made(make).to(dtype)
+        layer = make_layer(make).to(dtype)
         x = draw(batch, 6, height, width, seed=seed, dtype=dtype, memory_format=memory_format)
         y = layer(x.requires_grad_(requires_grad))
         assert y.shape == x.shape
         assert y.dtype == dtype
         assert y.device == x.device
-        assert has_format(y, memory_format)
+        assert has_memory_format(y, memory_format)
         assert y.requires_grad == (requires_grad or any(p.requires_grad for p in layer.parameters()))
-        # The same rounded numbers in float64. In low precision all that is left is the rounding of the result; in
-        # float32 and float64 the steps before it round too, and so do norms and activations, which are modules that
-        # compute in the format of x.
+        # The same rounded input in float64. In low precision only the result is rounded. In float32 and float64 the
+        # steps before it round too, and so do norms and activations: these modules compute in the dtype of x.
         in_double = layer.double()(x.double())
         one_rounding = dtype in (torch.bfloat16, torch.float16) and getattr(layer, "bare", True)
         assert relative_error(y, in_double) < (1 if one_rounding else 32) * torch.finfo(dtype).eps
 
 
 @each_layer
-def test_autocast_keeps_the_format_of_the_input(make):
-    layer = made(make)
+def test_autocast_keeps_the_dtype_of_the_input(make):
+    layer = make_layer(make)
     for dtype in (torch.float32, torch.bfloat16):
         x = draw(2, 6, 17, 15, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
         assert y.dtype == dtype
-        bare = getattr(layer, "bare", True)  # norms and activations in a branch follow autocast, as everywhere
+        bare = getattr(layer, "bare", True)  # norms and activations follow autocast
         assert relative_error(y, layer.double()(x.double())) < (2**-7 if dtype == torch.bfloat16 or not bare else 1e-5)
         layer.float()
 
 
 @each_layer
 def test_one_pixel_and_empty_batches(make):
-    layer = made(make)
+    layer = make_layer(make)
     assert layer(draw(1, 6, 1, 1, dtype=torch.float32)).isfinite().all()
     assert layer(draw(0, 6, 4, 3, dtype=torch.float32)).shape == (0, 6, 4, 3)
 
 
 @each_layer
 def test_a_sample_alone_equals_the_sample_in_a_batch(make):
-    layer = made(make).double()
+    layer = make_layer(make).double()
     x = draw(5, 6, 15, 17)
     alone = torch.cat([layer(sample) for sample in x.split(1)])
     torch.testing.assert_close(layer(x), alone, rtol=1e-10, atol=1e-10)
@@ -94,28 +65,18 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(make):
 
 @each_layer
 def test_every_parameter_gets_a_gradient(make):
-    layer = made(make).train()
+    layer = make_layer(make).train()
     layer(draw(2, 6, 7, 5, dtype=torch.float32).requires_grad_()).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
 
 
-def away_from_the_step(layer, x):
-    """Whether a small change of `x` leaves every gate as it is, so that finite differences see no jump."""
-    distances = [
-        gate.gate(y)[0].logit() - np.log(gate.threshold / (1 - gate.threshold))
-        for gate in layer.modules()
-        if isinstance(gate, CFE)
-        for y in (x, SFE(correction=1)(x), SFE()(x))  # what the gate may see, as its layer arranges the branches
-    ]
-    return all(distance.abs().min() > 1e-4 for distance in distances)
-
-
 @each_layer
 def test_gradcheck(make):
-    layer = made(make).double()
-    x = next(x for seed in range(99) if away_from_the_step(layer, x := draw(2, 6, 3, 4, seed=seed)))
+    layer = make_layer(make).double()
+    reference = use_reference(copy.deepcopy(layer))
+    x = input_away_from_threshold(reference, 2, 6, 3, 4, margin=1e-3, dtype=torch.float64)
     names, parameters = zip(*layer.named_parameters(), strict=True) if list(layer.parameters()) else ((), ())
 
     def call(x, *parameters):
@@ -126,7 +87,7 @@ def test_gradcheck(make):
 
 @each_layer
 def test_state_dict_deepcopy_and_pickle(make):
-    layer, x = made(make), draw(2, 6, 7, 5, dtype=torch.float32)
+    layer, x = make_layer(make), draw(2, 6, 7, 5, dtype=torch.float32)
     expected = layer(x)
     fresh = make(6).eval()
     fresh.load_state_dict(layer.state_dict())
@@ -149,41 +110,40 @@ def test_device_and_dtype_reach_every_parameter(make):
 
 @each_layer
 def test_the_tracer_of_torch_fx_gives_the_same_numbers(make):
-    layer, x = made(make), draw(3, 6, 16, 15, dtype=torch.float32)
+    layer, x = make_layer(make), draw(3, 6, 16, 15, dtype=torch.float32)
     torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
 
 
 @each_layer
 def test_gradients_with_a_graph_are_the_same_and_can_be_differentiated(make):
-    """One tensor is made of another inside a layer: what reaches each must be told apart, not counted twice."""
-    layer = made(make).double()
+    """Inside a layer one tensor is computed from another: no part of the gradient may be counted twice."""
+    layer = make_layer(make).double()
     inputs = [draw(2, 6, 5, 4).requires_grad_(), *layer.parameters()]
     cotangent = draw(2, 6, 5, 4, seed=1)
     plain = torch.autograd.grad(layer(inputs[0]), inputs, cotangent)
     graphed = torch.autograd.grad(layer(inputs[0]), inputs, cotangent, create_graph=True)
-    for theirs, mine in zip(plain, graphed, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-    reference = copy.deepcopy(layer)
-    for module in reference.modules():
-        if hasattr(module, "impl"):
-            module.impl = "reference"
+    for plain_gradient, graphed_gradient in zip(plain, graphed, strict=True):
+        torch.testing.assert_close(graphed_gradient, plain_gradient, rtol=1e-10, atol=1e-10)
+    reference = use_reference(copy.deepcopy(layer))
     expected = torch.autograd.grad(
         reference(inputs[0]), [inputs[0], *reference.parameters()], cotangent, create_graph=True
     )
-    seconds = [torch.autograd.grad(gradients[0].square().sum(), inputs[0])[0] for gradients in (graphed, expected)]
-    torch.testing.assert_close(*seconds, rtol=1e-9, atol=1e-9)
+    second_gradients = [
+        torch.autograd.grad(gradients[0].square().sum(), inputs[0])[0] for gradients in (graphed, expected)
+    ]
+    torch.testing.assert_close(*second_gradients, rtol=1e-9, atol=1e-9)
 
 
 @given(st.sampled_from(list(LAYERS.values())), sides, memory_formats)
 def test_an_activation_may_change_the_output_in_place(make, size, memory_format):
-    layer = made(make)
+    layer = make_layer(make)
     for side in (size, 19):
         x = draw(2, 6, side, side, dtype=torch.float32, memory_format=memory_format).requires_grad_()
         layer(x).relu_().sum().backward()
         assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("cls", [CFE, CSFE, MFDF])
+@pytest.mark.parametrize("layer_class", [CFE, CSFE, MFDF])
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
@@ -192,19 +152,19 @@ def test_an_activation_may_change_the_output_in_place(make, size, memory_format)
         (torch.zeros(2, 8, 5, 5).int(), TypeError, r"x must be a floating-point tensor \(.*\), got torch.int32"),
     ],
 )
-def test_unfit_inputs_are_refused(cls, x, error, message):
+def test_unfit_inputs_are_refused(layer_class, x, error, message):
     with pytest.raises(error, match=message):
-        cls(8)(x)
+        layer_class(8)(x)
 
 
-@pytest.mark.parametrize("cls", [CFE, CSFE, MFDF])
-def test_unfit_channels_are_refused(cls):
+@pytest.mark.parametrize("layer_class", [CFE, CSFE, MFDF])
+def test_unfit_channels_are_refused(layer_class):
     for channels, error in ((0, ValueError), (-2, ValueError), (6.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match=f"channels must be .* got {channels}"):
-            cls(channels)
+            layer_class(channels)
 
 
-@pytest.mark.parametrize("cls", [CFE, SFE, CSFE, MFDF])
-def test_an_unknown_implementation_is_refused_at_construction(cls):
+@pytest.mark.parametrize("layer_class", [CFE, SFE, CSFE, MFDF])
+def test_an_unknown_implementation_is_refused_at_construction(layer_class):
     with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', 'fused', got 'cuda'"):
-        cls(8, impl="cuda")
+        layer_class(8, impl="cuda")

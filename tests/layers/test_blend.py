@@ -3,7 +3,7 @@ from torch import nn
 
 from kfde_layers import CSFE
 from kfde_layers.layers import Blend
-from tests.helpers import draw
+from tests.support.inputs import draw
 
 
 def test_zero_is_the_identity_and_one_the_block():

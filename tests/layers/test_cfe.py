@@ -4,7 +4,8 @@ import torch
 from kfde_layers import CFE
 from kfde_layers.functional import cfe
 from kfde_layers.testing import scatter_parameters
-from tests.helpers import draw
+from tests.support.agreement import count_parameters
+from tests.support.inputs import draw
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ def test_starts_as_a_plain_normalisation():
     layer = CFE(6)
     assert torch.equal(layer.weight, torch.ones(6))
     assert torch.equal(layer.bias, torch.zeros(6))
-    assert sum(p.numel() for p in layer.parameters()) == 12
+    assert count_parameters(layer) == 12
     scatter_parameters(layer).reset_parameters()
     assert torch.equal(layer.weight, torch.ones(6))
 
@@ -46,7 +47,7 @@ def test_half_of_the_gates_are_open_in_low_precision(dtype):
     r, is_open = layer.gate(x)
     assert r.dtype == torch.float32
     assert abs(is_open.double().mean() - 0.5) < 0.01
-    # compared in its own format the gate would be shut for most, in bfloat16 for all: the fault this guards against
+    # Compared in its own dtype, most gates would be closed, and in bfloat16 all: this test guards against that fault.
     naive = (r.to(dtype) > 0.5).double().mean()
     assert naive == 0 if dtype == torch.bfloat16 else naive < 0.3
 

@@ -3,7 +3,7 @@ import torch
 
 from kfde_layers import CFE, CSFE, SFE
 from kfde_layers.testing import scatter_parameters
-from tests.helpers import draw
+from tests.support.inputs import draw
 
 OPTIONS = {"num_groups": 3, "threshold": 0.45, "lambd": 1e-2, "beta": 0.3, "correction": 1, "eps": 1e-3}
 

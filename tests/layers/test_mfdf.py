@@ -1,5 +1,3 @@
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +7,9 @@ from kfde_layers import MFDF
 from kfde_layers.functional import mfdf
 from kfde_layers.ops.mfdf import attention, pool
 from kfde_layers.testing import scatter_parameters
-from tests import oracle
-from tests.helpers import as_numpy, draw, relative_error
-
-
-def count(layer):
-    return sum(parameter.numel() for parameter in layer.parameters())
+from tests.support import oracle
+from tests.support.agreement import as_numpy, count_operations, count_parameters, relative_error
+from tests.support.inputs import draw
 
 
 def test_starts_near_the_identity():
@@ -22,7 +17,7 @@ def test_starts_near_the_identity():
         x = draw(2, channels, size, size, dtype=torch.float32)
         y = MFDF(channels)(x)
         assert F.cosine_similarity(x.flatten(), y.flatten(), dim=0) > 0.95
-        # torch's own start would not do
+        # with the initial weights of PyTorch it is not near
         layer = MFDF(channels)
         for branch in layer.branches:
             branch.reset_parameters()
@@ -48,8 +43,10 @@ def test_parameter_shapes_and_cost():
     assert layer.fc1.weight.shape == (48, 768)
     assert layer.fc2.weight.shape == (4 * 768, 48)
     assert [tuple(branch.weight.shape) for branch in layer.branches] == [(768, 1, k, k) for k in (1, 3, 5, 7)]
-    assert count(layer) == 255_024
-    assert count(MFDF(768, groups=1, norm_layer=nn.BatchNorm2d, device="meta")) == pytest.approx(49.7e6, rel=0.005)
+    assert count_parameters(layer) == 255_024
+    assert count_parameters(MFDF(768, groups=1, norm_layer=nn.BatchNorm2d, device="meta")) == pytest.approx(
+        49.7e6, rel=0.005
+    )
     assert MFDF(64).fc1.out_features == 32
     assert MFDF(64, rd_channels=5).fc1.out_features == 5
     assert MFDF(768, rd_ratio=1 / 8).fc1.out_features == 96
@@ -80,7 +77,7 @@ def test_branch_weights_explain_the_output():
         torch.testing.assert_close(layer(x), (alpha[..., None, None] * maps).sum(dim=1), rtol=1e-10, atol=1e-10)
 
 
-def test_branch_weights_are_those_of_forward_in_every_format():
+def test_branch_weights_are_those_of_forward_in_every_dtype():
     layer = scatter_parameters(MFDF(6))
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x = draw(2, 6, 9, 7, dtype=dtype)
@@ -97,7 +94,7 @@ def test_norm_and_activation_equal_the_paper_in_loops():
     layer.train()(x)  # moves the running statistics away from their start
     layer.eval()
 
-    def behind(norm):
+    def norm_and_relu(norm):
         tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return lambda branch: oracle.relu(oracle.batch_norm(branch, *map(as_numpy, tensors), norm.eps))
 
@@ -108,45 +105,39 @@ def test_norm_and_activation_equal_the_paper_in_loops():
         *map(as_numpy, (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)),
         [1, 1],
         1,
-        [behind(branch.norm) for branch in layer.branches],
+        [norm_and_relu(branch.norm) for branch in layer.branches],
     )
     assert relative_error(layer(x), expected) < 1e-12
 
 
-def trained(**kwargs):
-    """A layer with batch norms whose statistics have moved away from their start."""
+def trained_layer(**kwargs):
+    """Make a layer with batch norms whose statistics have moved away from their start."""
     layer = scatter_parameters(MFDF(6, (1, 3), norm_layer=nn.BatchNorm2d, **kwargs)).double()
     layer.train()(draw(3, 6, 5, 7, seed=7))
     return layer.eval()
-
-
-def operations(call):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    return Counter(event.name for event in profile.events())
 
 
 @pytest.mark.parametrize(
     "kwargs", [{}, {"groups": 1}, {"act_layer": nn.GELU}, {"bias": False}, {"groups": 2, "dilation": 2}]
 )
 def test_batch_norms_are_folded_outside_training(kwargs):
-    layer, x = trained(**kwargs), draw(2, 6, 5, 7, seed=8)
+    layer, x = trained_layer(**kwargs), draw(2, 6, 5, 7, seed=8)
     maps = [branch.act(branch.norm(branch.conv(x))) for branch in layer.branches]
     alpha = attention(pool(maps), layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
     expected = (alpha[..., None, None] * torch.stack(maps, dim=1)).sum(dim=1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    for gradient, wanted in zip(
+    for gradient, expected_gradient in zip(
         torch.autograd.grad(layer(x).square().sum(), layer.parameters()),
         torch.autograd.grad(expected.square().sum(), layer.parameters()),
         strict=True,
     ):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9)
-    assert operations(lambda: layer(x))["aten::batch_norm"] == 0
-    assert operations(lambda: layer.train()(x))["aten::batch_norm"] == 2
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+    assert count_operations(lambda: layer(x))["aten::batch_norm"] == 0
+    assert count_operations(lambda: layer.train()(x))["aten::batch_norm"] == 2
 
 
 def test_a_norm_kept_in_training_is_not_folded():
-    layer, x = trained(), draw(2, 6, 5, 7, seed=8)
+    layer, x = trained_layer(), draw(2, 6, 5, 7, seed=8)
     folded = layer(x)
     layer.branches[1].norm.train()
     assert (layer(x) - folded).abs().max() > 1e-3
@@ -156,7 +147,7 @@ def test_a_norm_kept_in_training_is_not_folded():
 
 def test_batch_norms_are_folded_with_their_own_eps_and_not_in_16_bits():
     for kwargs in ({}, {"act_layer": nn.ReLU}):
-        layer, x = trained(**kwargs), draw(2, 6, 5, 7, seed=8)
+        layer, x = trained_layer(**kwargs), draw(2, 6, 5, 7, seed=8)
         before = layer(x)
         for branch in layer.branches:
             branch.norm.eps = 1.0
@@ -166,30 +157,30 @@ def test_batch_norms_are_folded_with_their_own_eps_and_not_in_16_bits():
             for branch in layer.branches:
                 branch.norm.to(torch.float32 if mixed else torch.bfloat16)
             low = x.to(torch.bfloat16)
-            seen = operations(lambda layer=layer, low=low: layer(low))
-            assert seen["aten::batch_norm"] == (0 if layer.linear else 2)  # merged, it is computed in float32
+            operations = count_operations(lambda layer=layer, low=low: layer(low))
+            assert operations["aten::batch_norm"] == (0 if layer.linear else 2)  # merged, it is computed in float32
 
 
 def test_linear_branches_are_merged_outside_training():
-    layer, x = trained(), draw(2, 6, 5, 7, seed=8)
+    layer, x = trained_layer(), draw(2, 6, 5, 7, seed=8)
     assert layer.linear
-    assert not trained(act_layer=nn.ReLU).linear
-    assert not trained(groups=1).linear
-    assert operations(lambda: layer(x))["aten::conv2d"] == 2
+    assert not trained_layer(act_layer=nn.ReLU).linear
+    assert not trained_layer(groups=1).linear
+    assert count_operations(lambda: layer(x))["aten::conv2d"] == 2
     layer.impl = "fused"
-    assert operations(lambda: layer(x))["aten::conv2d"] == 1
+    assert count_operations(lambda: layer(x))["aten::conv2d"] == 1
 
 
 def test_branch_maps_are_summed_as_they_come():
     layer, x = MFDF(6, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU), draw(2, 6, 9, 8, dtype=torch.float32)
     for mode in (True, False):
-        seen = operations(lambda mode=mode: layer.train(mode)(x))
-        assert seen["aten::stack"] == 0
-        assert seen["aten::addcmul"] == 3
+        operations = count_operations(lambda mode=mode: layer.train(mode)(x))
+        assert operations["aten::stack"] == 0
+        assert operations["aten::addcmul"] == 3
 
 
-def test_selective_kernel_is_the_same_mathematics():
-    """Two dense branches, batch norm and ReLU, no fc1 bias effect: the sum-softmax form of SK, written plainly."""
+def test_selective_kernel_has_the_same_equations():
+    """Two dense branches with batch norm and ReLU, against the equations of SK with sum and softmax."""
     layer = MFDF(8, (3, 5), groups=1, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU).double().eval()
     x = draw(2, 8, 9, 7)
     u1, u2 = (branch(x) for branch in layer.branches)

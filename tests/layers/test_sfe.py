@@ -3,7 +3,7 @@ import torch
 
 from kfde_layers import SFE
 from kfde_layers.functional import sfe
-from tests.helpers import draw
+from tests.support.inputs import draw
 
 
 def test_calls_the_function_with_its_own_options():

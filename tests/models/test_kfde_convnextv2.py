@@ -10,8 +10,10 @@ from torch import nn
 from kfde_layers import CSFE, MFDF
 from kfde_layers.layers import Blend
 from kfde_layers.models.kfde_convnextv2 import KFDEStage
-from tests.helpers import needs_local_dir
-from tests.models.twins import SIZES, count, images, loaded, saved, twins
+from tests.support.agreement import count_parameters
+from tests.support.checkpoints import SIDE, SIZES, bare_and_kfde, load_pretrained, save_weights
+from tests.support.hub import needs_local_dir
+from tests.support.inputs import images
 
 
 def test_every_size_and_every_pretrained_tag_is_registered():
@@ -21,27 +23,27 @@ def test_every_size_and_every_pretrained_tag_is_registered():
     for tag in tags:
         backbone, kfde = timm.get_pretrained_cfg(tag).to_dict(), timm.get_pretrained_cfg(f"kfde_{tag}").to_dict()
         assert kfde.pop("architecture") == "kfde_" + backbone.pop("architecture")
-        assert kfde == backbone  # among it where the weights lie, and their licence
+        assert kfde == backbone  # also the address of the weights and their licence
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_backbone_is_timms(size):
     bare = timm.create_model(f"convnextv2_{size}", device="meta")
     kfde = timm.create_model(f"kfde_convnextv2_{size}", device="meta")
-    own = {key: tensor.shape for key, tensor in kfde.state_dict().items()}
-    theirs = {key: tensor.shape for key, tensor in bare.state_dict().items()}
-    assert {key: shape for key, shape in own.items() if ".kfde." not in key} == theirs
-    assert all(key.startswith("stages.3.kfde.") for key in own.keys() - theirs.keys())
+    kfde_shapes = {key: tensor.shape for key, tensor in kfde.state_dict().items()}
+    bare_shapes = {key: tensor.shape for key, tensor in bare.state_dict().items()}
+    assert {key: shape for key, shape in kfde_shapes.items() if ".kfde." not in key} == bare_shapes
+    assert all(key.startswith("stages.3.kfde.") for key in kfde_shapes.keys() - bare_shapes.keys())
     for attribute in ("num_features", "head_hidden_size", "num_classes", "feature_info"):
         assert getattr(kfde, attribute) == getattr(bare, attribute)
 
 
 def test_kfde_adds_less_than_300_000_parameters_to_tiny():
     bare, kfde = (timm.create_model(name, device="meta") for name in ("convnextv2_tiny", "kfde_convnextv2_tiny"))
-    assert 0 < count(kfde) - count(bare) < 300_000
+    assert 0 < count_parameters(kfde) - count_parameters(bare) < 300_000
 
 
-def test_csfe_then_mfdf_stand_behind_the_last_stage():
+def test_csfe_and_then_mfdf_follow_the_last_stage():
     model = timm.create_model("kfde_convnextv2_atto")
     assert [type(block) for block in model.stages[3].kfde] == [CSFE, MFDF]
     assert not any(isinstance(stage, KFDEStage) for stage in model.stages[:3])
@@ -70,7 +72,7 @@ def test_layer_options_stages_and_identity_start():
         assert type(csfe) is type(mfdf) is Blend
         assert (csfe.block.arrangement, csfe.block.cfe.threshold, csfe.block.cfe.channels) == ("cfe_sfe", 0.4, channels)
         assert (mfdf.block.kernel_sizes, mfdf.block.groups, mfdf.block.channels) == ((3, 5), 1, channels)
-    assert model(images()).shape == (2, 1000)
+    assert model(images(SIDE)).shape == (2, 1000)
 
 
 @needs_local_dir
@@ -81,7 +83,7 @@ def test_timms_names_of_a_norm_and_an_activation_survive_a_saved_configuration(t
     assert [type(part) for part in branch.children()] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     save_for_hf(model, str(tmp_path), model_args={"mfdf": mfdf}, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=0)
+    torch.testing.assert_close(again(images(SIDE)), model(images(SIDE)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_refusals(kwargs, error, message):
 def test_device_and_dtype():
     model = timm.create_model("kfde_convnextv2_atto", device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model(images().bfloat16()).dtype == torch.bfloat16
+    assert model(images(SIDE).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -127,8 +129,8 @@ def test_device_and_dtype():
     ],
 )
 def test_output_is_the_bare_models_with_kfde_before_the_head(kwargs):
-    bare, kfde = twins(**kwargs)
-    x = images(channels=kwargs.get("in_chans", 3))
+    bare, kfde = bare_and_kfde(**kwargs)
+    x = images(SIDE, channels=kwargs.get("in_chans", 3))
     features = bare.norm_pre(kfde.stages[3].kfde(bare.stages(bare.stem(x))))
     torch.testing.assert_close(kfde.forward_features(x), features)
     torch.testing.assert_close(kfde(x), bare.forward_head(features))
@@ -138,54 +140,55 @@ def test_output_is_the_bare_models_with_kfde_before_the_head(kwargs):
 
 
 def test_identity_start_leaves_the_backbone_as_it_is():
-    bare, kfde = twins(identity_start=True)
-    assert torch.equal(kfde(images()), bare(images()))
+    bare, kfde = bare_and_kfde(identity_start=True)
+    assert torch.equal(kfde(images(SIDE)), bare(images(SIDE)))
     kfde.train()
     optimizer = torch.optim.SGD(kfde.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        kfde(images()).square().mean().backward()
+        kfde(images(SIDE)).square().mean().backward()
         optimizer.step()
-    for name, parameter in kfde.named_parameters():  # behind the blend, from the second step on
+    for name, parameter in kfde.named_parameters():  # after the blend, from the second step on
         assert parameter.grad.abs().max() > 0, name
 
 
 def test_every_parameter_gets_a_gradient():
     model = timm.create_model("kfde_convnextv2_atto", kfde_stages=(0, 1, 2, 3)).train()
-    model(images()).square().mean().backward()
+    model(images(SIDE)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
 
 
 def test_features_come_with_kfde(tmp_path):
-    bare, kfde = twins()
-    x = images()
+    bare, kfde = bare_and_kfde()
+    x = images(SIDE)
     *early, last = bare.forward_intermediates(x, intermediates_only=True)
     expected = [*early, kfde.stages[3].kfde(last)]
-    for given, wanted in zip(kfde.forward_intermediates(x, intermediates_only=True), expected, strict=True):
-        torch.testing.assert_close(given, wanted)
-    final, (given,) = kfde.forward_intermediates(x, indices=1, norm=True)
-    torch.testing.assert_close(given, expected[3])
+    intermediates = kfde.forward_intermediates(x, intermediates_only=True)
+    for intermediate, expected_map in zip(intermediates, expected, strict=True):
+        torch.testing.assert_close(intermediate, expected_map)
+    final, (last_intermediate,) = kfde.forward_intermediates(x, indices=1, norm=True)
+    torch.testing.assert_close(last_intermediate, expected[3])
     torch.testing.assert_close(final, expected[3])
 
-    overlay = saved(kfde, tmp_path / "kfde.pth")
+    overlay = save_weights(kfde, tmp_path / "kfde.pth")
     for options in (
         {},
         {"out_indices": (1, 3)},
         {"out_indices": (-1,)},
         *({"feature_cls": c} for c in ("getter", "fx")),
     ):
-        model = loaded("kfde_convnextv2_atto", overlay, features_only=True, **options)
+        model = load_pretrained("kfde_convnextv2_atto", overlay, features_only=True, **options)
         indices = options.get("out_indices", range(4))
         assert model.feature_info.channels() == [(40, 80, 160, 320)[index] for index in indices]
-        for given, wanted in zip(model(x), [expected[index] for index in indices], strict=True):
-            torch.testing.assert_close(given, wanted)
+        for feature_map, index in zip(model(x), indices, strict=True):
+            torch.testing.assert_close(feature_map, expected[index])
 
 
 def test_pruning_keeps_kfde_where_it_keeps_the_stage():
     model = timm.create_model("kfde_convnextv2_atto", kfde_stages=(1, 3)).eval()
-    x = images()
+    x = images(SIDE)
     expected = model.forward_intermediates(x, intermediates_only=True)
     assert model.prune_intermediate_layers([1]) == [1]
     assert [isinstance(stage, KFDEStage) for stage in model.stages] == [False, True]
@@ -193,45 +196,47 @@ def test_pruning_keeps_kfde_where_it_keeps_the_stage():
 
 
 def test_reset_classifier():
-    _, model = twins()
-    features = model(images()), model.forward_features(images())
+    _, model = bare_and_kfde()
+    features = model(images(SIDE)), model.forward_features(images(SIDE))
     model.reset_classifier(0)
-    assert model(images()).shape == (2, 320)
+    assert model(images(SIDE)).shape == (2, 320)
     model.reset_classifier(5, "max")
-    assert model(images()).shape == (2, 5)
+    assert model(images(SIDE)).shape == (2, 5)
     assert model.get_classifier().out_features == 5
-    torch.testing.assert_close(model.forward_features(images()), features[1])
+    torch.testing.assert_close(model.forward_features(images(SIDE)), features[1])
 
 
 def test_gradient_checkpointing_covers_kfde():
-    _, plain = twins()
+    _, plain = bare_and_kfde()
     checkpointed = copy.deepcopy(plain)
     checkpointed.set_grad_checkpointing()
     calls = []
     for name, model in (("plain", plain), ("checkpointed", checkpointed)):
         model.stages[3].kfde.mfdf.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-        model.train()(images()).square().mean().backward()
+        model.train()(images(SIDE)).square().mean().backward()
     assert calls == ["plain", "checkpointed", "checkpointed"]  # the second time in the backward pass
-    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, msg=name)
+    for (name, parameter), checkpointed_parameter in zip(
+        plain.named_parameters(), checkpointed.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, checkpointed_parameter.grad, msg=name)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
-def test_no_layout_changes_between_the_stage_and_kfde(memory_format, grad_checkpointing):
-    """A stage gives channels_last maps whatever it is given: what follows must not turn them round."""
+def test_the_memory_format_stays_between_the_stage_and_kfde(memory_format, grad_checkpointing):
+    """A stage always returns channels_last maps, and KFDE must not change that."""
     model = timm.create_model("kfde_convnextv2_atto").to(memory_format=memory_format)
     model.set_grad_checkpointing(grad_checkpointing)
-    seen = []
+    outputs = []
     for module in (model.stages[3].blocks, *model.stages[3].kfde):
-        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    features = model.forward_features(images().contiguous(memory_format=memory_format))
-    assert len(seen) == (2 if grad_checkpointing else 3)  # checkpointing calls the blocks one by one
-    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in (*seen, features))
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    features = model.forward_features(images(SIDE).contiguous(memory_format=memory_format))
+    assert len(outputs) == (2 if grad_checkpointing else 3)  # checkpointing calls the blocks one by one
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in (*outputs, features))
 
 
 def test_layer_decay_gives_kfde_the_rate_of_the_head():
-    bare, kfde = twins()
+    bare, kfde = bare_and_kfde()
     scales = []
     for model in (bare, kfde):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -245,5 +250,5 @@ def test_layer_decay_gives_kfde_the_rate_of_the_head():
 
 
 def test_the_tracer_of_torch_fx_gives_the_same_numbers():
-    _, model = twins(num_classes=8)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images()), model(images()), rtol=1e-4, atol=1e-5)
+    _, model = bare_and_kfde(num_classes=8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images(SIDE)), model(images(SIDE)), rtol=1e-4, atol=1e-5)

@@ -7,20 +7,10 @@ from hypothesis import strategies as st
 
 from kfde_layers.functional import cfe
 from kfde_layers.ops.cfe import cfe_gate
-from tests import oracle
-from tests.helpers import (
-    MEMORY_FORMATS,
-    affine,
-    as_numpy,
-    batches,
-    draw,
-    even_channels,
-    has_format,
-    memory_formats,
-    relative_error,
-    seeds,
-    sides,
-)
+from tests.support import oracle
+from tests.support.agreement import as_numpy, has_memory_format, relative_error
+from tests.support.gates import input_away_from_threshold
+from tests.support.inputs import MEMORY_FORMATS, batches, draw, draw_affine, even_channels, memory_formats, seeds, sides
 
 
 def test_worked_example():
@@ -36,22 +26,22 @@ def test_worked_example():
 def test_equals_the_paper_in_loops(batch, channels, height, width, seed, threshold, memory_format, data):
     num_groups = data.draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
     x = draw(batch, channels, height, width, seed=seed, memory_format=memory_format)
-    weight, bias = affine(channels, seed)
+    weight, bias = draw_affine(channels, seed)
     y = cfe(x, weight, bias, num_groups, threshold)
     expected = oracle.cfe(as_numpy(x), as_numpy(weight), as_numpy(bias), num_groups, threshold)
     assert relative_error(y, expected) < 1e-12
-    assert has_format(y, memory_format)
+    assert has_memory_format(y, memory_format)
 
 
-def test_each_number_format_is_computed_in_float32():
+def test_every_dtype_is_computed_in_float32():
     x = draw(2, 34, 5, 7)
-    weight, bias = affine(34, seed=0)
+    weight, bias = draw_affine(34, seed=0)
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
         rounded = x.to(dtype)
         y = cfe(rounded, weight, bias, 2)
         expected = oracle.cfe(as_numpy(rounded), as_numpy(weight), as_numpy(bias), 2)
         assert y.dtype == dtype
-        assert relative_error(y, expected) < bound  # the rounding of the result itself
+        assert relative_error(y, expected) < bound  # the result itself is rounded
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
@@ -88,16 +78,21 @@ def test_the_sign_of_the_sum_of_gamma_flips_every_gate():
 
 
 def test_gradients():
-    x = draw(2, 6, 3, 5, seed=1).requires_grad_()
-    weight, bias = (p.requires_grad_() for p in affine(6, seed=1))
-    z = oracle.cfe_logits(as_numpy(x), as_numpy(weight), as_numpy(bias), 3)
-    assert abs(z).min() > 1e-4  # so that no step of gradcheck crosses the threshold
-    assert torch.autograd.gradcheck(lambda *inputs: cfe(*inputs, num_groups=3), (x, weight, bias))
+    weight, bias = draw_affine(6, seed=1)
+    x = input_away_from_threshold(
+        lambda x: cfe(x, weight, bias, 3, impl="reference"),
+        *(2, 6, 3, 5),
+        margin=1e-3,
+        first_seed=1,
+        dtype=torch.float64,
+    )
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *inputs: cfe(*inputs, num_groups=3), inputs)
 
 
 def test_a_sample_alone_equals_the_sample_in_a_batch():
     x = draw(5, 16, 7, 3)
-    weight, bias = affine(16, seed=0)
+    weight, bias = draw_affine(16, seed=0)
     together = cfe(x, weight, bias, 4)
     alone = torch.cat([cfe(sample, weight, bias, 4) for sample in x.split(1)])
     assert torch.equal(together, alone)
@@ -106,7 +101,7 @@ def test_a_sample_alone_equals_the_sample_in_a_batch():
 
 
 def test_empty_batch_and_non_contiguous_input():
-    weight, bias = affine(6, seed=0)
+    weight, bias = draw_affine(6, seed=0)
     assert cfe(draw(0, 6, 4, 5), weight, bias, 2).shape == (0, 6, 4, 5)
     x = draw(3, 12, 9, 11)[:, ::2, 1::2, ::3]
     torch.testing.assert_close(cfe(x, weight, bias, 2), cfe(x.contiguous(), weight, bias, 2), rtol=1e-12, atol=1e-12)

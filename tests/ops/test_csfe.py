@@ -7,19 +7,10 @@ from hypothesis import strategies as st
 
 from kfde_layers.functional import cfe, csfe, sfe
 from kfde_layers.ops.csfe import ARRANGEMENTS, FUSIONS
-from tests import oracle
-from tests.helpers import (
-    affine,
-    as_numpy,
-    batches,
-    draw,
-    even_channels,
-    has_format,
-    memory_formats,
-    relative_error,
-    seeds,
-    sides,
-)
+from tests.support import oracle
+from tests.support.agreement import as_numpy, has_memory_format, relative_error
+from tests.support.gates import input_away_from_threshold
+from tests.support.inputs import batches, draw, draw_affine, even_channels, memory_formats, seeds, sides
 
 
 @given(
@@ -35,28 +26,28 @@ from tests.helpers import (
 )
 def test_equals_the_paper_in_loops(batch, channels, height, width, seed, arrangement, fusion, threshold, memory_format):
     x = draw(batch, channels, height, width, seed=seed, memory_format=memory_format)
-    weight, bias = affine(channels, seed)
+    weight, bias = draw_affine(channels, seed)
     options = {"threshold": threshold, "lambd": 1e-3, "beta": 0.2, "eps": 1e-4}
     y = csfe(x, weight, bias, 2, **options, arrangement=arrangement, fusion=fusion)
     arrays = (as_numpy(tensor) for tensor in (x, weight, bias))
     expected = oracle.csfe(*arrays, 2, **options, arrangement=arrangement, fusion=fusion)
     assert relative_error(y, expected) < 1e-12
-    assert has_format(y, memory_format)
+    assert has_memory_format(y, memory_format)
 
 
 def test_is_made_of_its_branches():
-    x, (weight, bias) = draw(2, 6, 5, 7), affine(6)
+    x, (weight, bias) = draw(2, 6, 5, 7), draw_affine(6)
 
-    def channel(x):
+    def cfe_of(x):
         return cfe(x, weight, bias, 3)
 
     expected = {
-        ("parallel", "sum"): channel(x) + sfe(x),
-        ("parallel", "mean"): (channel(x) + sfe(x)) / 2,
-        ("cfe_sfe", "sum"): sfe(channel(x)),
-        ("cfe_sfe", "mean"): sfe(channel(x)),
-        ("sfe_cfe", "sum"): channel(sfe(x)),
-        ("sfe_cfe", "mean"): channel(sfe(x)),
+        ("parallel", "sum"): cfe_of(x) + sfe(x),
+        ("parallel", "mean"): (cfe_of(x) + sfe(x)) / 2,
+        ("cfe_sfe", "sum"): sfe(cfe_of(x)),
+        ("cfe_sfe", "mean"): sfe(cfe_of(x)),
+        ("sfe_cfe", "sum"): cfe_of(sfe(x)),
+        ("sfe_cfe", "mean"): cfe_of(sfe(x)),
     }
     assert set(expected) == set(itertools.product(ARRANGEMENTS, FUSIONS))
     for (arrangement, fusion), value in expected.items():
@@ -76,12 +67,16 @@ def test_nothing_is_rounded_between_the_branches(arrangement):
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_gradients(arrangement):
-    x = draw(2, 6, 3, 5, seed=4).requires_grad_()
-    weight, bias = (parameter.requires_grad_() for parameter in affine(6, seed=4))
-    gated = oracle.sfe(as_numpy(x)) if arrangement == "sfe_cfe" else as_numpy(x)
-    z = oracle.cfe_logits(gated, as_numpy(weight), as_numpy(bias), 3)
-    assert abs(z).min() > 1e-4  # so that no step of gradcheck crosses the threshold
-    assert torch.autograd.gradcheck(lambda *args: csfe(*args, num_groups=3, arrangement=arrangement), (x, weight, bias))
+    weight, bias = draw_affine(6, seed=4)
+    x = input_away_from_threshold(
+        lambda x: csfe(x, weight, bias, 3, arrangement=arrangement, impl="reference"),
+        *(2, 6, 3, 5),
+        margin=1e-3,
+        first_seed=4,
+        dtype=torch.float64,
+    )
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *inputs: csfe(*inputs, num_groups=3, arrangement=arrangement), inputs)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The fused forms of CFE, SFE and CSFE against their references, and the operator behind them."""
+"""The fused implementation of CFE, SFE and CSFE against the reference, and its operator."""
 
 import pytest
 import torch
@@ -8,19 +8,9 @@ from hypothesis import strategies as st
 from kfde_layers.functional import cfe, csfe, sfe
 from kfde_layers.ops import csfe_blocked
 from kfde_layers.ops.csfe_moments import Enhancement
-from tests import oracle
-from tests.helpers import (
-    MEMORY_FORMATS,
-    affine,
-    as_numpy,
-    batches,
-    draw,
-    has_format,
-    memory_formats,
-    relative_error,
-    seeds,
-    sides,
-)
+from tests.support.agreement import OPERATOR_TESTS, has_memory_format, relative_error, with_gradients
+from tests.support.gates import input_away_from_threshold
+from tests.support.inputs import MEMORY_FORMATS, batches, draw, draw_affine, memory_formats, seeds, sides
 
 OPERATIONS = {
     "CFE": lambda x, weight, bias, **kw: cfe(x, weight, bias, 5, 0.45, 1e-3, **kw),
@@ -36,67 +26,65 @@ OPERATIONS = {
 each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 
 
-def inputs(*shape, seed=0, dtype=torch.float64, memory_format=torch.contiguous_format):
+def map_and_parameters(*shape, seed=0, dtype=torch.float64, memory_format=torch.contiguous_format):
     x = draw(*shape, seed=seed, dtype=dtype, memory_format=memory_format)
-    return [tensor.requires_grad_() for tensor in (x, *affine(shape[1], seed, dtype))]
+    return [tensor.requires_grad_() for tensor in (x, *draw_affine(shape[1], seed, dtype))]
 
 
-def with_gradients(operation, tensors, impl):
-    """The output and what a random cotangent makes of it for every input that matters."""
+def run(operation, tensors, impl):
+    """Return the output, and its gradients for a random cotangent."""
     y = operation(*tensors, impl=impl)
-    cotangent = draw(*y.shape, seed=99, dtype=y.dtype)
-    gradients = torch.autograd.grad(y, tensors, cotangent, allow_unused=True)
-    return [y, *(gradient for gradient in gradients if gradient is not None)]
+    return with_gradients(y, tensors, draw(*y.shape, seed=99, dtype=y.dtype))
 
 
 def assert_equal(actual, expected, bound):
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert mine.dtype == theirs.dtype
-        scale = max(theirs.abs().max(), 1e-3 * expected[-1].abs().max())
-        assert (mine - theirs).abs().max() <= bound * scale
+    for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
+        assert actual_tensor.dtype == expected_tensor.dtype
+        scale = max(expected_tensor.abs().max(), 1e-3 * expected[-1].abs().max())
+        assert (actual_tensor - expected_tensor).abs().max() <= bound * scale
 
 
 @given(st.sampled_from(list(OPERATIONS.values())), batches, sides, sides, seeds, memory_formats, st.integers(1, 200))
 def test_fused_equals_reference_with_every_gradient(operation, batch, height, width, seed, memory_format, block):
-    tensors = inputs(batch, 10, height, width, seed=seed, memory_format=memory_format)
+    tensors = map_and_parameters(batch, 10, height, width, seed=seed, memory_format=memory_format)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(csfe_blocked, "_CACHE", 9 * block)  # cut within samples, between them, or not at all
-        fused = with_gradients(operation, tensors, "fused")
-    assert_equal(fused, with_gradients(operation, tensors, "reference"), 1e-10)
-    assert has_format(fused[0], memory_format)
-    assert has_format(fused[1], memory_format)
+        fused = run(operation, tensors, "fused")
+    assert_equal(fused, run(operation, tensors, "reference"), 1e-10)
+    assert has_memory_format(fused[0], memory_format)
+    assert has_memory_format(fused[1], memory_format)
 
 
 @each_operation
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_each_number_format_is_computed_in_float32(operation, memory_format, dtype):
-    tensors = inputs(2, 10, 17, 19, seed=3, dtype=dtype, memory_format=memory_format)
-    exact = with_gradients(operation, [tensor.detach().double().requires_grad_() for tensor in tensors], "reference")
+def test_every_dtype_is_computed_in_float32(operation, memory_format, dtype):
+    tensors = map_and_parameters(2, 10, 17, 19, seed=3, dtype=dtype, memory_format=memory_format)
+    exact = run(operation, [tensor.detach().double().requires_grad_() for tensor in tensors], "reference")
     for impl in ("fused", "reference"):
-        for y, expected in zip(with_gradients(operation, tensors, impl), exact, strict=True):
+        for y, expected in zip(run(operation, tensors, impl), exact, strict=True):
             assert y.dtype == dtype
             assert relative_error(y, expected) < {torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("operation", "enough"), [("CFE", 2**15), ("CSFE, cfe_sfe", 2**15), ("SFE", 2**21)])
-def test_auto_takes_the_fused_form_where_that_was_measured_to_pay(operation, enough):
+def test_auto_takes_fused_where_that_was_measured_to_be_faster(operation, enough):
     for size, impl in ((enough // 40 - 1, "reference"), (enough // 40 + 1, "fused")):
-        tensors = inputs(1, 10, 4, size, dtype=torch.float32)
+        tensors = map_and_parameters(1, 10, 4, size, dtype=torch.float32)
         outputs = {impl: OPERATIONS[operation](*tensors, impl=impl) for impl in ("auto", "reference", "fused")}
         assert not torch.equal(outputs["reference"], outputs["fused"])  # they round differently
         assert torch.equal(outputs["auto"], outputs[impl])
 
 
 def test_many_blocks_lose_nothing(monkeypatch):
-    tensors = inputs(1, 2, 211, 199, dtype=torch.float32)
-    exact = with_gradients(OPERATIONS["CSFE"], [t.detach().double().requires_grad_() for t in tensors], "reference")
+    tensors = map_and_parameters(1, 2, 211, 199, dtype=torch.float32)
+    exact = run(OPERATIONS["CSFE"], [t.detach().double().requires_grad_() for t in tensors], "reference")
     for memory_format in MEMORY_FORMATS:
         monkeypatch.setattr(csfe_blocked, "_CACHE", 9000)
         x = tensors[0].detach().contiguous(memory_format=memory_format).requires_grad_()
-        fused = with_gradients(OPERATIONS["CSFE"], [x, *tensors[1:]], "fused")
-        for mine, theirs in zip(fused, exact, strict=True):
-            assert relative_error(mine, theirs) < 5e-6
+        fused = run(OPERATIONS["CSFE"], [x, *tensors[1:]], "fused")
+        for actual, expected in zip(fused, exact, strict=True):
+            assert relative_error(actual, expected) < 5e-6
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
@@ -110,46 +98,52 @@ def test_a_large_mean_cancels_before_it_is_squared(memory_format):
 
 @each_operation
 def test_empty_batches_and_gaps_between_elements(operation):
-    empty = inputs(0, 10, 4, 5)
-    y, *gradients = with_gradients(operation, empty, "fused")
+    empty = map_and_parameters(0, 10, 4, 5)
+    y, *gradients = run(operation, empty, "fused")
     assert y.shape == (0, 10, 4, 5)
     assert all(gradient.abs().sum() == 0 for gradient in gradients)
     sliced = draw(3, 20, 9, 11)[:, ::2, 1::2, ::3].requires_grad_()
-    tensors = [sliced, *inputs(1, 10, 1, 1)[1:]]
-    assert_equal(*(with_gradients(operation, tensors, impl) for impl in ("fused", "reference")), 1e-10)
+    tensors = [sliced, *map_and_parameters(1, 10, 1, 1)[1:]]
+    assert_equal(*(run(operation, tensors, impl) for impl in ("fused", "reference")), 1e-10)
 
 
 @each_operation
-def test_gradients_of_the_fused_form_and_of_these(operation):
-    tensors = inputs(2, 10, 2, 3, seed=5)
-    logits = oracle.cfe_logits(*map(as_numpy, tensors), 5, 1e-3)
-    assert abs(logits).min() > 1e-4  # so that no step of the check crosses the threshold
-    wanted = tensors if len(with_gradients(operation, tensors, "fused")) == 4 else tensors[:1]
+def test_gradients_of_first_and_second_order(operation):
+    _, weight, bias = map_and_parameters(2, 10, 2, 3, seed=5)
+    x = input_away_from_threshold(
+        lambda x: operation(x, weight, bias, impl="reference"),
+        *(2, 10, 2, 3),
+        margin=1e-3,
+        first_seed=5,
+        dtype=torch.float64,
+    ).requires_grad_()
+    has_parameters = len(run(operation, [x, weight, bias], "fused")) == 4
+    inputs = [x, weight, bias] if has_parameters else [x]
 
-    def call(x, weight=tensors[1], bias=tensors[2]):
+    def call(x, weight=weight, bias=bias):
         return operation(x, weight, bias, impl="fused")
 
-    assert torch.autograd.gradcheck(call, wanted)
-    assert torch.autograd.gradgradcheck(call, wanted)
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_gradients_come_for_what_wants_them(wanted, create_graph):
-    tensors = inputs(2, 10, 3, 5)
+@pytest.mark.parametrize("indices", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_gradients_of_some_of_the_inputs(indices, create_graph):
+    tensors = map_and_parameters(2, 10, 3, 5)
     for index, tensor in enumerate(tensors):
-        tensor.requires_grad_(index in wanted)
-    for_them = [tensors[index] for index in wanted]
+        tensor.requires_grad_(index in indices)
+    inputs = [tensors[index] for index in indices]
     outputs = [csfe(*tensors, 5, impl=impl) for impl in ("fused", "reference")]
     cotangent = draw(*outputs[0].shape, seed=9)
-    gradients = [torch.autograd.grad(y, for_them, cotangent, create_graph=create_graph) for y in outputs]
+    gradients = [torch.autograd.grad(y, inputs, cotangent, create_graph=create_graph) for y in outputs]
     assert_equal(*gradients, 1e-10)
 
 
 @pytest.mark.parametrize("operation", ["CFE", "SFE", "CSFE", "CSFE, cfe_sfe", "CSFE, sfe_cfe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_more_is_saved_than_the_input_and_its_moments(operation, dtype):
-    tensors = inputs(2, 10, 7, 7, dtype=dtype)
+    tensors = map_and_parameters(2, 10, 7, 7, dtype=dtype)
     saved = {}
 
     def pack(tensor):
@@ -167,30 +161,29 @@ def test_no_more_is_saved_than_the_input_and_its_moments(operation, dtype):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_the_operator_keeps_its_contract(memory_format):
-    x, weight, bias = inputs(2, 10, 5, 7, dtype=torch.float32, memory_format=memory_format)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    x, weight, bias = map_and_parameters(2, 10, 5, 7, dtype=torch.float32, memory_format=memory_format)
     for parameters, options in (
         ((weight, bias), Enhancement(5, spatial=True)),
         ((weight, bias), Enhancement(5)),
         ((None, None), Enhancement(spatial=True)),
     ):
-        torch.library.opcheck(torch.ops.kfde.csfe_fused, (x, *parameters, *options), test_utils=tests)
+        torch.library.opcheck(torch.ops.kfde.csfe_fused, (x, *parameters, *options), test_utils=OPERATOR_TESTS)
 
 
 @each_operation
 def test_compiled_in_one_graph_it_is_the_same(operation):
     torch.compiler.reset()
-    tensors = inputs(2, 10, 5, 7, dtype=torch.float32)
+    tensors = map_and_parameters(2, 10, 5, 7, dtype=torch.float32)
     for impl in ("auto", "fused"):
         compiled = torch.compile(
             lambda *args, impl=impl: operation(*args, impl=impl), fullgraph=True, backend="aot_eager"
         )
-        eager = with_gradients(operation, tensors, "reference")
-        assert_equal(with_gradients(lambda *args, impl, compiled=compiled: compiled(*args), tensors, impl), eager, 1e-5)
+        eager = run(operation, tensors, "reference")
+        assert_equal(run(lambda *args, impl, compiled=compiled: compiled(*args), tensors, impl), eager, 1e-5)
 
 
 def test_a_graph_can_hold_the_operator_itself():
-    x, weight, bias = inputs(2, 10, 5, 7, dtype=torch.float32)
+    x, weight, bias = map_and_parameters(2, 10, 5, 7, dtype=torch.float32)
     options = Enhancement(5, spatial=True)
 
     def call(x, weight, bias):
@@ -203,25 +196,25 @@ def test_a_graph_can_hold_the_operator_itself():
 
 
 @each_operation
-def test_transforms_see_the_mathematics_and_fused_says_why_it_cannot(operation):
-    x, weight, bias = (tensor.detach() for tensor in inputs(3, 10, 4, 5))
+def test_transforms_take_the_reference_and_fused_refuses_them(operation):
+    x, weight, bias = (tensor.detach() for tensor in map_and_parameters(3, 10, 4, 5))
 
-    def one(sample, impl="auto"):
+    def run_sample(sample, impl="auto"):
         return operation(sample[None], weight, bias, impl=impl)[0]
 
-    torch.testing.assert_close(torch.func.vmap(one)(x), operation(x, weight, bias, impl="reference"))
-    _, tangent = torch.func.jvp(one, (x[0],), (torch.ones_like(x[0]),))
+    torch.testing.assert_close(torch.func.vmap(run_sample)(x), operation(x, weight, bias, impl="reference"))
+    _, tangent = torch.func.jvp(run_sample, (x[0],), (torch.ones_like(x[0]),))
     assert tangent.abs().max() > 0
     with pytest.raises(
         NotImplementedError, match=r"impl='fused' cannot run: it has no rule for the transforms of torch.f"
     ):
-        torch.func.vmap(lambda sample: one(sample, "fused"))(x)
+        torch.func.vmap(lambda sample: run_sample(sample, "fused"))(x)
 
 
 def test_the_comparison_can_fail(monkeypatch):
-    right = csfe_blocked.spatial_slope
-    monkeypatch.setattr(csfe_blocked, "spatial_slope", lambda *args: 1.001 * right(*args))
-    tensors = inputs(2, 10, 5, 7)
-    fused, reference = (with_gradients(OPERATIONS["CSFE"], tensors, impl) for impl in ("fused", "reference"))
+    spatial_slope = csfe_blocked.spatial_slope
+    monkeypatch.setattr(csfe_blocked, "spatial_slope", lambda *args: 1.001 * spatial_slope(*args))
+    tensors = map_and_parameters(2, 10, 5, 7)
+    fused, reference = (run(OPERATIONS["CSFE"], tensors, impl) for impl in ("fused", "reference"))
     with pytest.raises(AssertionError):
         assert_equal(fused, reference, 1e-6)

@@ -9,30 +9,21 @@ from torch import Tensor
 
 from kfde_layers.functional import mfdf
 from kfde_layers.ops import mfdf as mfdf_ops
-from tests import oracle
-from tests.helpers import (
-    MEMORY_FORMATS,
-    as_numpy,
-    batches,
-    draw,
-    has_format,
-    memory_formats,
-    relative_error,
-    seeds,
-    sides,
-)
+from tests.support import oracle
+from tests.support.agreement import OPERATOR_TESTS, as_numpy, count_operations, has_memory_format, relative_error
+from tests.support.inputs import MEMORY_FORMATS, batches, draw, memory_formats, seeds, sides
 
 
 @dataclasses.dataclass
 class Parameters:
-    """All tensors of an MFDF, drawn large enough that every one of them matters."""
+    """All tensors of an MFDF, large enough that every one of them matters."""
 
     branch_weights: list[Tensor]
     branch_biases: list[Tensor] | None
     fc: tuple[Tensor, Tensor, Tensor, Tensor]
 
     @classmethod
-    def drawn(cls, channels, kernel_sizes, groups, bias=True, hidden=5, seed=0, dtype=torch.float64):
+    def random(cls, channels, kernel_sizes, groups, bias=True, hidden=5, seed=0, dtype=torch.float64):
         def tensor(*shape):
             nonlocal seed
             seed += 1
@@ -56,7 +47,7 @@ class Parameters:
     def tensors(self):
         return [*self.branch_weights, *(self.branch_biases or []), *self.fc]
 
-    def by_oracle(self, x, dilations, groups):
+    def run_oracle(self, x, dilations, groups):
         weights, fc = map(as_numpy, self.branch_weights), map(as_numpy, self.fc)
         biases = [None] * len(dilations) if self.branch_biases is None else list(map(as_numpy, self.branch_biases))
         return oracle.mfdf(as_numpy(x), list(weights), biases, *fc, dilations, groups)
@@ -84,12 +75,12 @@ def test_worked_example():
 def test_equals_the_paper_in_loops(batch, height, width, seed, branches, groups, bias, memory_format):
     sizes, dilations = zip(*branches, strict=True)
     x = draw(batch, 6, height, width, seed=seed, memory_format=memory_format)
-    parameters = Parameters.drawn(6, sizes, groups, bias, seed=seed)
-    expected = parameters.by_oracle(x, dilations, groups)
+    parameters = Parameters.random(6, sizes, groups, bias, seed=seed)
+    expected = parameters.run_oracle(x, dilations, groups)
     for impl in ("reference", "fused") if groups == 6 else ("reference",):
         y = parameters(x, dilations, groups, impl)
         assert relative_error(y, expected) < 1e-12
-        assert has_format(y, memory_format)
+        assert has_memory_format(y, memory_format)
 
 
 @given(batches, sides, sides, seeds, branch_shapes, st.booleans(), memory_formats)
@@ -98,21 +89,21 @@ def test_fused_equals_reference_with_every_gradient(batch, height, width, seed, 
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         x = draw(batch, 6, height, width, seed=seed, dtype=dtype, memory_format=memory_format).requires_grad_()
         cotangent = draw(*x.shape, seed=seed + 1, dtype=dtype)
-        parameters = Parameters.drawn(6, sizes, 6, bias, seed=seed, dtype=dtype)
+        parameters = Parameters.random(6, sizes, 6, bias, seed=seed, dtype=dtype)
         inputs = [x, *(tensor.requires_grad_() for tensor in parameters.tensors())]
         outputs = [parameters(x, dilations, 6, impl) for impl in ("fused", "reference")]
         assert relative_error(*outputs) < bound
         fused, reference = (torch.autograd.grad(output, inputs, cotangent) for output in outputs)
-        scale = max(gradient.abs().max() for gradient in reference)  # what cancels to zero is held against this
-        for mine, theirs in zip(fused, reference, strict=True):
-            assert (mine - theirs).abs().max() <= bound * max(theirs.abs().max(), 1e-3 * scale)
+        scale = max(gradient.abs().max() for gradient in reference)  # judges gradients that cancel to zero
+        for actual, expected in zip(fused, reference, strict=True):
+            assert (actual - expected).abs().max() <= bound * max(expected.abs().max(), 1e-3 * scale)
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 3)])
 def test_gradients(impl, height, width):
     x = draw(2, 4, height, width)
-    parameters = Parameters.drawn(4, (1, 5), 4, hidden=3)
+    parameters = Parameters.random(4, (1, 5), 4, hidden=3)
     inputs = [tensor.requires_grad_() for tensor in (x, *parameters.tensors())]
 
     def call(x, w1, w2, b1, b2, *fc):
@@ -124,21 +115,21 @@ def test_gradients(impl, height, width):
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
-def test_each_number_format_is_computed_in_float32(impl, memory_format):
-    parameters = Parameters.drawn(6, (1, 3, 5), 6)
+def test_every_dtype_is_computed_in_float32(impl, memory_format):
+    parameters = Parameters.random(6, (1, 3, 5), 6)
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
         x = draw(3, 6, 17, 19, dtype=dtype, memory_format=memory_format)
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 y = parameters(x, 1, 6, impl)
             assert y.dtype == dtype
-            assert has_format(y, memory_format)
-            assert relative_error(y, parameters.by_oracle(x, (1, 1, 1), 6)) < bound
+            assert has_memory_format(y, memory_format)
+            assert relative_error(y, parameters.run_oracle(x, (1, 1, 1), 6)) < bound
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 def test_an_empty_batch_keeps_the_parameters_in_the_graph(impl):
-    parameters = Parameters.drawn(6, (1, 3), 6)
+    parameters = Parameters.random(6, (1, 3), 6)
     tensors = [tensor.requires_grad_() for tensor in parameters.tensors()]
     y = parameters(draw(0, 6, 4, 5), 1, 6, impl)
     assert y.shape == (0, 6, 4, 5)
@@ -149,23 +140,18 @@ def test_an_empty_batch_keeps_the_parameters_in_the_graph(impl):
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 def test_a_sample_alone_equals_the_sample_in_a_batch(impl):
     x = draw(5, 6, 7, 3)
-    parameters = Parameters.drawn(6, (1, 3, 7), 6)
+    parameters = Parameters.random(6, (1, 3, 7), 6)
     together = parameters(x, 1, 6, impl)
     alone = torch.cat([parameters(sample, 1, 6, impl) for sample in x.split(1)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
 
-def test_no_branch_map_is_made_by_the_fused_form():
+def test_fused_makes_no_map_of_a_branch():
     x = draw(4, 6, 29, 31)
-    parameters = Parameters.drawn(6, (1, 3, 5, 7), 6)
+    parameters = Parameters.random(6, (1, 3, 5, 7), 6)
 
-    def convolutions(impl):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            parameters(x, 1, 6, impl)
-        return sum(event.count for event in profile.key_averages() if event.key == "aten::conv2d")
-
-    assert convolutions("reference") == 4
-    assert convolutions("fused") == 1
+    for impl, convolutions in (("reference", 4), ("fused", 1)):
+        assert count_operations(lambda impl=impl: parameters(x, 1, 6, impl))["aten::conv2d"] == convolutions
 
 
 @pytest.mark.parametrize(
@@ -178,8 +164,8 @@ def test_no_branch_map_is_made_by_the_fused_form():
         ((3, 5), 1, False),
     ],
 )
-def test_auto_merges_where_that_was_measured_to_pay(kernel_sizes, dilation, merged):
-    parameters, x = Parameters.drawn(6, kernel_sizes, 6), draw(2, 6, 11, 13)
+def test_auto_merges_where_that_was_measured_to_be_faster(kernel_sizes, dilation, merged):
+    parameters, x = Parameters.random(6, kernel_sizes, 6), draw(2, 6, 11, 13)
     y = parameters(x, dilation, 6, "auto")
     assert torch.equal(y, parameters(x, dilation, 6, "fused")) == merged
     assert torch.equal(y, parameters(x, dilation, 6, "reference")) == (not merged)
@@ -187,7 +173,7 @@ def test_auto_merges_where_that_was_measured_to_pay(kernel_sizes, dilation, merg
 
 def test_exporters_see_the_branches(monkeypatch):
     monkeypatch.setattr(mfdf_ops, "exporting", lambda: True)
-    parameters, x = Parameters.drawn(6, (1, 3, 5, 7), 6), draw(2, 6, 28, 28)
+    parameters, x = Parameters.random(6, (1, 3, 5, 7), 6), draw(2, 6, 28, 28)
     assert relative_error(parameters(x, 1, 6, "auto"), parameters(x, 1, 6, "reference")) == 0
 
 
@@ -195,14 +181,14 @@ def test_exporters_see_the_branches(monkeypatch):
 def test_compiled_in_one_graph_fused_is_the_same(memory_format):
     torch.compiler.reset()
     x = draw(2, 6, 9, 8, dtype=torch.float32, memory_format=memory_format).requires_grad_()
-    parameters = Parameters.drawn(6, (1, 3, 5, 7), 6, dtype=torch.float32)
+    parameters = Parameters.random(6, (1, 3, 5, 7), 6, dtype=torch.float32)
     inputs = [x, *(tensor.requires_grad_() for tensor in parameters.tensors())]
     compiled = torch.compile(lambda: parameters(x, 1, 6, "fused"), fullgraph=True, backend="aot_eager")
     outputs = [compiled(), parameters(x, 1, 6, "reference")]
     assert relative_error(*outputs) < 1e-5
     gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
-    for mine, theirs in zip(*gradients, strict=True):
-        assert relative_error(mine, theirs) < 1e-4
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -214,20 +200,20 @@ def test_compiled_in_one_graph_fused_is_the_same(memory_format):
         (16, torch.contiguous_format, False, True),
     ],
 )
-def test_a_compiler_sees_the_branches_where_it_does_better(size, memory_format, grad, operator):
+def test_a_compiler_sees_the_branches_where_its_code_is_faster(size, memory_format, grad, operator):
     torch.compiler.reset()
-    seen = []
+    targets = []
 
     def backend(module, inputs):
-        seen.extend(str(node.target) for node in module.graph.nodes)
+        targets.extend(str(node.target) for node in module.graph.nodes)
         return module.forward
 
     x = draw(2, 6, size, size, dtype=torch.float32, memory_format=memory_format)
-    parameters = Parameters.drawn(6, (1, 3, 5, 7), 6, dtype=torch.float32)
+    parameters = Parameters.random(6, (1, 3, 5, 7), 6, dtype=torch.float32)
     with torch.set_grad_enabled(grad):
         y = torch.compile(lambda: parameters(x, 1, 6), fullgraph=True, backend=backend)()
         assert relative_error(y, parameters(x, 1, 6, "reference")) < 1e-5
-    assert any("merged_depthwise" in target for target in seen) == operator
+    assert any("merged_depthwise" in target for target in targets) == operator
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
@@ -237,15 +223,14 @@ def test_the_operators_keep_their_contracts(memory_format):
     alpha, grid, shifts, kernel = (
         draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((3, 4, 6), (4, 6, 3, 3), (3, 6), (6, 3, 3))
     )
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.kfde.pooled_depthwise, (x, kernel, 2), test_utils=tests)
-    torch.library.opcheck(torch.ops.kfde.merged_depthwise, (x, alpha, grid, shifts, 2), test_utils=tests)
+    torch.library.opcheck(torch.ops.kfde.pooled_depthwise, (x, kernel, 2), test_utils=OPERATOR_TESTS)
+    torch.library.opcheck(torch.ops.kfde.merged_depthwise, (x, alpha, grid, shifts, 2), test_utils=OPERATOR_TESTS)
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
-def test_the_fused_form_makes_no_copy_in_another_layout(memory_format):
+def test_fused_makes_no_copy_in_another_memory_format(memory_format):
     x = draw(2, 16, 56, 56, dtype=torch.float32, memory_format=memory_format)
-    parameters = Parameters.drawn(16, (1, 3, 5, 7), 16, dtype=torch.float32)
+    parameters = Parameters.random(16, (1, 3, 5, 7), 16, dtype=torch.float32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         parameters(x, 1, 16, "fused")
     held = peak = 0
@@ -254,7 +239,7 @@ def test_the_fused_form_makes_no_copy_in_another_layout(memory_format):
             held += event.nbytes()
             peak = max(peak, held)
     size = x.untyped_storage().nbytes()
-    assert size <= peak <= 2.5 * size  # the result, and at most 1.5 times the input beside it
+    assert size <= peak <= 2.5 * size  # the result and at most 1.5 times the input
 
 
 @pytest.mark.parametrize(
@@ -304,7 +289,7 @@ def test_the_fused_form_makes_no_copy_in_another_layout(memory_format):
     ],
 )
 def test_refusals(change, error, message):
-    parameters = Parameters.drawn(6, (1, 3), 6, dtype=torch.float32)
+    parameters = Parameters.random(6, (1, 3), 6, dtype=torch.float32)
     names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     arguments = dict(zip(names, parameters.fc, strict=True)) | {
         "x": torch.zeros(2, 6, 5, 5),
@@ -317,17 +302,17 @@ def test_refusals(change, error, message):
 
 def test_fused_refuses_dense_branches():
     with pytest.raises(NotImplementedError, match="the branches must be depthwise, groups = 6, got 1"):
-        Parameters.drawn(6, (1, 3), 1)(draw(2, 6, 5, 5), 1, 1, "fused")
+        Parameters.random(6, (1, 3), 1)(draw(2, 6, 5, 5), 1, 1, "fused")
 
 
 def test_the_comparison_of_fused_and_reference_can_fail(monkeypatch):
-    """A kernel that forgets one branch's bias must not pass for right."""
-    right = mfdf_ops.merged_depthwise
+    """An operator with wrong biases must not pass for a right one."""
+    merged_depthwise = mfdf_ops.merged_depthwise
 
-    def wrong(x, alpha, grid, shifts, step):
-        return right(x, alpha, grid, 0.99 * shifts, step)
+    def wrong_biases(x, alpha, grid, shifts, step):
+        return merged_depthwise(x, alpha, grid, 0.99 * shifts, step)
 
     x = draw(2, 6, 5, 7, dtype=torch.float32)
-    parameters = Parameters.drawn(6, (1, 3), 6, dtype=torch.float32)
-    monkeypatch.setattr(mfdf_ops, "merged_depthwise", wrong)
+    parameters = Parameters.random(6, (1, 3), 6, dtype=torch.float32)
+    monkeypatch.setattr(mfdf_ops, "merged_depthwise", wrong_biases)
     assert relative_error(parameters(x, 1, 6, "fused"), parameters(x, 1, 6, "reference")) > 1e-4

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfde_layers.functional import sfe
-from tests import oracle
-from tests.helpers import as_numpy, batches, draw, has_format, memory_formats, relative_error, seeds, sides
+from tests.support import oracle
+from tests.support.agreement import as_numpy, has_memory_format, relative_error
+from tests.support.inputs import batches, draw, memory_formats, seeds, sides
 
 
 def test_worked_example():
@@ -38,7 +39,7 @@ def test_equals_the_paper_in_loops(batch, channels, height, width, seed, lambd, 
     x = draw(batch, channels, height, width, seed=seed, memory_format=memory_format)
     y = sfe(x, lambd, beta, correction)
     assert relative_error(y, oracle.sfe(as_numpy(x), lambd, beta, correction)) < 1e-12
-    assert has_format(y, memory_format)
+    assert has_memory_format(y, memory_format)
 
 
 def test_one_position_gives_sigmoid_beta_times_x():
@@ -47,7 +48,7 @@ def test_one_position_gives_sigmoid_beta_times_x():
         torch.testing.assert_close(sfe(x, correction=correction), x * torch.sigmoid(torch.tensor(0.5)))
 
 
-def test_each_number_format_is_computed_in_float32():
+def test_every_dtype_is_computed_in_float32():
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
         x = 300 * draw(2, 3, 5, 7).to(dtype)  # squares beyond the range of float16
         y = sfe(x)

@@ -1,8 +1,8 @@
-"""Collects what tests say of the table of compatibility: which layer works with what.
+"""The pytest plugin that collects the table of compatibility: which layer works with which tool.
 
 A test marked `cell(table, row, column)` is evidence for a cell. Without a column, the cell is in the one that the first
 word of the test's parameters names, as `CFE` of `test_compile[CFE, one group-bfloat16]`. A cell works if all of its
-tests pass. What a test passes to `record_property` as a "note" is kept with the cell, as is a "limit" of what works.
+tests pass. A test may add a "note" or a "limit" to its cell, with `record_property`.
 """
 
 import json
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def cell_of(item: pytest.Item) -> tuple[str, str, str] | None:
-    """Table, row and column of a marked test."""
+    """Return table, row and column of a marked test."""
     mark = item.get_closest_marker("cell")
     if mark is None:
         return None
@@ -57,28 +57,29 @@ class Cells:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.nodeid not in self.cell_of_test or (report.when != "call" and report.passed):
             return
-        found = self.cells[self.cell_of_test[report.nodeid]]
-        found[report.outcome] += 1
-        said = [(f"{name}s", str(value)) for name, value in report.user_properties if name in ("note", "limit")]
+        cell = self.cells[self.cell_of_test[report.nodeid]]
+        cell[report.outcome] += 1
+        remarks = [(f"{name}s", str(value)) for name, value in report.user_properties if name in ("note", "limit")]
         if report.skipped and isinstance(report.longrepr, tuple):
-            said.append(("notes", report.longrepr[2].removeprefix("Skipped: ")))
-        for kind, text in said:
-            if text not in found[kind]:
-                found[kind].append(text)
+            remarks.append(("notes", report.longrepr[2].removeprefix("Skipped: ")))
+        for kind, text in remarks:
+            if text not in cell[kind]:
+                cell[kind].append(text)
 
     def pytest_sessionfinish(self) -> None:
         if self.path is not None:
-            cells = [dict(zip(("table", "row", "column"), cell, strict=True)) | at for cell, at in self.cells.items()]
+            names = ("table", "row", "column")
+            cells = [dict(zip(names, place, strict=True)) | results for place, results in self.cells.items()]
             text = json.dumps({"versions": versions(), "cells": cells}, indent=1)
             self.path.write_text(text + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """What the tests ran with."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that the tests ran with."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package).split("+")[0]
+            installed[package] = version(package).split("+")[0]
         except PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -1,6 +1,10 @@
-"""Compile the kernels of a launcher for GPUs that are not there, and read what the compiler made of them."""
+"""Record the launches of Triton kernels, and compile them without a GPU.
+
+A test file that imports this module first skips itself where Triton is not installed.
+"""
 
 import itertools
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -16,7 +21,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 TARGETS = (80, 90, 100)  # compute capabilities: A100, H100, B200
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels do not see what a test replaces")
+needs_compiler = pytest.mark.skipif(INTERPRETED, reason="under TRITON_INTERPRET=1 there is nothing to compile")
+# For all tests of a file that runs kernels, interpreted or on a GPU.
+runs_kernels = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 from the start"
+    ),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # in older Tritons
+]
+sigmoid_may_overflow = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _OPTIONS = ("num_warps", "num_stages", "num_ctas")
@@ -26,29 +44,43 @@ class Launch(NamedTuple):
     """One call of a kernel: `kernel[grid](*args, **options)`."""
 
     name: str
+    """Name of the kernel."""
     kernel: JITFunction
+    """The kernel itself."""
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by the names of the kernel's parameters
-    options: dict[str, int]  # of the compiler
+    """Numbers of programs."""
+    arguments: dict[str, Any]
+    """Arguments by the names of the kernel's parameters."""
+    options: dict[str, int]
+    """Options of the compiler."""
 
 
 class Resources(NamedTuple):
-    """What one program needs of a multiprocessor."""
+    """Resources of a multiprocessor that one program needs."""
 
-    registers: int  # per thread
-    spills: int  # bytes per thread of local memory
-    shared: int  # bytes
+    registers: int
+    """Registers per thread."""
+    spills: int
+    """Bytes of local memory per thread."""
+    shared: int
+    """Bytes of shared memory."""
 
 
-class Row(NamedTuple):
-    """A line of the table of kernels."""
+class CompiledKernelRow(NamedTuple):
+    """One row of the table of compiled kernels."""
 
     kernel: str
+    """Name of the kernel."""
     target: str
+    """GPU, as "sm_90"."""
     dtype: str
+    """Dtype of the feature map."""
     registers: int
+    """Registers per thread."""
     spills: int
+    """Bytes of local memory per thread."""
     shared: int
+    """Bytes of shared memory."""
 
 
 class _Recorder:
@@ -66,13 +98,13 @@ class _Recorder:
 
         return launch
 
-    def __getattr__(self, name: str) -> Any:  # whatever else is asked of a kernel
+    def __getattr__(self, name: str) -> Any:  # every other attribute of the kernel
         return getattr(self.kernel, name)
 
 
 @contextmanager
 def recorded(module: ModuleType, *, run: bool = False) -> Iterator[list[Launch]]:
-    """Collect the launches of the kernels of `module`, instead of running them or, with `run`, beside that."""
+    """Collect the launches of the kernels of `module`. The kernels run only with `run`."""
     launches: list[Launch] = []
     kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
     for name, kernel in kernels.items():
@@ -84,8 +116,21 @@ def recorded(module: ModuleType, *, run: bool = False) -> Iterator[list[Launch]]
             setattr(module, name, kernel)
 
 
+def launches_of(launches: list[Launch], name: str) -> list[Launch]:
+    """Return the launches of the kernel `name`, of which there must be some."""
+    chosen = [launch for launch in launches if launch.name == name]
+    assert chosen, f"{name} was not launched, but {[launch.name for launch in launches]}"
+    return chosen
+
+
+def the_launch_of(launches: list[Launch], name: str) -> Launch:
+    """Return the one launch of the kernel `name`."""
+    (launch,) = launches_of(launches, name)
+    return launch
+
+
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
-    """Compile the kernel as the launch would on a GPU of that compute capability, specialised to its arguments."""
+    """Compile the kernel as the launch would on a GPU of that compute capability, specialised to the arguments."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -109,14 +154,14 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
 
 
 def resources(compiled: CompiledKernel, folder: Path) -> Resources:
-    """Registers, spills and shared memory of a compiled kernel; `folder` takes a file."""
+    """Return what a compiled kernel needs of a multiprocessor; write a file into `folder` for that."""
     usage = _cuobjdump("--dump-resource-usage", compiled, folder)
     counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(counts["REG"], counts["STACK"] + counts["LOCAL"], compiled.metadata.shared)
 
 
 def sass(compiled: CompiledKernel, folder: Path) -> str:
-    """The machine instructions of a compiled kernel; `folder` takes a file."""
+    """Return the machine instructions of a compiled kernel; write a file into `folder` for that."""
     return _cuobjdump("--dump-sass", compiled, folder)
 
 
@@ -127,22 +172,24 @@ def _cuobjdump(option: str, compiled: CompiledKernel, folder: Path) -> str:
     return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
 
 
-def table(
+def compiled_kernels(
     module: ModuleType,
     launch: Callable[[torch.dtype], object],
     folder: Path,
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
     targets: tuple[int, ...] = TARGETS,
-) -> list[Row]:
-    """Resources of every kernel that `launch(dtype)`, a call of the launchers of `module`, would run.
+) -> list[CompiledKernelRow]:
+    """Compile every kernel that `launch(dtype)`, a call of the launchers of `module`, would run.
 
-    Tensors on the "meta" device are enough.
+    Tensors on the "meta" device are enough. Return a row for each kernel, dtype and target.
     """
     rows = []
     for dtype in dtypes:
         with recorded(module) as launches:
             launch(dtype)
-        for found, target in itertools.product(launches, targets):
-            used = resources(compile_launch(found, target), folder)
-            rows.append(Row(found.name, f"sm_{target}", str(dtype).removeprefix("torch."), *used))
+        for recorded_launch, target in itertools.product(launches, targets):
+            used = resources(compile_launch(recorded_launch, target), folder)
+            rows.append(
+                CompiledKernelRow(recorded_launch.name, f"sm_{target}", str(dtype).removeprefix("torch."), *used)
+            )
     return rows

@@ -1,4 +1,4 @@
-"""Small networks with a layer in them, and the plain loop in one process that every engine is compared with."""
+"""Small networks with a layer in them, and the plain training loop that every engine is compared with."""
 
 import functools
 
@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 from kfde_layers import CFE, CSFE, MFDF, SFE, insert
 from kfde_layers.testing import random_tensor, scatter_parameters
+from tests.support.agreement import use_reference
 
 CHANNELS = 8
 CLASSES = 4
 STEPS = 4
 
 
-def small(layer: nn.Module) -> nn.Module:
+def small_network(layer: nn.Module) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3, padding=1),
         scatter_parameters(layer),
@@ -26,10 +27,10 @@ def small(layer: nn.Module) -> nn.Module:
     )
 
 
-def inserted() -> nn.Module:
+def resnet_with_blocks() -> nn.Module:
     blocks = {"layer2": CSFE, "layer3": MFDF}
     model = insert(timm.create_model("resnet18", num_classes=CLASSES), blocks, identity_start=True)
-    return model.eval()  # its batch norms would else see the images of one process only
+    return model.eval()  # in training mode, batch norms would see the images of one process only
 
 
 def kfde_model() -> nn.Module:
@@ -38,40 +39,38 @@ def kfde_model() -> nn.Module:
     return model
 
 
-# Fused where there is such a form: on maps this small "auto" may take the reference, which they are held against.
+# "fused" where that implementation exists: on maps this small "auto" may take the reference, which judges them.
 SMALL = {
-    "CFE": lambda: small(CFE(CHANNELS, impl="fused")),
-    "SFE": lambda: small(SFE(CHANNELS, impl="fused")),
-    "CSFE": lambda: small(CSFE(CHANNELS, impl="fused")),
-    "CSFE, in turn": lambda: small(CSFE(CHANNELS, arrangement="cfe_sfe", impl="fused")),
-    "MFDF": lambda: small(MFDF(CHANNELS, impl="fused")),
-    "MFDF, dense, ReLU": lambda: small(MFDF(CHANNELS, groups=1, kernel_sizes=(1, 3), act_layer=nn.ReLU)),
+    "CFE": lambda: small_network(CFE(CHANNELS, impl="fused")),
+    "SFE": lambda: small_network(SFE(CHANNELS, impl="fused")),
+    "CSFE": lambda: small_network(CSFE(CHANNELS, impl="fused")),
+    "CSFE, in turn": lambda: small_network(CSFE(CHANNELS, arrangement="cfe_sfe", impl="fused")),
+    "MFDF": lambda: small_network(MFDF(CHANNELS, impl="fused")),
+    "MFDF, dense, ReLU": lambda: small_network(MFDF(CHANNELS, groups=1, kernel_sizes=(1, 3), act_layer=nn.ReLU)),
 }
 WITH_BATCH_NORM = {
-    "MFDF, batch norm": lambda: small(MFDF(CHANNELS, kernel_sizes=(1, 3), bias=False, norm_layer=nn.BatchNorm2d))
+    "MFDF, batch norm": lambda: small_network(
+        MFDF(CHANNELS, kernel_sizes=(1, 3), bias=False, norm_layer=nn.BatchNorm2d)
+    )
 }
 MODELS = {"models": kfde_model}
-INSERTED = {"CSFE, with MFDF in ResNet-18": inserted}
+INSERTED = {"CSFE, with MFDF in ResNet-18": resnet_with_blocks}
 NETWORKS = SMALL | WITH_BATCH_NORM | MODELS | INSERTED
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The same network at each call."""
+    """Make a network, the same one at each call."""
     torch.manual_seed(0)
     return NETWORKS[name]().to(dtype)
 
 
 def build_reference(name: str) -> nn.Module:
-    """The same in float64, each layer by its equations."""
-    model = build(name)
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = "reference"
-    return model
+    """Make the same network in float64, each layer by the plain equations."""
+    return use_reference(build(name))
 
 
 def batch(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """An image of each class, which its colour tells."""
+    """Return an image of each class, recognisable by its colour, and the labels."""
     side = 12 if name in SMALL | WITH_BATCH_NORM else 64 if name in MODELS else 32
     labels = torch.arange(CLASSES)
     images = random_tensor(len(labels), 3, side, side, seed=1, dtype=dtype)
@@ -80,19 +79,19 @@ def batch(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
 
 
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """Not Adam, which divides rounding errors by themselves where a gradient is zero."""
+    """Return SGD. Adam would divide rounding errors by themselves where a gradient is zero."""
     return torch.optim.SGD(model.parameters(), lr=0.002 if name in MODELS else 0.2, momentum=0.9)
 
 
 def train(name: str, model: nn.Module, images: Tensor, labels: Tensor, steps: int = STEPS) -> Tensor:
-    """The losses of plain steps on one batch."""
+    """Take plain steps on one batch and return their losses."""
     return optimize(model, make_optimizer(name, model), images, labels, steps)
 
 
 def optimize(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, steps: int = STEPS
 ) -> Tensor:
-    """The same with an optimizer of one's own."""
+    """Do the same as `train` with the given optimizer."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -104,7 +103,7 @@ def optimize(
 
 
 @functools.cache
-def exact(name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses and final weights of the plain loop with the reference."""
+def exact_training(name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return losses and final weights of the plain loop with the reference."""
     model = build_reference(name)
     return train(name, model, *batch(name)), model.state_dict()

@@ -152,8 +152,8 @@ def conv2d(x: Array, weight: Array, bias: Array | None, dilation: int, groups: i
             for j in range(width):
                 for u in range(kernel):
                     for v in range(kernel):
-                        seen = padded[:, first : first + group_in, i + u * dilation, j + v * dilation]
-                        out[:, o, i, j] += seen @ weight[o, :, u, v]
+                        window = padded[:, first : first + group_in, i + u * dilation, j + v * dilation]
+                        out[:, o, i, j] += window @ weight[o, :, u, v]
         if bias is not None:
             out[:, o] += bias[o]
     return out

@@ -1,4 +1,4 @@
-"""A folder that stands in for the Hugging Face Hub."""
+"""A folder in the place of the Hugging Face Hub."""
 
 import shutil
 from pathlib import Path
@@ -6,19 +6,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 from huggingface_hub.errors import EntryNotFoundError
+from packaging.version import Version
+
+needs_local_dir = pytest.mark.skipif(
+    Version(timm.__version__) < Version("1.0.26"),
+    reason="timm before 1.0.26 reads the safetensors of a local directory with torch.load, which fails",
+)
 
 
-def stand_in(root: Path, monkeypatch: pytest.MonkeyPatch, *callers: str) -> list[tuple[str, Any]]:
-    """Sends what timm and other callers ask of the Hub to a folder, with one folder in it for each repository.
+def hub_in_folder(root: Path, monkeypatch: pytest.MonkeyPatch, *callers: str) -> list[tuple[str, Any]]:
+    """Make timm and other callers read and write a folder instead of the Hub. Each repository is a folder in it.
 
     Args:
-        root: The folder.
-        monkeypatch: Of the test.
-        callers: Modules besides timm's that use an `HfApi`.
+        root: Folder in the place of the Hub.
+        monkeypatch: Fixture of the test that calls.
+        callers: Modules other than timm's that use an `HfApi`.
 
     Returns:
-        A list that fills with what is asked: of a repository whether it is private, of a folder what is in it.
+        A list that grows with each call: ("create", whether the repository is private), ("folder", names in it).
     """
     calls: list[tuple[str, Any]] = []
 

@@ -1,6 +1,5 @@
-"""What each of two processes does: train every network on its half of the batch."""
+"""The code of each of two processes: train every network on its half of the batch."""
 
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,31 +13,32 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kfde_layers import CFE, CSFE, MFDF
-from tests.ecosystem.training import INSERTED, MODELS, SMALL, batch, build, train
+from tests.support.pages import DOCS, python_blocks, run_block
+from tests.support.training import INSERTED, MODELS, SMALL, batch, build, train
 
-PAGE = Path(__file__).parents[2] / "docs/training.md"
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGE = DOCS / "training.md"
 PROCESSES = 2
 NAMES = [*SMALL, *MODELS, *INSERTED]  # no batch norm in training: a process would take its own half's statistics
 ENGINES = ("DDP", "FSDP2")
 
 
-def shown() -> dict[str, Any]:
-    """What the page on training says of wrapping a model."""
-    (block,) = (block for block in BLOCK.findall(PAGE.read_text()) if "fully_shard" in block)
-    names: dict[str, Any] = {}
-    exec(compile(block, str(PAGE), "exec"), names)
-    return names
+def names_of_page() -> dict[str, Any]:
+    """Run the block of the page on training that wraps a model, and return the names that it defines."""
+    (block,) = (block for block in python_blocks(PAGE) if "fully_shard" in block)
+    return run_block(block, PAGE)
 
 
-def wrapped(name: str, engine: str) -> nn.Module:
-    """A model as the page shows it; of any other network, with FSDP2 each layer by itself."""
+def wrap(name: str, engine: str) -> nn.Module:
+    """Wrap a model as the page does.
+
+    Networks other than the models have no `shard` of the page: with FSDP2, wrap each of their layers by itself.
+    """
     model = build(name)
     if engine == "DDP":
-        return shown()["replicate"](model)
+        return names_of_page()["replicate"](model)
     mesh = init_device_mesh("cpu", (PROCESSES,))
     if name in MODELS:
-        model = shown()["shard"](model, mesh)
+        model = names_of_page()["shard"](model, mesh)
     else:
         for parent in list(model.modules()):
             for child in parent.children():
@@ -49,8 +49,8 @@ def wrapped(name: str, engine: str) -> nn.Module:
     return model
 
 
-def refusal(layer: nn.Module, part: nn.Module) -> str:
-    """What comes of sharding a part of a layer, which the layer reads without calling it."""
+def error_when_sharded(layer: nn.Module, part: nn.Module) -> str:
+    """Shard a part that the layer reads without calling it, and return the error of the layer's call."""
     fully_shard(part, mesh=init_device_mesh("cpu", (PROCESSES,)))
     try:
         return str(layer(torch.zeros(2, 8, 4, 4)))
@@ -59,7 +59,7 @@ def refusal(layer: nn.Module, part: nn.Module) -> str:
 
 
 def work(rank: int, folder: Path) -> None:
-    """Writes losses and weights of each engine and network to a file of that name."""
+    """Write losses and weights of each engine and network to a file of that name."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -70,7 +70,7 @@ def work(rank: int, folder: Path) -> None:
     )
     for engine in ENGINES:
         for name in NAMES:
-            model = wrapped(name, engine)
+            model = wrap(name, engine)
             images, labels = (tensor.chunk(PROCESSES)[rank] for tensor in batch(name))
             losses = train(name, model, images, labels)
             dist.all_reduce(losses)
@@ -78,5 +78,8 @@ def work(rank: int, folder: Path) -> None:
             if rank == 0:
                 torch.save({"losses": losses / PROCESSES, "state": state}, folder / f"{engine} {name}.pt")
     csfe, mfdf = CSFE(8), MFDF(8)
-    torch.save({"CSFE": refusal(csfe, csfe.cfe), "MFDF": refusal(mfdf, mfdf.fc1)}, folder / f"refusals {rank}.pt")
+    torch.save(
+        {"CSFE": error_when_sharded(csfe, csfe.cfe), "MFDF": error_when_sharded(mfdf, mfdf.fc1)},
+        folder / f"refusals {rank}.pt",
+    )
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The loop of Accelerate's users; as a script, what each process of `accelerate launch` runs."""
+"""A training loop with Accelerate. As a script, it is the code of each process of `accelerate launch`."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.ecosystem.training import CLASSES, MODELS, SMALL, STEPS, batch, build, make_optimizer
+from tests.support.training import CLASSES, MODELS, SMALL, STEPS, batch, build, make_optimizer
 
 NAMES = [*SMALL, *MODELS]
 
@@ -20,7 +20,7 @@ def make_accelerator() -> Accelerator:
 
 
 def train(accelerator: Accelerator, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses and final weights."""
+    """Train a network; return losses and final weights."""
     model = build(name)
     loader = DataLoader(TensorDataset(*batch(name)), batch_size=CLASSES)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(name, model), loader)
