@@ -5,7 +5,6 @@ from torch import nn
 
 from kfde_layers import MFDF
 from kfde_layers.functional import mfdf
-from kfde_layers.ops.mfdf import attention, pool
 from kfde_layers.testing import scatter_parameters
 from tests.support import oracle
 from tests.support.agreement import as_numpy, count_operations, count_parameters, relative_error
@@ -209,7 +208,7 @@ def test_selective_kernel_has_the_same_equations():
         ({"groups": 3}, ValueError, "groups must divide channels = 8, got 3"),
         ({"groups": "grouped"}, ValueError, "groups must be an int or 'depthwise', got 'grouped'"),
         ({"rd_channels": 0}, ValueError, "rd_channels must be at least 1, got 0"),
-        ({"rd_ratio": 0}, ValueError, "rd_ratio must lie strictly between 0 and inf, got 0"),
+        ({"rd_ratio": 0}, ValueError, "rd_ratio must be positive and finite, got 0"),
         ({"impl": "fused", "groups": 1}, NotImplementedError, "impl='fused' needs depthwise branches .* groups=1"),
         ({"impl": "fused", "act_layer": nn.ReLU}, NotImplementedError, "without norm and activation"),
         ({"impl": "fused", "norm_layer": nn.BatchNorm2d}, NotImplementedError, "without norm and activation"),

@@ -213,18 +213,19 @@ def test_a_compiler_sees_the_branches_where_its_code_is_faster(size, memory_form
     with torch.set_grad_enabled(grad):
         y = torch.compile(lambda: parameters(x, 1, 6), fullgraph=True, backend=backend)()
         assert relative_error(y, parameters(x, 1, 6, "reference")) < 1e-5
-    assert any("merged_depthwise" in target for target in targets) == operator
+    assert any("merged_convolution" in target for target in targets) == operator
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_the_operators_keep_their_contracts(memory_format):
     x = draw(3, 6, 5, 7, dtype=torch.float32, memory_format=memory_format).requires_grad_()
-    alpha, grid, shifts, kernel = (
+    alpha, stacked_kernels, bias, kernel = (
         draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((3, 4, 6), (4, 6, 3, 3), (3, 6), (6, 3, 3))
     )
-    torch.library.opcheck(torch.ops.kfde.pooled_depthwise, (x, kernel, 2), test_utils=OPERATOR_TESTS)
-    torch.library.opcheck(torch.ops.kfde.merged_depthwise, (x, alpha, grid, shifts, 2), test_utils=OPERATOR_TESTS)
+    torch.library.opcheck(torch.ops.kfde.mean_of_convolution, (x, kernel, 2), test_utils=OPERATOR_TESTS)
+    inputs = (x, alpha, stacked_kernels, bias, 2)
+    torch.library.opcheck(torch.ops.kfde.merged_convolution, inputs, test_utils=OPERATOR_TESTS)
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
@@ -307,12 +308,12 @@ def test_fused_refuses_dense_branches():
 
 def test_the_comparison_of_fused_and_reference_can_fail(monkeypatch):
     """An operator with wrong biases must not pass for a right one."""
-    merged_depthwise = mfdf_ops.merged_depthwise
+    merged_convolution = mfdf_ops.merged_convolution
 
-    def wrong_biases(x, alpha, grid, shifts, step):
-        return merged_depthwise(x, alpha, grid, 0.99 * shifts, step)
+    def wrong_biases(x, alpha, stacked_kernels, bias, tap_spacing):
+        return merged_convolution(x, alpha, stacked_kernels, 0.99 * bias, tap_spacing)
 
     x = draw(2, 6, 5, 7, dtype=torch.float32)
     parameters = Parameters.random(6, (1, 3), 6, dtype=torch.float32)
-    monkeypatch.setattr(mfdf_ops, "merged_depthwise", wrong_biases)
+    monkeypatch.setattr(mfdf_ops, "merged_convolution", wrong_biases)
     assert relative_error(parameters(x, 1, 6, "fused"), parameters(x, 1, 6, "reference")) > 1e-4

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfde_layers.functional import cfe, csfe, sfe
-from kfde_layers.ops import csfe_blocked
-from kfde_layers.ops.csfe_moments import Enhancement
+from kfde_layers.fused.csfe import cpu
+from kfde_layers.fused.csfe.options import CsfeOptions
 from tests.support.agreement import OPERATOR_TESTS, has_memory_format, relative_error, with_gradients
 from tests.support.gates import input_away_from_threshold
 from tests.support.inputs import MEMORY_FORMATS, batches, draw, draw_affine, memory_formats, seeds, sides
@@ -48,7 +48,7 @@ def assert_equal(actual, expected, bound):
 def test_fused_equals_reference_with_every_gradient(operation, batch, height, width, seed, memory_format, block):
     tensors = map_and_parameters(batch, 10, height, width, seed=seed, memory_format=memory_format)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(csfe_blocked, "_CACHE", 9 * block)  # cut within samples, between them, or not at all
+        patch.setattr(cpu, "_CACHE", 9 * block)  # cut within samples, between them, or not at all
         fused = run(operation, tensors, "fused")
     assert_equal(fused, run(operation, tensors, "reference"), 1e-10)
     assert has_memory_format(fused[0], memory_format)
@@ -80,7 +80,7 @@ def test_many_blocks_lose_nothing(monkeypatch):
     tensors = map_and_parameters(1, 2, 211, 199, dtype=torch.float32)
     exact = run(OPERATIONS["CSFE"], [t.detach().double().requires_grad_() for t in tensors], "reference")
     for memory_format in MEMORY_FORMATS:
-        monkeypatch.setattr(csfe_blocked, "_CACHE", 9000)
+        monkeypatch.setattr(cpu, "_CACHE", 9000)
         x = tensors[0].detach().contiguous(memory_format=memory_format).requires_grad_()
         fused = run(OPERATIONS["CSFE"], [x, *tensors[1:]], "fused")
         for actual, expected in zip(fused, exact, strict=True):
@@ -90,7 +90,7 @@ def test_many_blocks_lose_nothing(monkeypatch):
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_a_large_mean_cancels_before_it_is_squared(memory_format):
     x = draw(2, 16, 23, 29, dtype=torch.float32, memory_format=memory_format) + 1e4
-    _, mean, m2 = torch.ops.kfde.csfe_fused(x, None, None, *Enhancement(spatial=True))
+    _, mean, m2 = torch.ops.kfde.csfe_fused(x, None, None, *CsfeOptions(with_sfe=True))
     exact = x.double().flatten(2)
     assert relative_error(mean, exact.mean(2)) < 1e-6
     assert relative_error(m2, exact.var(2, correction=0) * 23 * 29) < 1e-5
@@ -163,9 +163,9 @@ def test_no_more_is_saved_than_the_input_and_its_moments(operation, dtype):
 def test_the_operator_keeps_its_contract(memory_format):
     x, weight, bias = map_and_parameters(2, 10, 5, 7, dtype=torch.float32, memory_format=memory_format)
     for parameters, options in (
-        ((weight, bias), Enhancement(5, spatial=True)),
-        ((weight, bias), Enhancement(5)),
-        ((None, None), Enhancement(spatial=True)),
+        ((weight, bias), CsfeOptions(5, with_sfe=True)),
+        ((weight, bias), CsfeOptions(5)),
+        ((None, None), CsfeOptions(with_sfe=True)),
     ):
         torch.library.opcheck(torch.ops.kfde.csfe_fused, (x, *parameters, *options), test_utils=OPERATOR_TESTS)
 
@@ -184,7 +184,7 @@ def test_compiled_in_one_graph_it_is_the_same(operation):
 
 def test_a_graph_can_hold_the_operator_itself():
     x, weight, bias = map_and_parameters(2, 10, 5, 7, dtype=torch.float32)
-    options = Enhancement(5, spatial=True)
+    options = CsfeOptions(5, with_sfe=True)
 
     def call(x, weight, bias):
         return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
@@ -212,8 +212,8 @@ def test_transforms_take_the_reference_and_fused_refuses_them(operation):
 
 
 def test_the_comparison_can_fail(monkeypatch):
-    spatial_slope = csfe_blocked.spatial_slope
-    monkeypatch.setattr(csfe_blocked, "spatial_slope", lambda *args: 1.001 * spatial_slope(*args))
+    spatial_slope = cpu.spatial_slope
+    monkeypatch.setattr(cpu, "spatial_slope", lambda *args: 1.001 * spatial_slope(*args))
     tensors = map_and_parameters(2, 10, 5, 7)
     fused, reference = (run(OPERATIONS["CSFE"], tensors, impl) for impl in ("fused", "reference"))
     with pytest.raises(AssertionError):

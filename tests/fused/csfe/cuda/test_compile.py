@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kfde_layers.kernels import csfe as kernels
+from kfde_layers.fused.csfe.cuda import launch
+from kfde_layers.fused.csfe.options import CsfeOptions
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
     TARGETS,
@@ -22,17 +23,17 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("new_triton_cache")]
 
 LARGE, SMALL = (64, 96, 56, 56), (32, 768, 7, 7)
 # Bits of each load and store, for a channels_last map of 16-bit numbers.
-WIDEST = {"_csfe_stats_kernel": 128, "_csfe_forward_kernel": 128, "_csfe_sums_kernel": 64, "_csfe_backward_kernel": 64}
-KERNELS = {*WIDEST, "_csfe_parameters_kernel"}
+WIDEST = {"csfe_statistics_kernel": 128, "csfe_forward_kernel": 128, "csfe_sums_kernel": 64, "csfe_backward_kernel": 64}
+KERNELS = {*WIDEST, "csfe_parameters_kernel"}
 
 
 def launch_csfe(shape, layout, dtype, num_groups=16, operator="csfe"):
     """Call both launchers on tensors without memory."""
     x = torch.empty(shape, device="meta", dtype=dtype, memory_format=LAYOUTS[layout])
     parameter = None if operator == "sfe" else torch.empty(shape[1], device="meta")
-    options = (num_groups, 0.5, 1e-5, operator != "cfe", 1e-4, 0.5, 0, 1.0)
-    y, mean, m2 = kernels.launch_forward(x, parameter, parameter, *options)
-    kernels.launch_backward(y, x, parameter, parameter, mean, m2, *options)
+    options = CsfeOptions(num_groups, with_sfe=operator != "cfe")
+    y, mean, m2 = launch.launch_forward(x, parameter, parameter, options)
+    launch.launch_backward(y, x, parameter, parameter, mean, m2, options)
 
 
 def access_bits(compiled, folder):
@@ -47,7 +48,7 @@ def access_bits(compiled, folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 def test_nothing_spills(shape, layout, tmp_path, record_property):
-    rows = compiled_kernels(kernels, lambda dtype: launch_csfe(shape, layout, dtype), tmp_path)
+    rows = compiled_kernels(launch, lambda dtype: launch_csfe(shape, layout, dtype), tmp_path)
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in TARGETS}
     assert {row.kernel for row in rows} >= KERNELS
     for row in rows:
@@ -63,10 +64,10 @@ def test_nothing_spills(shape, layout, tmp_path, record_property):
 )
 def test_nothing_spills_in_cfe_or_sfe_and_with_other_groups(operator, num_groups, layout, tmp_path):
     rows = compiled_kernels(
-        kernels, lambda dtype: launch_csfe(LARGE, layout, dtype, num_groups, operator), tmp_path, targets=(90,)
+        launch, lambda dtype: launch_csfe(LARGE, layout, dtype, num_groups, operator), tmp_path, targets=(90,)
     )
     assert all(row.spills == 0 for row in rows), rows
-    assert ("_csfe_parameters_kernel" in {row.kernel for row in rows}) == (operator != "sfe")
+    assert ("csfe_parameters_kernel" in {row.kernel for row in rows}) == (operator != "sfe")
 
 
 @pytest.mark.parametrize("capability", TARGETS)
@@ -74,9 +75,9 @@ def test_nothing_spills_in_cfe_or_sfe_and_with_other_groups(operator, num_groups
     ("shape", "layout"), [(LARGE, "nhwc"), (SMALL, "nhwc"), (LARGE, "nchw"), ((64, 384, 14, 14), "nchw")]
 )
 def test_maps_are_read_and_written_in_wide_vectors(shape, layout, capability, tmp_path):
-    with recorded(kernels) as launches:
+    with recorded(launch) as launches:
         launch_csfe(shape, layout, torch.bfloat16)
-    launches_on_maps = [launch for launch in launches if launch.name in WIDEST]
+    launches_on_maps = [map_launch for map_launch in launches if map_launch.name in WIDEST]
     assert len(launches_on_maps) == 4
     for map_launch in launches_on_maps:
         expected_bits = WIDEST[map_launch.name] if layout == "nhwc" else 64
@@ -90,15 +91,15 @@ def test_maps_are_read_and_written_in_wide_vectors(shape, layout, capability, tm
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 6, 4, 4), (3, 34, 13, 11)])
 def test_odd_sizes_compile(shape, layout, tmp_path):
     # The compiler treats an argument that equals one as a constant. The interpreter does not.
-    with recorded(kernels) as launches:
+    with recorded(launch) as launches:
         launch_csfe(shape, layout, torch.float16, num_groups=1)
     for launch in launches:
         assert resources(compile_launch(launch, 90), tmp_path).spills == 0
 
 
 def test_a_spill_is_seen(monkeypatch, tmp_path):
-    with recorded(kernels) as launches:
+    with recorded(launch) as launches:
         launch_csfe(LARGE, "nhwc", torch.bfloat16)
-    backward = the_launch_of(launches, "_csfe_backward_kernel")
+    backward = the_launch_of(launches, "csfe_backward_kernel")
     tight = backward._replace(options=backward.options | {"maxnreg": 32})
     assert resources(compile_launch(tight, 90), tmp_path).spills > 0

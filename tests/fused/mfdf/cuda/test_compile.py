@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kfde_layers.kernels import mfdf as kernels
+from kfde_layers.fused.mfdf.cuda import launch
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
     TARGETS,
@@ -23,26 +23,26 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("new_triton_cache")]
 
 LARGE, SMALL = (64, 96, 56, 56), (32, 768, 7, 7)
 KERNELS = {
-    "_mfdf_cover_kernel",
-    "_mfdf_pool_kernel",
-    "_mfdf_pool_backward_kernel",
-    "_mfdf_window_kernel",
-    "_mfdf_merged_kernel",
-    "_mfdf_taps_kernel",
-    "_mfdf_contract_kernel",
+    "mfdf_coverage_kernel",
+    "mfdf_mean_kernel",
+    "mfdf_mean_backward_kernel",
+    "mfdf_window_kernel",
+    "mfdf_merged_kernel",
+    "mfdf_taps_kernel",
+    "mfdf_contract_kernel",
 }
 
 
-def launch_mfdf(shape, layout, dtype, branches=4, size=7, step=1):
+def launch_mfdf(shape, layout, dtype, branches=4, size=7, tap_spacing=1):
     """Call all four launchers on tensors without memory."""
     batch, channels = shape[:2]
     x = torch.empty(shape, device="meta", dtype=dtype, memory_format=LAYOUTS[layout])
-    grid = torch.empty((branches, channels, size, size), device="meta")
+    stacked_kernels = torch.empty((branches, channels, size, size), device="meta")
     alpha, p = torch.empty((batch, branches, channels), device="meta"), torch.empty((batch, channels), device="meta")
-    kernels.launch_pool(x, grid[0], step)
-    kernels.launch_pool_backward(p, x, grid[0], step)
-    kernels.launch_merged(x, alpha, grid, p, step)
-    kernels.launch_merged_backward(x, x, alpha, grid, step)
+    launch.launch_mean(x, stacked_kernels[0], tap_spacing)
+    launch.launch_mean_backward(p, x, stacked_kernels[0], tap_spacing)
+    launch.launch_merged(x, alpha, stacked_kernels, p, tap_spacing)
+    launch.launch_merged_backward(x, x, alpha, stacked_kernels, tap_spacing)
 
 
 def loop_bodies(code):
@@ -59,7 +59,7 @@ def loop_bodies(code):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 def test_nothing_spills(shape, layout, tmp_path, record_property):
-    rows = compiled_kernels(kernels, lambda dtype: launch_mfdf(shape, layout, dtype), tmp_path)
+    rows = compiled_kernels(launch, lambda dtype: launch_mfdf(shape, layout, dtype), tmp_path)
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in TARGETS}
     assert {row.kernel for row in rows} == KERNELS
     for row in rows:
@@ -73,20 +73,20 @@ def test_nothing_spills(shape, layout, tmp_path, record_property):
 @pytest.mark.parametrize(("size", "step"), [(1, 1), (3, 2), (5, 1), (9, 1), (31, 1)])
 def test_nothing_spills_with_other_kernel_sizes(size, step, layout, tmp_path):
     rows = compiled_kernels(
-        kernels, lambda dtype: launch_mfdf(LARGE, layout, dtype, 2, size, step), tmp_path, targets=(90,)
+        kernels, lambda dtype: launch_mfdf(LARGE, layout, dtype, 2, size, tap_spacing), tmp_path, targets=(90,)
     )
     assert all(row.spills == 0 for row in rows), rows
-    assert ("_mfdf_merged_loop_kernel" in {row.kernel for row in rows}) == (size > 7)
+    assert ("mfdf_merged_loop_kernel" in {row.kernel for row in rows}) == (size > 7)
 
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_mean_reads_and_writes_wide_vectors(dtype, capability, tmp_path):
-    with recorded(kernels) as launches:
+    with recorded(launch) as launches:
         launch_mfdf(LARGE, "nhwc", dtype)
     forward, backward = (
         sass(compile_launch(the_launch_of(launches, name), capability), tmp_path)
-        for name in ("_mfdf_pool_kernel", "_mfdf_pool_backward_kernel")
+        for name in ("mfdf_mean_kernel", "mfdf_mean_backward_kernel")
     )
     assert len(re.findall(r"\bLDG\.E\.128\b", forward)) >= 5  # four samples and their cover
     assert not re.findall(r"\bLDG\.E\.(?:64|U16)\b", forward)
@@ -97,9 +97,9 @@ def test_the_mean_reads_and_writes_wide_vectors(dtype, capability, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_convolution_mostly_multiplies(dtype, tmp_path):
     # Most instructions of the loop over the rows are the multiplications of the taps.
-    with recorded(kernels) as launches:
+    with recorded(launch) as launches:
         launch_mfdf(LARGE, "nhwc", dtype)
-    for name in ("_mfdf_merged_kernel", "_mfdf_taps_kernel"):
+    for name in ("mfdf_merged_kernel", "mfdf_taps_kernel"):
         launch = launches_of(launches, name)[0]
         bodies = loop_bodies(sass(compile_launch(launch, 90), tmp_path))
         taps = 49 * launch.arguments["SEGMENT"]
@@ -113,7 +113,7 @@ def test_the_convolution_mostly_multiplies(dtype, tmp_path):
 def test_odd_sizes_compile(shape, layout, tmp_path):
     # The compiler treats an argument that equals one as a constant. The interpreter does not.
     for branches, size in ((1, 1), (3, 5), (1, 9)):
-        with recorded(kernels) as launches:
+        with recorded(launch) as launches:
             launch_mfdf(shape, layout, torch.float16, branches, size, 2)
         for launch in launches:
             assert resources(compile_launch(launch, 90), tmp_path).spills == 0

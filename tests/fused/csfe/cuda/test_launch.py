@@ -8,14 +8,15 @@ import triton
 import triton.language as tl
 
 from kfde_layers.functional import cfe, csfe, sfe
-from kfde_layers.kernels import csfe as kernels
+from kfde_layers.fused import maps
+from kfde_layers.fused.csfe.cuda import backward, forward, gates, launch, statistics, tiling
+from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.testing import assert_error_budget, random_affine, random_tensor
 from tests.support.agreement import with_gradients
 from tests.support.gates import move_away_from_threshold
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
     DEVICE,
-    launches_of,
     needs_interpreter,
     recorded,
     runs_kernels,
@@ -63,9 +64,9 @@ def run_kernels(
     scale: float,
 ) -> list[Tensor]:
     affine = (None, None) if operator == "sfe" else (weight, bias)
-    options = (num_groups, threshold, EPS, operator != "cfe", LAMBD, BETA, correction, scale)
-    y, mean, m2 = kernels.launch_forward(x, *affine, *options)
-    gradients = kernels.launch_backward(dy, x, *affine, mean, m2, *options)
+    options = CsfeOptions(num_groups, threshold, LAMBD, BETA, correction, EPS, operator != "cfe", scale)
+    y, mean, m2 = launch.launch_forward(x, *affine, options)
+    gradients = launch.launch_backward(dy, x, *affine, mean, m2, options)
     return [y, *(gradient for gradient in gradients if gradient is not None)]
 
 
@@ -137,37 +138,38 @@ def test_sfe_takes_an_odd_number_of_channels(channels, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_chunks_of_positions_are_combined(layout):
     x = random_tensor(1, 6, 61, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
-    with recorded(kernels, run=True) as launches:
+    with recorded(launch, run=True) as launches:
         check("csfe", x, 3)
-    assert [launch.name for launch in launches] == [
-        "_csfe_stats_kernel",
-        "_csfe_merge_kernel",
-        "_csfe_forward_kernel",
-        "_csfe_sums_kernel",
-        "_csfe_backward_kernel",
-        "_csfe_parameters_kernel",
+    assert [kernel_launch.name for kernel_launch in launches] == [
+        "csfe_statistics_kernel",
+        "csfe_combine_kernel",
+        "csfe_forward_kernel",
+        "csfe_sums_kernel",
+        "csfe_backward_kernel",
+        "csfe_parameters_kernel",
     ]
-    assert all(the_launch_of(launches, name).grid[1] > 2 for name in ("_csfe_stats_kernel", "_csfe_sums_kernel"))
+    assert all(the_launch_of(launches, name).grid[1] > 2 for name in ("csfe_statistics_kernel", "csfe_sums_kernel"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
     positions, members = 11 * 13, 37
-    monkeypatch.setattr(kernels, "_BLOCK", 1)
-    monkeypatch.setattr(kernels, "_grouping", kernels._grouping.__wrapped__)
-    monkeypatch.setattr(kernels, "_tiling", lambda *_: kernels._Tiling(4, 64, 144, 1))
+    monkeypatch.setattr(launch, "BLOCK", 1)
+    monkeypatch.setattr(tiling, "BLOCK", 1)
+    monkeypatch.setattr(launch, "group_sizes", tiling.group_sizes.__wrapped__)
+    monkeypatch.setattr(tiling, "cut_into_tiles", lambda *_: tiling.Tiling(4, 64, 144, 1))
     x = random_tensor(1, 2 * members, 11, 13, seed=6, dtype=dtype, memory_format=LAYOUTS[layout], device=DEVICE)
-    with recorded(kernels, run=True) as launches:
+    with recorded(launch, run=True) as launches:
         check("csfe", x, 2)
-    for launch in launches:
-        arguments = launch.arguments
+    for kernel_launch in launches:
+        arguments = kernel_launch.arguments
         if "BLOCK_HW" in arguments:
             assert min(positions, arguments["chunk"]) / arguments["BLOCK_HW"] > 32
         if "BLOCK_MEMBERS" in arguments:
             assert arguments["GROUP_SIZE"] / arguments["BLOCK_MEMBERS"] > 32
             assert arguments["C"] / arguments["BLOCK_SUM"] > 32
-    (parameters,) = (launch.arguments for launch in launches_of(launches, "_csfe_parameters_kernel"))
+    parameters = the_launch_of(launches, "csfe_parameters_kernel").arguments
     assert parameters["C"] / parameters["BLOCK"] > 32
 
 
@@ -210,7 +212,7 @@ def test_parameters_that_are_not_dense():
 def test_an_empty_batch(operator, layout):
     x = random_tensor(0, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
     weight, bias = random_affine(6, device=DEVICE)
-    with recorded(kernels) as launches:
+    with recorded(launch) as launches:
         y, dx, *parameter_gradients = run_kernels(operator, x, x, weight, bias, 3, 0.5, 0, 1.0)
     assert not launches
     assert y.shape == dx.shape == x.shape
@@ -239,22 +241,22 @@ def test_same_bits_every_time():
 def test_small_maps_take_two_launches(shape, layout):
     x = torch.empty(shape, device="meta", memory_format=LAYOUTS[layout])
     parameter = torch.empty(shape[1], device="meta")
-    with recorded(kernels) as launches:
-        kernels.launch_forward(x, parameter, parameter, 16, 0.5, EPS, True, LAMBD, BETA, 0, 1.0)
-    assert [launch.name for launch in launches] == ["_csfe_stats_kernel", "_csfe_forward_kernel"]
+    with recorded(launch) as launches:
+        launch.launch_forward(x, parameter, parameter, CsfeOptions(16, with_sfe=True))
+    assert [kernel_launch.name for kernel_launch in launches] == ["csfe_statistics_kernel", "csfe_forward_kernel"]
 
 
 @triton.jit
-def _offset_kernel(out_ptr, n, c, p, hw, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # noqa: N803
-    tl.store(out_ptr, kernels._offset(n, c, p, hw, C, CHANNELS_LAST))
+def _address_kernel(out_ptr, n, c, p, hw, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # noqa: N803
+    tl.store(out_ptr, maps.address(n, c, 0, p, 1, hw, C, CHANNELS_LAST))
 
 
-def test_offsets_can_pass_32_bits():
+def test_addresses_of_positions_can_pass_32_bits():
     n, c, p, hw, channels = 500_000, 5, 11, 4087, 6
     out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    _offset_kernel[(1,)](out, n, c, p, hw, channels, False)
+    _address_kernel[(1,)](out, n, c, p, hw, channels, False)
     assert int(out) == (n * channels + c) * hw + p > 2**33
-    _offset_kernel[(1,)](out, n, c, p, hw, channels, True)
+    _address_kernel[(1,)](out, n, c, p, hw, channels, True)
     assert int(out) == (n * hw + p) * channels + c
 
 
@@ -264,51 +266,51 @@ def test_fresh_memory_is_nan():
     assert torch.zeros(3).new_empty(3).isnan().all()
 
 
-def _without_spread(merge):
-    return lambda mean, m2, count: (merge(mean, m2, count)[0], m2.sum(0))
+def _without_spread_of_means(combine_moments):
+    return lambda mean, m2, count: (combine_moments(mean, m2, count)[0], m2.sum(0))
 
 
-def _shifted_partner(offset):
-    return lambda n, c, p, hw, C, channels_last: offset(n, c - (c >= C // 2).to(tl.int32), p, hw, C, channels_last)  # noqa: N803
+def _shifted_partner(address):
+    return lambda n, c, *args: address(n, c - (c >= args[4] // 2).to(tl.int32), *args)
 
 
-def _without_offset(line):
-    return lambda *args: (line(*args)[0], line(*args)[1] * 0)
+def _without_constant(through_moments):
+    return lambda *args: (through_moments(*args)[0], through_moments(*args)[1] * 0)
 
 
-def _without_distance(moments):
-    return lambda *args: (moments(*args)[0] * 0, moments(*args)[1])
+def _without_mean_offset(group_moments):
+    return lambda *args: (group_moments(*args)[0] * 0, group_moments(*args)[1])
 
 
-def _without_sharpness(gates):
+def _wrong_spatial_slope(gates):
     return lambda *args: gates(*args[:4], args[4] * 0.99, *args[5:])
 
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("name", "plant"),
+    ("module", "name", "plant"),
     [
-        ("_merge", _without_spread),
-        ("_offset", _shifted_partner),
-        ("_line", _without_offset),
-        ("_group_moments", _without_distance),
-        ("_gates", _without_sharpness),
+        (statistics, "combine_moments", _without_spread_of_means),
+        (forward, "address", _shifted_partner),
+        (backward, "_through_moments", _without_constant),
+        (gates, "_group_moments", _without_mean_offset),
+        (forward, "gates", _wrong_spatial_slope),
     ],
 )
-def test_a_wrong_kernel_is_seen(name, plant, monkeypatch):
-    monkeypatch.setattr(kernels, name, plant(getattr(kernels, name)))
+def test_a_wrong_kernel_is_seen(module, name, plant, monkeypatch):
+    monkeypatch.setattr(module, name, plant(getattr(module, name)))
     with pytest.raises(AssertionError, match="is over the budget"):
         check("csfe", random_tensor(3, 6, 5, 7), 3)
 
 
 @needs_interpreter
 def test_an_unwritten_element_is_seen(monkeypatch):
-    tiling = kernels._tiling
+    cut_into_tiles = tiling.cut_into_tiles
 
     def one_chunk_less(*args):
-        right = tiling(*args)
+        right = cut_into_tiles(*args)
         return right._replace(chunks=right.chunks - 1) if right.chunks > 1 else right
 
-    monkeypatch.setattr(kernels, "_tiling", one_chunk_less)
+    monkeypatch.setattr(tiling, "cut_into_tiles", one_chunk_less)
     with pytest.raises(AssertionError, match="error nan"):
         check("cfe", random_tensor(1, 2, 23, 29), 1)

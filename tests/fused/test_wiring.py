@@ -10,11 +10,11 @@ from kfde_layers.testing import scatter_parameters
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kfde_layers import MFDF
-from kfde_layers.kernels import csfe as kernels_csfe
-from kfde_layers.kernels import mfdf as kernels_mfdf
-from kfde_layers.ops import csfe_fused as csfe
-from kfde_layers.ops import mfdf_fused as mfdf
-from kfde_layers.ops.csfe_moments import Enhancement
+from kfde_layers.fused.csfe import operator as csfe
+from kfde_layers.fused.csfe.cuda import launch as csfe_launch
+from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.fused.mfdf import operator as mfdf
+from kfde_layers.fused.mfdf.cuda import launch as mfdf_launch
 from kfde_layers.testing import random_affine, random_tensor
 from tests.support.agreement import with_gradients
 from tests.support.inputs import LAYOUTS
@@ -29,10 +29,10 @@ pytestmark = [
 OPERATORS = [
     (csfe._forward, csfe._forward_on_cuda),
     (csfe._backward, csfe._backward_on_cuda),
-    (mfdf.pooled_depthwise, mfdf._pool_on_cuda),
-    (mfdf._pool_backward, mfdf._pool_backward_on_cuda),
-    (mfdf.merged_depthwise, mfdf._merge_on_cuda),
-    (mfdf._merge_backward, mfdf._merge_backward_on_cuda),
+    (mfdf.mean_of_convolution, mfdf._mean_on_cuda),
+    (mfdf._mean_backward, mfdf._mean_backward_on_cuda),
+    (mfdf.merged_convolution, mfdf._merged_on_cuda),
+    (mfdf._merged_backward, mfdf._merged_backward_on_cuda),
 ]
 
 
@@ -48,8 +48,8 @@ def cuda_kernels_on_the_cpu():
 def assert_cuda_equals_cpu(call):
     with (
         cuda_kernels_on_the_cpu(),
-        recorded(kernels_csfe, run=True) as csfe_launches,
-        recorded(kernels_mfdf, run=True) as mfdf_launches,
+        recorded(csfe_launch, run=True) as csfe_launches,
+        recorded(mfdf_launch, run=True) as mfdf_launches,
     ):
         on_cuda = call()
     assert bool(csfe_launches or mfdf_launches) == (on_cuda[0].numel() > 0)  # it was the kernels that ran
@@ -67,7 +67,7 @@ def run(operation, tensors):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "options", [Enhancement(5), Enhancement(spatial=True), Enhancement(5, spatial=True, scale=0.5)]
+    "options", [CsfeOptions(5), CsfeOptions(with_sfe=True), CsfeOptions(5, with_sfe=True, scale=0.5)]
 )
 @pytest.mark.parametrize(("batch", "gaps"), [(0, 1), (2, 1), (2, 2)])
 def test_csfe(options, layout, batch, gaps):
