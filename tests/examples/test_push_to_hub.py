@@ -13,10 +13,9 @@ import torch
 from breakhis.checkpoints import load_model
 from huggingface_hub import ModelCard
 from push_to_hub import main, write_card
-from train_breakhis import main as train
-
 from tests.ecosystem.hub_folder import stand_in
 from tests.helpers import needs_local_dir
+from train_breakhis import main as train
 
 pytestmark = needs_local_dir
 SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]

@@ -31,7 +31,7 @@ def test_shape_dtype_and_memory_format_are_kept(make, batch, height, width, seed
         # The same rounded input in float64. In low precision only the result is rounded. In float32 and float64 the
         # steps before it round too, and so do norms and activations: these modules compute in the dtype of x.
         in_double = layer.double()(x.double())
-        one_rounding = dtype in (torch.bfloat16, torch.float16) and getattr(layer, "bare", True)
+        one_rounding = dtype in (torch.bfloat16, torch.float16) and getattr(layer, "plain_branches", True)
         assert relative_error(y, in_double) < (1 if one_rounding else 32) * torch.finfo(dtype).eps
 
 
@@ -43,8 +43,8 @@ def test_autocast_keeps_the_dtype_of_the_input(make):
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
         assert y.dtype == dtype
-        bare = getattr(layer, "bare", True)  # norms and activations follow autocast
-        assert relative_error(y, layer.double()(x.double())) < (2**-7 if dtype == torch.bfloat16 or not bare else 1e-5)
+        plain = getattr(layer, "plain_branches", True)  # norms and activations follow autocast
+        assert relative_error(y, layer.double()(x.double())) < (2**-7 if dtype == torch.bfloat16 or not plain else 1e-5)
         layer.float()
 
 

@@ -58,7 +58,7 @@ def test_half_of_the_gates_are_open_in_low_precision(dtype):
         ({"channels": 7}, "channels must be even, since CFE crosses two halves of them, got 7"),
         ({"channels": 8, "num_groups": 3}, "num_groups must divide channels = 8, got 3"),
         ({"channels": 8, "threshold": 1.5}, "threshold must lie strictly between 0 and 1, got 1.5"),
-        ({"channels": 8, "eps": -1e-5}, "eps must lie strictly between 0 and inf, got -1e-05"),
+        ({"channels": 8, "eps": -1e-5}, "eps must be positive and finite, got -1e-05"),
     ],
 )
 def test_refusals(kwargs, message):

@@ -5,6 +5,7 @@ from torch import nn
 
 from kfde_layers import MFDF
 from kfde_layers.functional import mfdf
+from kfde_layers.ops.mfdf import branch_mean, branch_scores, softmax_of
 from kfde_layers.testing import scatter_parameters
 from tests.support import oracle
 from tests.support.agreement import as_numpy, count_operations, count_parameters, relative_error
@@ -19,7 +20,7 @@ def test_starts_near_the_identity():
         # with the initial weights of PyTorch it is not near
         layer = MFDF(channels)
         for branch in layer.branches:
-            branch.reset_parameters()
+            nn.Conv2d.reset_parameters(branch)
         assert F.cosine_similarity(x.flatten(), layer(x).flatten(), dim=0) < 0.6
 
 
@@ -122,7 +123,8 @@ def trained_layer(**kwargs):
 def test_batch_norms_are_folded_outside_training(kwargs):
     layer, x = trained_layer(**kwargs), draw(2, 6, 5, 7, seed=8)
     maps = [branch.act(branch.norm(branch.conv(x))) for branch in layer.branches]
-    alpha = attention(pool(maps), layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    scores = branch_scores(branch_mean(maps), layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    alpha = softmax_of(scores, 6)
     expected = (alpha[..., None, None] * torch.stack(maps, dim=1)).sum(dim=1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     for gradient, expected_gradient in zip(
@@ -157,14 +159,16 @@ def test_batch_norms_are_folded_with_their_own_eps_and_not_in_16_bits():
                 branch.norm.to(torch.float32 if mixed else torch.bfloat16)
             low = x.to(torch.bfloat16)
             operations = count_operations(lambda layer=layer, low=low: layer(low))
-            assert operations["aten::batch_norm"] == (0 if layer.linear else 2)  # merged, it is computed in float32
+            assert operations["aten::batch_norm"] == (
+                0 if layer.mergeable_in_eval else 2
+            )  # merged, it is computed in float32
 
 
 def test_linear_branches_are_merged_outside_training():
     layer, x = trained_layer(), draw(2, 6, 5, 7, seed=8)
-    assert layer.linear
-    assert not trained_layer(act_layer=nn.ReLU).linear
-    assert not trained_layer(groups=1).linear
+    assert layer.mergeable_in_eval
+    assert not trained_layer(act_layer=nn.ReLU).mergeable_in_eval
+    assert not trained_layer(groups=1).mergeable_in_eval
     assert count_operations(lambda: layer(x))["aten::conv2d"] == 2
     layer.impl = "fused"
     assert count_operations(lambda: layer(x))["aten::conv2d"] == 1

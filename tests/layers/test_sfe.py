@@ -22,7 +22,7 @@ def test_has_no_parameters_and_needs_no_channels():
     [
         ({"channels": -2}, ValueError, "channels must be at least 1, got -2"),
         ({"channels": "8"}, TypeError, "channels must be an int, got '8'"),
-        ({"lambd": 0}, ValueError, "lambd must lie strictly between 0 and inf, got 0"),
+        ({"lambd": 0}, ValueError, "lambd must be positive and finite, got 0"),
         ({"beta": "0.5"}, TypeError, "beta must be a number, got '0.5'"),
         ({"correction": -1}, ValueError, "correction must be at least 0, got -1"),
     ],

@@ -138,7 +138,7 @@ def test_a_large_mean_does_not_spoil_the_gate(memory_format):
         ({"threshold": 0}, ValueError, "threshold must lie strictly between 0 and 1, got 0"),
         ({"threshold": math.nan}, ValueError, "threshold must lie strictly between 0 and 1, got nan"),
         ({"threshold": "half"}, TypeError, "threshold must be a number, got 'half'"),
-        ({"eps": 0.0}, ValueError, "eps must lie strictly between 0 and inf, got 0.0"),
+        ({"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
         ({"impl": "quick"}, ValueError, "impl must be one of 'auto', 'reference', 'fused', got 'quick'"),
     ],
 )

@@ -86,7 +86,7 @@ def test_gradients(arrangement):
         ({"fusion": "max"}, "fusion must be one of 'sum', 'mean', got 'max'"),
         ({"x": torch.zeros(2, 8, 5, 5)}, "x must have 6 channels in dimension 1, got 8"),
         ({"num_groups": 4}, "num_groups must divide channels = 6, got 4"),
-        ({"lambd": -1.0}, "lambd must lie strictly between 0 and inf, got -1.0"),
+        ({"lambd": -1.0}, "lambd must be positive and finite, got -1.0"),
     ],
 )
 def test_refusals(change, message):

@@ -93,8 +93,8 @@ def test_odd_sizes_compile(shape, layout, tmp_path):
     # The compiler treats an argument that equals one as a constant. The interpreter does not.
     with recorded(launch) as launches:
         launch_csfe(shape, layout, torch.float16, num_groups=1)
-    for launch in launches:
-        assert resources(compile_launch(launch, 90), tmp_path).spills == 0
+    for kernel_launch in launches:
+        assert resources(compile_launch(kernel_launch, 90), tmp_path).spills == 0
 
 
 def test_a_spill_is_seen(monkeypatch, tmp_path):

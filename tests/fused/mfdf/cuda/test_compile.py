@@ -70,10 +70,10 @@ def test_nothing_spills(shape, layout, tmp_path, record_property):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("size", "step"), [(1, 1), (3, 2), (5, 1), (9, 1), (31, 1)])
-def test_nothing_spills_with_other_kernel_sizes(size, step, layout, tmp_path):
+@pytest.mark.parametrize(("size", "tap_spacing"), [(1, 1), (3, 2), (5, 1), (9, 1), (31, 1)])
+def test_nothing_spills_with_other_kernel_sizes(size, tap_spacing, layout, tmp_path):
     rows = compiled_kernels(
-        kernels, lambda dtype: launch_mfdf(LARGE, layout, dtype, 2, size, tap_spacing), tmp_path, targets=(90,)
+        launch, lambda dtype: launch_mfdf(LARGE, layout, dtype, 2, size, tap_spacing), tmp_path, targets=(90,)
     )
     assert all(row.spills == 0 for row in rows), rows
     assert ("mfdf_merged_loop_kernel" in {row.kernel for row in rows}) == (size > 7)
@@ -100,9 +100,9 @@ def test_the_convolution_mostly_multiplies(dtype, tmp_path):
     with recorded(launch) as launches:
         launch_mfdf(LARGE, "nhwc", dtype)
     for name in ("mfdf_merged_kernel", "mfdf_taps_kernel"):
-        launch = launches_of(launches, name)[0]
-        bodies = loop_bodies(sass(compile_launch(launch, 90), tmp_path))
-        taps = 49 * launch.arguments["SEGMENT"]
+        kernel_launch = launches_of(launches, name)[0]
+        bodies = loop_bodies(sass(compile_launch(kernel_launch, 90), tmp_path))
+        taps = 49 * kernel_launch.arguments["SEGMENT"]
         loops = [body for body in bodies if sum("FFMA" in instruction for instruction in body) == taps]
         assert loops
         assert min(map(len, loops)) < 1.75 * taps
@@ -115,5 +115,5 @@ def test_odd_sizes_compile(shape, layout, tmp_path):
     for branches, size in ((1, 1), (3, 5), (1, 9)):
         with recorded(launch) as launches:
             launch_mfdf(shape, layout, torch.float16, branches, size, 2)
-        for launch in launches:
-            assert resources(compile_launch(launch, 90), tmp_path).spills == 0
+        for kernel_launch in launches:
+            assert resources(compile_launch(kernel_launch, 90), tmp_path).spills == 0

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from kfde_layers.fused import maps
-from kfde_layers.fused.mfdf.cuda import launch, tiling
+from kfde_layers.fused.mfdf.cuda import convolution, launch, mean, taps, tiling
+from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.testing import assert_error_budget, random_tensor
 from tests.support.agreement import with_gradients
@@ -33,7 +34,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def run_mean_reference(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> list[Tensor]:
     inputs = [tensor.detach().requires_grad_() for tensor in (x, kernel)]
-    p = pooled(upcast(inputs[0]), inputs[1], tap_spacing)
+    p = mean_by_coverage(upcast(inputs[0]), inputs[1], tap_spacing)
     return with_gradients(p, inputs, dp)
 
 
@@ -41,7 +42,8 @@ def run_merged_reference(
     dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, bias: Tensor, tap_spacing: int
 ) -> list[Tensor]:
     inputs = [tensor.detach().requires_grad_() for tensor in (x, alpha, stacked_kernels, bias)]
-    y = as_input(merged(upcast(inputs[0]), *inputs[1:], tap_spacing), x)
+    merged_kernels = merge_kernels(inputs[1], inputs[2])
+    y = as_input(convolve_each(upcast(inputs[0]), merged_kernels, inputs[3], tap_spacing), x)
     return with_gradients(y, inputs, dy)
 
 
@@ -324,18 +326,18 @@ def _slightly_wrong(sum_of_lanes):
 @needs_interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("name", "plant", "check", "message"),
+    ("module", "name", "plant", "check", "message"),
     [
-        ("_meeting", _without_far_side, check_mean, "p: .* over the budget"),
-        ("_class_of", lambda _: lambda at, *_: at * 0 + 1, check_mean, "p: .* over the budget"),
-        ("_merged_taps", _without_last_tap, check_merged, "y: .* over the budget"),
-        ("_load_row", _without_border, check_merged, "y: .* over the budget"),
-        ("_strip", _of_wrong_rows, check_merged, "y: error nan"),
-        ("_sum_of_lanes", _slightly_wrong, check_merged, "dalpha: .* over the budget"),
+        (mean, "_first_last_tap", _without_far_side, check_mean, "p: .* over the budget"),
+        (mean, "_border_class", lambda _: lambda position, *_: position * 0 + 1, check_mean, "p: .* over the budget"),
+        (convolution, "_merged_taps", _without_last_tap, check_merged, "y: .* over the budget"),
+        (convolution, "load_row", _without_border, check_merged, "y: .* over the budget"),
+        (convolution, "strip_of", _without_last_row, check_merged, "y: error nan"),
+        (taps, "_sum_of_lanes", _slightly_wrong, check_merged, "dalpha: .* over the budget"),
     ],
 )
-def test_a_wrong_kernel_is_seen(name, plant, check, message, layout, monkeypatch):
-    monkeypatch.setattr(kernels, name, plant(getattr(kernels, name)))
+def test_a_wrong_kernel_is_seen(module, name, plant, check, message, layout, monkeypatch):
+    monkeypatch.setattr(module, name, plant(getattr(module, name)))
     with pytest.raises(AssertionError, match=message):
         check(random_tensor(2, 3, 5, 7, memory_format=LAYOUTS[layout]))
 
