@@ -266,11 +266,11 @@ class MFDF(nn.Module):
             if self.fc_are_plain:
                 return torch.ops.kfde.mfdf_fuse(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
             p = torch.ops.kfde.mfdf_branch_mean(maps)
-            return torch.ops.kfde.mfdf_sum_branches(x, maps, fc2(fc1(p.to(x.dtype))))
+            return torch.ops.kfde.mfdf_sum_branches(x, maps, self.fc2(self.fc1(p.to(x.dtype))))
         else:
             if self.fc_are_plain:
                 return mfdf_from_maps_and_fc(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            return sum_branches(x, maps, fc2(fc1(branch_mean(maps).to(x.dtype))))
+            return sum_branches(x, maps, self.fc2(self.fc1(branch_mean(maps).to(x.dtype))))
 
     @property
     def all_parts_are_plain(self) -> bool:
