@@ -10,9 +10,10 @@ from breakhis.checkpoints import build_model, eval_transform, load_model, save_m
 from breakhis.stain import StainJitter
 from PIL import Image
 from skimage.color import rgb2hed
-from tests.helpers import needs_local_dir
 from torch import nn
 from torchvision import transforms
+
+from tests.support.hub import needs_local_dir
 
 pytestmark = needs_local_dir
 CREATE = timm.create_model

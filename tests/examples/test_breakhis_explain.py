@@ -7,11 +7,11 @@ import torch
 from breakhis.checkpoints import eval_transform
 from breakhis.explain import CamTarget, as_picture, by_class, cam_target, decisions, grad_cam, overlay
 from PIL import Image
-from tests.helpers import draw
 from torch import nn
 from torch.nn import functional as F
 
 from kfde_layers import CFE, CSFE, MFDF, insert
+from tests.support.inputs import draw
 
 
 def small(name: str, **arguments) -> nn.Module:

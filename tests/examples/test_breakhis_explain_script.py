@@ -13,10 +13,10 @@ from breakhis.checkpoints import save_model
 from breakhis.explain import as_picture, grad_cam, overlay
 from explain_breakhis import branch_names, find_runs, main
 from PIL import Image
-from tests.helpers import needs_local_dir
 from torch.nn import functional as F
 
 from kfde_layers import MFDF
+from tests.support.hub import needs_local_dir
 
 pytestmark = needs_local_dir
 CLASSES = ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]

@@ -10,7 +10,8 @@ from breakhis.checkpoints import save_model
 from breakhis.explain import as_picture, grad_cam, overlay
 from PIL import Image
 from predict_breakhis import main, patient_votes
-from tests.helpers import needs_local_dir
+
+from tests.support.hub import needs_local_dir
 
 pytestmark = needs_local_dir
 CLASSES = ["A", "F", "DC"]

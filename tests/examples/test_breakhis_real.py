@@ -11,9 +11,10 @@ from breakhis.images import find_faults, open_rgb
 from breakhis.naming import BREAKHIS, find_breakhis, parse_name
 from breakhis.records import ImageDataset, patients
 from breakhis.splits import fold_split, leaks, official_split
-from tests.helpers import needs_local_dir
 from torchvision.transforms import PILToTensor
 from train_breakhis import main
+
+from tests.support.hub import needs_local_dir
 
 DATA = Path(os.environ.get("KFDE_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 pytestmark = [

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from breakhis.state import load_state, save_state, write_atomically
-from tests.helpers import needs_local_dir
 from train_breakhis import main
+
+from tests.support.hub import needs_local_dir
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["--img-size", "32", "--epochs", "4", "--num-workers", "0", "--num-folds", "3", "--drop-path", "0.2"]

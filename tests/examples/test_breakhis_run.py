@@ -22,8 +22,9 @@ from breakhis.naming import find_breakhis
 from breakhis.splits import LEAK_WARNING
 from breakhis.synthetic import draw_tree
 from PIL import Image
-from tests.helpers import needs_local_dir
 from train_breakhis import main
+
+from tests.support.hub import needs_local_dir
 
 pytestmark = needs_local_dir
 ROOT = Path(__file__).parents[2]

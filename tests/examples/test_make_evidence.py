@@ -10,7 +10,8 @@ import yaml
 from breakhis.metrics import auc, balanced_accuracy, image_accuracy
 from breakhis.study import markdown
 from breakhis.tables import read_csv
-from tests.helpers import needs_local_dir
+
+from tests.support.hub import needs_local_dir
 
 KEPT = sorted(path.parent for path in make_evidence.STUDIES.glob("*/results.json"))
 
