@@ -9,15 +9,37 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# room -> what it may import of this project and of timm
+# What the two families of fused implementations may import: never an operation, and never each other.
+_SHARED = ("kfde_layers.fused.second_order", "kfde_layers.ops.gate", "kfde_layers.ops.formats", "kfde_layers._impl")
+
+# What each file or folder may import of this project, timm and Triton; the first entry that matches a path holds.
 ALLOWED = {
     "kfde_layers/__init__.py": tuple(f"kfde_layers.{room}" for room in ("layers", "functional", "insertion", "models")),
     "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "kfde_layers._checks", "timm"),
     "kfde_layers/insertion": ("kfde_layers.layers", "kfde_layers.insertion", "kfde_layers._checks"),
     "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
-    "kfde_layers/functional.py": ("kfde_layers.ops",),
-    "kfde_layers/ops": ("kfde_layers.ops", "kfde_layers.kernels", "kfde_layers._impl", "kfde_layers._checks"),
-    "kfde_layers/kernels": ("kfde_layers.kernels", "triton"),  # never ops: a kernel must not lean on its oracle
+    "kfde_layers/functional.py": tuple(f"kfde_layers.ops.{page}" for page in ("cfe", "sfe", "csfe", "mfdf")),
+    "kfde_layers/ops/gate.py": (),
+    "kfde_layers/ops/formats.py": ("kfde_layers._impl",),
+    "kfde_layers/ops": (
+        *(f"kfde_layers.fused.csfe.{module}" for module in ("auto", "operator", "options")),
+        *(f"kfde_layers.fused.mfdf.{module}" for module in ("auto", "operator")),
+        "kfde_layers.ops",
+        "kfde_layers._impl",
+        "kfde_layers._checks",
+    ),
+    # Kernels never import ops: a fast implementation must not depend on the equations that judge it.
+    "kfde_layers/fused/csfe/cuda": (
+        "kfde_layers.fused.csfe.cuda",
+        "kfde_layers.fused.csfe.options",
+        "kfde_layers.fused.maps",
+        "triton",
+    ),
+    "kfde_layers/fused/mfdf/cuda": ("kfde_layers.fused.mfdf.cuda", "kfde_layers.fused.maps", "triton"),
+    "kfde_layers/fused/csfe": ("kfde_layers.fused.csfe", *_SHARED),
+    "kfde_layers/fused/mfdf": ("kfde_layers.fused.mfdf", *_SHARED),
+    "kfde_layers/fused/maps.py": ("triton",),
+    "kfde_layers/fused": (),
     "kfde_layers/testing.py": (),
     "kfde_layers/_impl.py": (),
     "kfde_layers/_checks.py": (),
@@ -44,22 +66,66 @@ def strangers(path: Path, allowed: tuple[str, ...]) -> set[str]:
     return {name for name in governed if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)}
 
 
-def room_of(path: Path) -> str:
+def rule_for(path: Path) -> str:
     inside = path.relative_to(ROOT).as_posix()
-    return next((room for room in ALLOWED if inside == room or inside.startswith(f"{room}/")), inside)
+    return next((rule for rule in ALLOWED if inside == rule or inside.startswith(f"{rule}/")), inside)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kfde_layers").rglob("*.py")), ids=lambda path: path.name)
-def test_the_package_keeps_to_its_rooms(path):
-    room = room_of(path)
-    assert room in ALLOWED, f"{room} has no rule"
-    assert not strangers(path, ALLOWED[room])
+PACKAGE = sorted((ROOT / "kfde_layers").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kfde_layers/ops").glob("*.py")), ids=lambda path: path.name)
-def test_operations_load_kernels_at_use_only(path):
-    kernels = {name for name in imports(path) if name.startswith("kfde_layers.kernels")}
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "kfde_layers").as_posix()
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_each_file_imports_only_what_it_may(path):
+    rule = rule_for(path)
+    assert rule in ALLOWED, f"{rule} has no rule"
+    assert not strangers(path, ALLOWED[rule])
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGE if "cuda" not in path.parts], ids=name_of)
+def test_kernels_are_imported_at_use_only(path):
+    kernels = {name for name in imports(path) if ".cuda." in name}
     assert kernels <= imports(path, within_functions)
+    assert (path.name == "operator.py") or not kernels
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    """Return the lines of a function without its docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
+def long_functions(path: Path) -> set[str]:
+    """Return the functions of more than 60 lines, except kernels, launchers and the tables of tests."""
+    return {
+        function.name
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        and code_lines(function) > 60
+        and not (function.name.endswith("_kernel") or function.name.startswith("launch_"))
+    }
+
+
+@pytest.mark.parametrize("folder", ["kfde_layers", "examples", "benchmarks"])
+def test_no_function_is_long(folder):
+    functions = {path: names for path in sorted((ROOT / folder).rglob("*.py")) if (names := long_functions(path))}
+    assert not functions
+
+
+def test_a_long_function_is_seen(tmp_path):
+    body = '    """Text."""\n' + "    x = 1\n" * 60
+    (tmp_path / "functions.py").write_text(f"def long():\n{body}\n\ndef short():\n{body[:-11]}\n")
+    assert long_functions(tmp_path / "functions.py") == {"long"}
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks"])

@@ -23,6 +23,7 @@ from kfde_layers.layers.parts import (
 from kfde_layers.ops.formats import without_autocast
 from kfde_layers.ops.mfdf import (
     branch_mean,
+    branch_softmax,
     check_branches,
     check_kernel_size,
     convolve,
@@ -32,7 +33,6 @@ from kfde_layers.ops.mfdf import (
     mfdf_from_maps_and_fc,
     resolve_dilations,
     resolve_groups,
-    softmax_of,
     sum_branches,
 )
 
@@ -190,7 +190,7 @@ class MFDF(nn.Module):
             maps = [branch(x) for branch in self.branches]
         else:
             maps = convolve(x, *kernels, self.dilation, self.groups)
-        return softmax_of(self._scores(branch_mean(maps)), self.channels)
+        return branch_softmax(self._scores(branch_mean(maps)), x, len(maps))
 
     def _kernels(self, x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | str:
         """Return the branches' kernels and biases, to be merged, or why the branches must be called."""

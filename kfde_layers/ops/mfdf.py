@@ -12,8 +12,7 @@ from torch import Tensor
 from kfde_layers._checks import check_dims, check_int, check_map, check_sequence, check_shape
 from kfde_layers._impl import Impl, exporting, select, unsupported
 from kfde_layers.fused.mfdf.auto import auto_impl
-from kfde_layers.fused.mfdf.merging import stack_kernels
-from kfde_layers.fused.mfdf.operator import mean_of_convolution, merged_convolution
+from kfde_layers.fused.mfdf.operator import fused
 from kfde_layers.ops.formats import as_input, upcast, without_autocast
 
 
@@ -106,7 +105,8 @@ def mfdf_from_kernels(
     reason = _unsupported(x, groups)
     auto = Impl.REFERENCE if reason else auto_impl(x, branch_weights, dilations)
     if select(impl, reason, auto) is Impl.FUSED:
-        return _fused(x, branch_weights, branch_biases, scores, dilations)
+        num_branches = len(branch_weights)
+        return fused(x, branch_weights, branch_biases, lambda p: branch_softmax(scores(p), x, num_branches), dilations)
     return mfdf_from_maps(x, convolve(x, branch_weights, branch_biases, dilations, groups), scores)
 
 
@@ -135,15 +135,15 @@ def branch_scores(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: T
         return F.linear(c, fc2_weight.to(p.dtype), fc2_bias.to(p.dtype))
 
 
-def softmax_of(scores: Tensor, channels: int) -> Tensor:
-    """Return alpha of eq. (13), (N, K, C), from the scores, (N, K C)."""
-    return rearrange(scores, "n (k c) -> n k c", c=channels).softmax(dim=1)
+def branch_softmax(scores: Tensor, x: Tensor, num_branches: int) -> Tensor:
+    """Return alpha of eq. (13), (N, K, C), from the scores, (N, K C), of `x`."""
+    check_shape("mfdf: the output of fc2", scores, (x.shape[0], num_branches * x.shape[1]))
+    return rearrange(upcast(scores), "n (k c) -> n k c", k=num_branches).softmax(dim=1)
 
 
 def sum_branches(x: Tensor, maps: Sequence[Tensor], scores: Tensor) -> Tensor:
     """Return eq. (14), accumulated so that backward keeps neither a stack nor the products."""
-    check_shape("mfdf: the output of fc2", scores, (x.shape[0], len(maps) * x.shape[1]))
-    alpha = softmax_of(upcast(scores), x.shape[1])[..., None, None]
+    alpha = branch_softmax(scores, x, len(maps))[..., None, None]
     y = alpha[:, 0] * maps[0]
     for k, branch_map in enumerate(maps[1:], start=1):
         y = torch.addcmul(y, alpha[:, k], branch_map)
@@ -188,24 +188,6 @@ def _unsupported(x: Tensor, groups: int) -> str | None:
     if exporting():
         return "an exporter needs operations that other software has"
     return unsupported(x)
-
-
-def _fused(
-    x: Tensor,
-    branch_weights: Sequence[Tensor],
-    branch_biases: Sequence[Tensor] | None,
-    scores: Callable[[Tensor], Tensor],
-    dilations: Sequence[int],
-) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    stacked_kernels, tap_spacing = stack_kernels(branch_weights, dilations, dtype)
-    p = mean_of_convolution(x, stacked_kernels.sum(dim=0), tap_spacing)
-    biases = None if branch_biases is None else torch.stack(list(branch_biases)).to(dtype)
-    logits = scores(p if biases is None else p + biases.sum(dim=0))
-    check_shape("mfdf: the output of fc2", logits, (x.shape[0], len(branch_weights) * x.shape[1]))
-    alpha = softmax_of(logits, x.shape[1])
-    merged_bias = torch.zeros_like(p) if biases is None else (alpha * biases).sum(dim=1)
-    return merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
 
 
 def convolve(

@@ -5,7 +5,7 @@ from torch import nn
 
 from kfde_layers import MFDF
 from kfde_layers.functional import mfdf
-from kfde_layers.ops.mfdf import branch_mean, branch_scores, softmax_of
+from kfde_layers.ops.mfdf import branch_mean, branch_scores, branch_softmax
 from kfde_layers.testing import scatter_parameters
 from tests.support import oracle
 from tests.support.agreement import as_numpy, count_operations, count_parameters, relative_error
@@ -124,7 +124,7 @@ def test_batch_norms_are_folded_outside_training(kwargs):
     layer, x = trained_layer(**kwargs), draw(2, 6, 5, 7, seed=8)
     maps = [branch.act(branch.norm(branch.conv(x))) for branch in layer.branches]
     scores = branch_scores(branch_mean(maps), layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
-    alpha = softmax_of(scores, 6)
+    alpha = branch_softmax(scores, x, len(maps))
     expected = (alpha[..., None, None] * torch.stack(maps, dim=1)).sum(dim=1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     for gradient, expected_gradient in zip(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfde_layers.functional import mfdf
+from kfde_layers.fused.mfdf import operator
 from kfde_layers.ops import mfdf as mfdf_ops
 from tests.support import oracle
 from tests.support.agreement import OPERATOR_TESTS, as_numpy, count_operations, has_memory_format, relative_error
@@ -308,12 +309,12 @@ def test_fused_refuses_dense_branches():
 
 def test_the_comparison_of_fused_and_reference_can_fail(monkeypatch):
     """An operator with wrong biases must not pass for a right one."""
-    merged_convolution = mfdf_ops.merged_convolution
+    merged_convolution = operator.merged_convolution
 
     def wrong_biases(x, alpha, stacked_kernels, bias, tap_spacing):
         return merged_convolution(x, alpha, stacked_kernels, 0.99 * bias, tap_spacing)
 
     x = draw(2, 6, 5, 7, dtype=torch.float32)
     parameters = Parameters.random(6, (1, 3), 6, dtype=torch.float32)
-    monkeypatch.setattr(mfdf_ops, "merged_convolution", wrong_biases)
+    monkeypatch.setattr(operator, "merged_convolution", wrong_biases)
     assert relative_error(parameters(x, 1, 6, "fused"), parameters(x, 1, 6, "reference")) > 1e-4

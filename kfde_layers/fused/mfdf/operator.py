@@ -5,15 +5,37 @@ convolution by merged kernels, one per sample and channel. Neither makes the map
 take the inputs alone.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfde_layers.fused.mfdf import cpu
-from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels
+from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels, stack_kernels
 from kfde_layers.fused.second_order import differentiable_gradients
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast, without_autocast
+
+
+def fused(
+    x: Tensor,
+    branch_weights: Sequence[Tensor],
+    branch_biases: Sequence[Tensor] | None,
+    attention: Callable[[Tensor], Tensor],
+    dilations: Sequence[int],
+) -> Tensor:
+    """Return MFDF of `x` in its dtype and memory format; `attention` maps p (N, C) to alpha (N, K, C)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    stacked_kernels, tap_spacing = stack_kernels(branch_weights, dilations, dtype)
+    p = mean_of_convolution(x, stacked_kernels.sum(dim=0), tap_spacing)
+    if branch_biases is None:
+        alpha = attention(p)
+        merged_bias = torch.zeros_like(p)
+    else:
+        biases = torch.stack(list(branch_biases)).to(dtype)
+        alpha = attention(p + biases.sum(dim=0))
+        merged_bias = (alpha * biases).sum(dim=1)
+    return merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
 
 
 @torch.library.custom_op("kfde::mean_of_convolution", mutates_args=(), device_types="cpu")
