@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: named by the caller, never switched behind the caller's back."""
+"""Choose the implementation of an operation. The caller names it; "fused" never becomes another one."""
 
 from enum import StrEnum
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ class Impl(StrEnum):
     REFERENCE = "reference"
     """The paper's equations; runs everywhere."""
     FUSED = "fused"
-    """The fast form; raises where it cannot run."""
+    """The fused implementation; raises where it cannot run."""
 
 
 def resolve_impl(impl: Impl | str) -> Impl:
@@ -34,7 +34,7 @@ def resolve_impl(impl: Impl | str) -> Impl:
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why no fused form can run on `x`, or None."""
+    """Return why no fused implementation can run on `x`, in one sentence, or None."""
     if x.device.type not in ("cpu", "cuda", "meta"):
         return f"it is written for CPU and CUDA, got x on {x.device}"
     if x.is_cuda and not _HAS_TRITON:
@@ -49,12 +49,12 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def select(impl: Impl | str, unsupported: str | None, auto: Impl = Impl.FUSED) -> Impl:
-    """Choose between the reference and the fused form.
+    """Choose between the reference and the fused implementation.
 
     Args:
         impl: What the caller asked for.
-        unsupported: Why the fused form cannot run here, in one sentence, or None.
-        auto: What "auto" prefers where both can run.
+        unsupported: Why the fused implementation cannot run here, in one sentence, or None.
+        auto: The implementation that "auto" takes where both can run.
 
     Raises:
         NotImplementedError: impl="fused" cannot run here; the message is `unsupported`.
@@ -68,19 +68,19 @@ def select(impl: Impl | str, unsupported: str | None, auto: Impl = Impl.FUSED) -
 
 
 def tracing() -> bool:
-    """Whether a compiler, an exporter or `torch.jit.trace` is recording the call and should see the mathematics."""
+    """Return whether a compiler, an exporter or `torch.jit.trace` records the call."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def exporting() -> bool:
-    """Whether what is recorded will run elsewhere, where there are no operators but PyTorch's."""
-    # Not is_exporting(): up to torch 2.8 the compiler takes that to be true of everything it traces.
+    """Return whether an exporter records a graph that must not contain this package's operators."""
+    # Not is_exporting(): up to torch 2.8 it is also true in everything that the compiler traces.
     flag: bool = torch.compiler._is_exporting_flag  # pyright: ignore[reportPrivateUsage]
     return flag or torch.jit.is_tracing()
 
 
 def transforming() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, to which an operator is a closed box."""
+    """Return whether `torch.func` transforms or forward-mode differentiation run: they cannot see into an operator."""
     functorch = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
     forward_mode = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
     return functorch or forward_mode

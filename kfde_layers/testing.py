@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: inputs, and judging a fast form by how far the reference is from the truth."""
+"""Inputs and comparisons for tests and benchmarks. The reference's own error is the budget of the fused one."""
 
 import torch
 from torch import Tensor, nn
@@ -7,20 +7,20 @@ from torch import Tensor, nn
 def assert_error_budget(
     actual: Tensor, reference: Tensor, exact: Tensor, factor: float = 4.0, floor: float = 4.0, name: str = "result"
 ) -> None:
-    r"""Fail unless `actual` is about as near to the truth as the reference is.
+    r"""Fail unless `actual` is about as near to the exact result as the reference is.
 
     \[ \max|a - e| \le f \max|r - e| + l\,\epsilon \max|e| \]
 
     with a = `actual`, r = `reference`, e = `exact`, f = `factor`, l = `floor`, and \(\epsilon\) the distance from one
-    to the next number in the dtype of `actual`.
+    to the next larger number in the dtype of `actual`.
 
     Args:
-        actual: What is judged.
-        reference: The same from the reference, run on the same inputs in the same dtype.
-        exact: The same from the reference on these inputs in float64.
-        factor: How many times the error of the reference is tolerated, dimensionless.
-        floor: What is tolerated on top, in units in the last place of the largest value.
-        name: What to call the result where it fails.
+        actual: Result to be judged.
+        reference: Result of the reference, on the same inputs in the same dtype.
+        exact: Result of the reference, on the same inputs in float64.
+        factor: Factor by which the error may exceed that of the reference, dimensionless.
+        floor: Error allowed in addition, in units in the last place of the largest value.
+        name: Name of the result in the error message.
 
     Raises:
         AssertionError: The error is over the budget or either is not finite, or shapes or dtypes disagree.
@@ -35,24 +35,26 @@ def assert_error_budget(
     if exact.dtype != torch.float64:
         raise AssertionError(f"{name}: exact must be float64, got {exact.dtype}")
     if actual.dtype != reference.dtype:
-        raise AssertionError(f"{name}: dtype is {actual.dtype}, of the reference {reference.dtype}")
+        raise AssertionError(
+            f"{name}: actual and reference must have the same dtype, got {actual.dtype} and {reference.dtype}"
+        )
     if not actual.shape == reference.shape == exact.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (actual, reference, exact))
-        raise AssertionError(f"{name}: shapes of actual, reference and exact disagree: {shapes}")
+        raise AssertionError(f"{name}: actual, reference and exact must have the same shape, got {shapes}")
     if actual.numel() == 0:
         return
-    error, tolerated = largest_error(actual, exact), largest_error(reference, exact)
-    slack = floor * torch.finfo(actual.dtype).eps * float(exact.abs().max())
-    budget = factor * tolerated + slack
+    error, reference_error = largest_error(actual, exact), largest_error(reference, exact)
+    allowance = floor * torch.finfo(actual.dtype).eps * float(exact.abs().max())
+    budget = factor * reference_error + allowance
     if not error <= budget < float("inf"):  # false also where either is NaN
         raise AssertionError(
             f"{name}: error {error:.2e} is over the budget of {budget:.2e} "
-            f"({factor:g} x {tolerated:.2e} of the reference + {slack:.2e})"
+            f"({factor:g} x {reference_error:.2e} of the reference + {allowance:.2e})"
         )
 
 
 def largest_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest distance between two tensors, in float64; NaN if there is a NaN in either."""
+    """Return the largest distance between two tensors, in float64; NaN if one of them holds a NaN."""
     return float((actual.to(torch.float64) - exact.to(torch.float64)).abs().max())
 
 
@@ -64,15 +66,15 @@ def random_tensor(
     device: torch.device | str = "cpu",
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Normal numbers of deviation one, the same for the same seed up to rounding in every dtype and layout.
+    """Return normal numbers of deviation one; the same seed gives the same numbers, rounded, in every dtype and layout.
 
     Args:
-        shape: Of the result.
-        seed: Of the generator.
-        mean: Of the numbers.
-        dtype: Of the result.
-        device: Of the result.
-        memory_format: Of the result.
+        shape: Shape of the result.
+        seed: Seed of the generator.
+        mean: Mean of the numbers.
+        dtype: Dtype of the result.
+        device: Device of the result.
+        memory_format: Memory format of the result.
     """
     generator = torch.Generator().manual_seed(seed)
     values = mean + torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -82,7 +84,7 @@ def random_tensor(
 def random_affine(
     channels: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Gamma and beta of a normalisation, (channels,), away from one and zero where they would hide mistakes."""
+    """Return gamma and beta of a normalisation, (channels,), away from one and zero, which would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     noise = 0.3 * torch.randn((2, channels), generator=generator, dtype=torch.float64)
     weight, bias = noise.to(device=device, dtype=dtype)
@@ -90,12 +92,12 @@ def random_affine(
 
 
 def scatter_parameters(module: nn.Module, deviation: float = 0.3, seed: int = 0) -> nn.Module:
-    """Move every parameter off its start, where too much is zero or one to tell mistakes apart.
+    """Add noise to every parameter, since a start of zeros and ones would hide mistakes.
 
     Args:
-        module: Changed in place, and returned.
-        deviation: Of the normal numbers that are added.
-        seed: Of the generator.
+        module: Module, changed in place and returned.
+        deviation: Standard deviation of the noise.
+        seed: Seed of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

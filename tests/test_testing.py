@@ -37,10 +37,10 @@ def test_tensors_that_are_not_finite_fail(where, value):
 def test_tensors_that_cannot_be_compared_fail():
     with pytest.raises(AssertionError, match=r"exact must be float64, got torch\.float32"):
         assert_error_budget(EXACT.float(), EXACT.float(), EXACT.float())
-    with pytest.raises(AssertionError, match=r"dtype is torch\.float16, of the reference torch\.float32"):
+    with pytest.raises(AssertionError, match=r"must have the same dtype, got torch\.float16 and torch\.float32"):
         assert_error_budget(EXACT.half(), EXACT.float(), EXACT)
     with pytest.raises(
-        AssertionError, match=r"shapes of actual, reference and exact disagree: \(3, 1\), \(3,\), \(3,\)"
+        AssertionError, match=r"actual, reference and exact must have the same shape, got \(3, 1\), \(3,\), \(3,\)"
     ):
         assert_error_budget(EXACT.float()[:, None], EXACT.float(), EXACT)
 

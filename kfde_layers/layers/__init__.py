@@ -1,4 +1,4 @@
-"""The layers: one per file, each an `nn.Module` that owns parameters and calls an operation."""
+"""The layers, one per file: an `nn.Module` each, which owns parameters and calls an operation."""
 
 from kfde_layers.layers.blend import Blend
 from kfde_layers.layers.cfe import CFE

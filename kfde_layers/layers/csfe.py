@@ -11,7 +11,7 @@ from kfde_layers.layers.parts import watched_everywhere, why_not_plain, why_not_
 from kfde_layers.layers.sfe import SFE
 from kfde_layers.ops.csfe import check_csfe, csfe
 
-torch.fx.wrap("csfe")
+torch.fx.wrap("csfe")  # torch.fx records the call, since the function has checks that it cannot trace
 
 
 class CSFE(nn.Module):

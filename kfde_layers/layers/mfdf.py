@@ -36,8 +36,11 @@ from kfde_layers.ops.mfdf import (
     sum_branches,
 )
 
-for name in ("branch_mean", "mfdf", "mfdf_from_maps_and_fc", "sum_branches"):
-    torch.fx.wrap(name)
+# torch.fx records calls of these functions, since they have checks and choices that it cannot trace.
+torch.fx.wrap("branch_mean")
+torch.fx.wrap("mfdf")
+torch.fx.wrap("mfdf_from_maps_and_fc")
+torch.fx.wrap("sum_branches")
 
 
 class MFDF(nn.Module):
@@ -115,16 +118,11 @@ class MFDF(nn.Module):
         check_real("rd_ratio", rd_ratio, above=0)
         hidden = max(32, int(channels * rd_ratio)) if rd_channels is None else rd_channels
         check_int("rd_channels", hidden, minimum=1)
-        check_sequence("kernel_sizes", kernel_sizes, "odd ints")
         check_bool("bias", bias)
         check_factory("norm_layer", norm_layer)
         check_factory("act_layer", act_layer)
         self.channels = channels
-        self.kernel_sizes = tuple(kernel_sizes)
-        if not self.kernel_sizes:
-            raise ValueError("kernel_sizes must have at least one entry, got none")
-        for size in self.kernel_sizes:
-            check_kernel_size("kernel_sizes", size)
+        self.kernel_sizes = _resolve_kernel_sizes(kernel_sizes)
         self.dilation = list(resolve_dilations("dilation", dilation, len(self.kernel_sizes)))
         self.groups: int = resolve_groups("groups", channels, groups)
         self.impl = resolve_impl(impl).value
@@ -275,8 +273,11 @@ class MFDF(nn.Module):
     @property
     def all_parts_are_plain(self) -> bool:
         """Whether all parameters may be read; TorchScript takes the value at which it compiles the layer."""
+        if not (self.plain_branches and self.fc_are_plain):
+            return False
         branches = zip(self.branches, self._settings, strict=True)
-        return self.plain_branches and self.fc_are_plain and not any(why_not_plain_conv(*branch) for branch in branches)
+        with_bias = {getattr(branch, "bias", None) is not None for branch in self.branches}
+        return len(with_bias) == 1 and not any(why_not_plain_conv(*branch) for branch in branches)
 
     @property
     def fc_are_plain(self) -> bool:
@@ -288,3 +289,12 @@ class MFDF(nn.Module):
             f"{self.channels}, kernel_sizes={self.kernel_sizes}, dilation={tuple(self.dilation)}, "
             f"groups={self.groups}, impl={self.impl!r}"
         )
+
+
+def _resolve_kernel_sizes(kernel_sizes: Sequence[int]) -> tuple[int, ...]:
+    check_sequence("kernel_sizes", kernel_sizes, "odd ints")
+    if not kernel_sizes:
+        raise ValueError("kernel_sizes must have at least one entry, got none")
+    for size in kernel_sizes:
+        check_kernel_size("kernel_sizes", size)
+    return tuple(kernel_sizes)

@@ -1,1 +1,1 @@
-"""The operations: reference mathematics, the public function and the operator of each."""
+"""The operations, a page each: equations, public function, checks, and the operator for TorchScript."""

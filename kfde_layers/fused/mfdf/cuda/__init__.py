@@ -1,7 +1,7 @@
 """MFDF on CUDA, in Triton: the mean of a depthwise convolution, and a convolution by merged kernels.
 
 The mean needs no convolution: each element is weighted by the sum of the taps that reach it, its coverage. Elements
-that the same taps reach form a border class; the map's interior is one of them. A small table holds the coverage of
+that the same taps reach are in the same border class; the map's interior is one class. A small table holds the coverage of
 each class.
 
 If the taps are s px apart, the map falls into s x s lattices, on each of which they are adjacent. A lane holds the
