@@ -39,8 +39,8 @@ def test_fsdp2_trains_like_one_process(name, results):
     assert_as_in_one_process(results, "FSDP2", name)
 
 
-@pytest.mark.parametrize("name", ["CSFE", "MFDF"])
+@pytest.mark.parametrize("name", ["CSFE", "MFDF, fc1", "MFDF, a branch"])
 @pytest.mark.cell("Training engines", "FSDP2, two processes")
-def test_fsdp2_refuses_a_layer_with_one_part_sharded_by_itself(name, results):
+def test_fsdp2_shards_one_part_alone(name, results):
     for rank in range(PROCESSES):
-        assert "got mixed torch.Tensor and DTensor" in torch.load(results / f"refusals {rank}.pt")[name]
+        assert torch.load(results / f"errors {rank}.pt")[name] < 1e-6

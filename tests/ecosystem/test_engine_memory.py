@@ -6,8 +6,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kfde_layers import CFE, CSFE, MFDF, SFE
-from tests.support.training import MODELS, SMALL, STEPS, WITH_BATCH_NORM, batch, build, build_reference, train
+from tests.support.training import (
+    MODELS,
+    SMALL,
+    STEPS,
+    WITH_BATCH_NORM,
+    batch,
+    build,
+    build_reference,
+    layers_of,
+    train,
+)
 
 each_network = pytest.mark.parametrize("name", [*SMALL, *WITH_BATCH_NORM, *MODELS])
 
@@ -20,9 +29,8 @@ def test_channels_last_trains_like_contiguous_and_stays_so(name, dtype):
     images, labels = batch(name, dtype)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
     outputs = []
-    for layer in model.modules():
-        if isinstance(layer, (CFE, SFE, CSFE, MFDF)):
-            layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
 
     reference = build_reference(name)
     exact_images = batch(name)[0].requires_grad_()

@@ -5,12 +5,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfde_layers import CFE, CSFE, MFDF, SFE
-from tests.support.training import MODELS, SMALL, STEPS, WITH_BATCH_NORM, batch, build, exact_training, make_optimizer
+from tests.support.training import (
+    MODELS,
+    SMALL,
+    STEPS,
+    WITH_BATCH_NORM,
+    batch,
+    build,
+    exact_training,
+    layers_of,
+    make_optimizer,
+)
 
 each_network = pytest.mark.parametrize("name", [*SMALL, *WITH_BATCH_NORM, *MODELS])
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-LAYERS = (CFE, SFE, CSFE, MFDF)
 
 
 def step(
@@ -33,9 +41,8 @@ def step(
 def assert_near_the_exact_curve(name: str, device: str, dtype: torch.dtype, scaler: torch.amp.GradScaler) -> None:
     model = build(name, torch.float32).to(device)
     dtypes = []
-    for layer in model.modules():
-        if isinstance(layer, LAYERS):
-            layer.register_forward_hook(lambda layer, inputs, output: dtypes.append((inputs[0].dtype, output.dtype)))
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda layer, inputs, output: dtypes.append((inputs[0].dtype, output.dtype)))
     images, labels = (tensor.to(device) for tensor in batch(name, torch.float32))
     optimizer = make_optimizer(name, model)
     losses = torch.stack([step(model, optimizer, scaler, images, labels, dtype) for _ in range(STEPS)])

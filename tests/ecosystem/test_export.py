@@ -35,5 +35,5 @@ def test_the_numbers_of_the_reference(case, tmp_path):
 
 @each_case({name: OPTIONS[name] for name in NOT_EXPORTED})
 def test_a_layer_that_runs_its_operator_says_why_it_is_not_exported(case):
-    with pytest.raises(NotImplementedError, match="an exporter must be shown operations that other software has"):
+    with pytest.raises(NotImplementedError, match="an exporter needs operations that other software has"):
         torch.export.export(case.make().eval(), (torch.zeros(case.shapes[0]),), dynamic_shapes=DYNAMIC)

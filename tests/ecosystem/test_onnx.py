@@ -59,4 +59,4 @@ def test_the_numbers_of_the_reference(case, tmp_path):
 def test_a_layer_that_runs_its_operator_says_why_it_is_not_exported(case, tmp_path):
     with pytest.raises(torch.onnx.OnnxExporterError) as refusal:
         export(case.make().eval(), case.shapes[0], tmp_path / "model.onnx")
-    assert "an exporter must be shown operations that other software has" in str(refusal.value)
+    assert "an exporter needs operations that other software has" in str(refusal.value)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kfde_layers import CFE, CSFE, MFDF
+from kfde_layers.testing import random_tensor
 from tests.support.pages import DOCS, python_blocks, run_block
 from tests.support.training import INSERTED, MODELS, SMALL, batch, build, train
 
@@ -49,13 +50,12 @@ def wrap(name: str, engine: str) -> nn.Module:
     return model
 
 
-def error_when_sharded(layer: nn.Module, part: nn.Module) -> str:
-    """Shard a part that the layer reads without calling it, and return the error of the layer's call."""
+def error_of_sharded(layer: nn.Module, part: nn.Module) -> float:
+    """Shard one part of the layer, and return by how much the layer's output differs then."""
+    x = random_tensor(2, 8, 4, 4)
+    expected = layer(x)
     fully_shard(part, mesh=init_device_mesh("cpu", (PROCESSES,)))
-    try:
-        return str(layer(torch.zeros(2, 8, 4, 4)))
-    except RuntimeError as error:
-        return str(error)
+    return float((layer(x) - expected).abs().max())
 
 
 def work(rank: int, folder: Path) -> None:
@@ -77,9 +77,11 @@ def work(rank: int, folder: Path) -> None:
             state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
             if rank == 0:
                 torch.save({"losses": losses / PROCESSES, "state": state}, folder / f"{engine} {name}.pt")
-    csfe, mfdf = CSFE(8), MFDF(8)
-    torch.save(
-        {"CSFE": error_when_sharded(csfe, csfe.cfe), "MFDF": error_when_sharded(mfdf, mfdf.fc1)},
-        folder / f"refusals {rank}.pt",
-    )
+    csfe, mfdf, other_mfdf = CSFE(8), MFDF(8), MFDF(8)
+    errors = {
+        "CSFE": error_of_sharded(csfe, csfe.cfe),
+        "MFDF, fc1": error_of_sharded(mfdf, mfdf.fc1),
+        "MFDF, a branch": error_of_sharded(other_mfdf, other_mfdf.branches[2]),
+    }
+    torch.save(errors, folder / f"errors {rank}.pt")
     dist.destroy_process_group()

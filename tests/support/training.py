@@ -69,6 +69,13 @@ def build_reference(name: str) -> nn.Module:
     return use_reference(build(name))
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of this package in `model`, without their parts: a hook on a part keeps it from being fused."""
+    layers = [module for module in model.modules() if isinstance(module, (CFE, SFE, CSFE, MFDF))]
+    parts = {part for layer in layers for part in layer.modules() if part is not layer}
+    return [layer for layer in layers if layer not in parts]
+
+
 def batch(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return an image of each class, recognisable by its colour, and the labels."""
     side = 12 if name in SMALL | WITH_BATCH_NORM else 64 if name in MODELS else 32
