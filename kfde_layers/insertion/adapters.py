@@ -1,4 +1,4 @@
-"""What lets a block made for (N, C, H, W) run on the output of any module."""
+"""Adapt a block for maps (N, C, H, W) to the output of any module."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Key = int | str  # of a tensor within an output that holds several
+Key = int | str  # index or name of a tensor in an output that holds several
 
 
 class ChannelsFirst(nn.Module):
@@ -24,13 +24,13 @@ class ChannelsFirst(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Run a block on a sequence of tokens (N, L, C): prefix tokens, which pass by, and the rows of a map.
+    """Run a block on a sequence of tokens (N, L, C): prefix tokens, which bypass it, and then the rows of a map.
 
     Args:
         block: Maps (N, C, H, W) to the same shape.
-        grid: Height and width of the map. A sequence does not tell its own: one of another length is taken for a map
+        grid: Height and width of the map. They cannot be read off a sequence: one of another length is taken for a map
             of the same aspect ratio.
-        num_prefix_tokens: How many tokens stand before the map.
+        num_prefix_tokens: Number of tokens before the map.
     """
 
     def __init__(self, block: nn.Module, grid: tuple[int, int], num_prefix_tokens: int) -> None:
@@ -41,25 +41,25 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        height, width = self._grid(tokens.shape[1])
+        height, width = self._map_size(tokens.shape[1])
         x = tokens.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
         tokens = self.block(x).flatten(2).transpose(1, 2)
         return torch.cat((prefix, tokens), 1) if self.num_prefix_tokens else tokens
 
-    def _grid(self, length: int) -> tuple[int, int]:
+    def _map_size(self, length: int) -> tuple[int, int]:
         scale = math.sqrt(length / (self.grid[0] * self.grid[1]))
-        # rounded in this way because TorchScript's round gives no int
+        # TorchScript's round gives no int
         height, width = int(self.grid[0] * scale + 0.5), int(self.grid[1] * scale + 0.5)
         if height * width != length:
             raise ValueError(
-                f"x must have {self.num_prefix_tokens} tokens and a map with the aspect ratio of {self.grid}, for "
-                f"which the block was inserted, got {length + self.num_prefix_tokens} tokens"
+                f"x must have {self.num_prefix_tokens} prefix tokens and a map with the aspect ratio of {self.grid}, "
+                f"as in the example at insertion, got {length + self.num_prefix_tokens} tokens"
             )
         return height, width
 
 
 class Item(nn.Module):
-    """Run a block on one tensor of an output that holds several; the others pass by."""
+    """Run a block on one tensor of an output that holds several; return the others unchanged."""
 
     def __init__(self, block: nn.Module, key: Key) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Item(nn.Module):
 
 
 def items(output: Any) -> dict[Key, Any]:
-    """The values in a tuple, list, dict or dataclass by index or name; none in anything else."""
+    """Return the values of a tuple, list, dict or dataclass by index or name, and of anything else an empty dict."""
     if isinstance(output, Mapping):
         return dict(output)
     if isinstance(output, (tuple, list)):
@@ -82,8 +82,8 @@ def items(output: Any) -> dict[Key, Any]:
 
 
 def with_item(output: Any, key: Any, value: Any) -> Any:
-    """A copy of the output with another value at `key`."""
-    if dataclasses.is_dataclass(output):  # before dicts: an output of transformers is both
+    """Return a copy of the output with another value at `key`."""
+    if dataclasses.is_dataclass(output):  # before dicts: an output of the library transformers is both
         return dataclasses.replace(output, **{key: value})  # pyright: ignore[reportArgumentType]
     if isinstance(output, MutableMapping):
         changed = copy.copy(output)

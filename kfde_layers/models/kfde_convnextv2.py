@@ -1,4 +1,4 @@
-"""ConvNeXt-V2 with KFDE behind its stages: the timm models `kfde_convnextv2_*`.
+"""ConvNeXt-V2 with KFDE after its stages: the timm models `kfde_convnextv2_*`.
 
 The code of this project is Apache-2.0; the ConvNeXt-V2 weights that `pretrained=True` loads are CC BY-NC 4.0.
 """
@@ -32,11 +32,11 @@ _logger = logging.getLogger(__name__)
 class KFDEStage(nn.Module):
     """A ConvNeXt stage that ends in KFDE.
 
-    KFDE is part of the stage rather than a neighbour of it, so that whatever timm does with stages (`features_only`,
-    `forward_intermediates`, pruning, gradient checkpointing) does it with KFDE too.
+    KFDE is a part of the stage, not a module next to it. Everything that timm does with stages (`features_only`,
+    `forward_intermediates`, pruning, gradient checkpointing) then includes KFDE.
 
     Args:
-        stage: The stage to take over; its keys in a state dict stay as they are.
+        stage: The stage to extend; its keys in a state dict stay as they are.
         kfde: Maps (N, C, H, W) to the same shape.
     """
 
@@ -59,25 +59,26 @@ class KFDEStage(nn.Module):
 
 
 class KFDEConvNeXt(convnext.ConvNeXt):
-    """ConvNeXt with CSFE and then MFDF behind chosen stages.
+    """ConvNeXt with CSFE and then MFDF after chosen stages.
 
     Source: Cui et al., "Key Feature Dynamic Enhancement Network for Breast Cancer Pathological Image Classification",
-    Figure 1: the blocks stand behind the backbone and before the pooling. Whether they stand behind earlier stages
-    too, the paper does not say; `kfde_stages` tries it.
+    Figure 1: the blocks follow the backbone and precede the pooling. The paper does not say whether there are blocks
+    after earlier stages too; `kfde_stages` allows them.
 
     Args:
-        csfe: Whether there is a CSFE; a dict is its options, as in `dict(arrangement="cfe_sfe")`.
-        mfdf: Whether there is an MFDF; a dict is its options, as in `dict(kernel_sizes=(3, 5))`. Its `norm_layer` and
-            `act_layer` may be timm's names, such as "batchnorm2d" and "relu", which a saved configuration can hold.
+        csfe: Whether there is a CSFE; a dict gives its options, as in `dict(arrangement="cfe_sfe")`.
+        mfdf: Whether there is an MFDF; a dict gives its options, as in `dict(kernel_sizes=(3, 5))`. Its `norm_layer`
+            and `act_layer` may be timm's names, such as "batchnorm2d" and "relu", which a saved configuration can hold.
         kfde_stages: The stages, counted from 0, that end in KFDE.
-        identity_start: Whether each block is blended in from nothing, so that a pretrained backbone starts unchanged.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        **kwargs: Those of timm's ConvNeXt, such as `depths`, `dims`, `num_classes`, `in_chans`, `drop_path_rate`.
+        identity_start: Whether each block starts as the identity (`kfde_layers.layers.Blend`), so that a pretrained
+            backbone starts unchanged.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        **kwargs: Arguments of timm's ConvNeXt, such as `depths`, `dims`, `num_classes`, `in_chans`, `drop_path_rate`.
 
     Raises:
-        TypeError: An argument has the wrong type, as where `csfe` or `mfdf` is neither a bool nor a dict.
-        ValueError: `kfde_stages` names a stage that does not exist, or timm knows no layer of a name.
+        TypeError: An argument has the wrong type, for example `csfe` or `mfdf` is neither a bool nor a dict.
+        ValueError: `kfde_stages` names a stage that does not exist, or timm has no layer of a name.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class KFDEConvNeXt(convnext.ConvNeXt):
         **kwargs: Any,
     ) -> None:
         check_bool("identity_start", identity_start)
-        # KFDE is attached afterwards, since ConvNeXt's initialiser would overwrite how the blocks start.
+        # KFDE is attached afterwards: ConvNeXt's initialiser would overwrite the blocks' initial values.
         super().__init__(**kwargs, device=device, dtype=dtype)
         blocks = {"csfe": (CSFE, _options("csfe", csfe)), "mfdf": (MFDF, _options("mfdf", mfdf))}
         check_sequence("kfde_stages", kfde_stages, "stages, such as (3,)")
@@ -124,32 +125,32 @@ def _options(name: str, value: bool | Mapping[str, Any]) -> Mapping[str, Any] | 
 
 
 def _by_name(name: str, key: str, option: Any) -> Any:
-    """A layer for its name in timm; anything else as it is."""
+    """Return the layer that timm has under a name; return anything else unchanged."""
     find = {"norm_layer": get_norm_layer, "act_layer": get_act_layer}.get(key)
     if find is None or not isinstance(option, str):
         return option
     try:
         return find(option)
     except KeyError:
-        raise ValueError(f"{name} must be a layer or a name that timm knows one by, got {option!r}") from None
+        raise ValueError(f"{name} must be a layer or timm's name of one, got {option!r}") from None
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dict[str, Any]:
     """Fit a checkpoint to the model, strictly.
 
-    A checkpoint of the bare backbone is given the model's own KFDE values. timm stops being strict as soon as the
-    number of classes differs, so the keys are compared here: but for the classifier that timm then drops, and the
-    head that a checkpoint from self-supervision never had, any difference is refused.
+    A checkpoint of the bare backbone gets the model's own KFDE values. timm stops being strict as soon as the number of
+    classes differs, so the keys are compared here. Any difference is refused, with two exceptions: the classifier that
+    timm then drops, and the head that a self-supervised checkpoint does not have.
 
     Raises:
-        RuntimeError: Keys are missing or unexpected; among them, some KFDE keys of a checkpoint that has others.
+        RuntimeError: Keys are missing or unexpected. A checkpoint with some KFDE keys must have all of them.
     """
     state_dict = dict(convnext.checkpoint_filter_fn(state_dict, model))
     own = model.state_dict()
     if not any(".kfde." in key for key in state_dict):
         fresh = [key for key in own if ".kfde." in key]
         state_dict |= {key: own[key] for key in fresh}
-        _logger.info("No KFDE in the checkpoint, so these start fresh: %s", ", ".join(fresh))
+        _logger.info("The checkpoint has no KFDE, so these parameters keep their initial values: %s", ", ".join(fresh))
 
     config: Any = model.pretrained_cfg
     if config["num_classes"] == 0 and not any(key.startswith("head.") for key in state_dict):
@@ -170,8 +171,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dic
 
 _SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
 
-# Every set of weights that timm has for a backbone, under the same tag. Stands above the factories, because
-# register_model reads it as it meets them.
+# Every set of weights that timm has for a backbone, under the same tag. Defined before the factories, because
+# register_model reads it when it decorates them.
 _backbone_cfgs: dict[str, Any] = {
     f"kfde_convnextv2_{size}.{tag}": backbone_cfg(f"convnextv2_{size}.{tag}")
     for size in _SIZES
@@ -187,7 +188,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> KFDEConvNeXt:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        pretrained_strict=False,  # the filter is strict, and knows which keys timm goes on to drop
+        pretrained_strict=False,  # the filter is strict, and allows for the keys that timm drops later
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **model_args,
     )

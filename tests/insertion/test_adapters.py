@@ -114,7 +114,7 @@ def test_tokens_reach_the_block_as_the_rows_of_a_map(size, num_prefix_tokens, de
 def test_tokens_of_another_aspect_ratio_are_refused():
     model = insert(Patches(1), {"tokens": SFE}, example_input=images(16))
     with pytest.raises(
-        ValueError, match=r"x must have 1 tokens and a map with the aspect ratio of \(4, 4\), .* got 13"
+        ValueError, match=r"x must have 1 prefix tokens and a map with the aspect ratio of \(4, 4\), .* got 13"
     ):
         model(torch.zeros(1, 3, 16, 12))
 

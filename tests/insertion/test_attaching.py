@@ -124,7 +124,7 @@ def test_one_module_under_two_names():
     before = model(images(16))
     insert(model, {"alias": SFE})
     assert type(model[0].kfde) is SFE
-    with pytest.raises(ValueError, match="cannot insert at 'alias': it is one module with another of the names"):
+    with pytest.raises(ValueError, match="cannot insert at 'alias': it is the same module as '0'"):
         insert(model_with_alias(), {"0": SFE, "alias": CSFE})
     assert not torch.allclose(model(images(16)), before)
 
@@ -133,7 +133,11 @@ def test_one_module_under_two_names():
     ("blocks", "error", "message"),
     [
         (["1"], TypeError, r"blocks must be a dict from module names to blocks, got \['1'\] of type list"),
-        ({"1": 3}, TypeError, "the block at '1' must be a module or make one of a number of channels, got 3"),
+        (
+            {"1": 3},
+            TypeError,
+            "the block at '1' must be a module, or a function that makes one from a number of channels, got 3",
+        ),
         ({"1": lambda channels: nn.Flatten()}, ValueError, r"the block at '1' must keep the shape \(1, 32, 56, 56\)"),
         ({"1": CSFE(8)}, ValueError, "the block at '1' does not run .* x must have 8 channels in dimension 1, got 32"),
     ],
@@ -202,9 +206,9 @@ assert len(model.stages[3]._forward_hooks) == 1
         (
             lambda model: insert(model, {1: SFE}),
             TypeError,
-            "a name in blocks must be a str, got 1 of type int",
+            "each key of blocks must be a str, got 1 of type int",
         ),
-        (lambda model: insert(model, {"1": lambda c: c}), TypeError, "must be a module or make one .*, got 32"),
+        (lambda model: insert(model, {"1": lambda c: c}), TypeError, "must be a module, or a function .*, got 32"),
         (lambda model: insertion_points(model, example_input=(1,)), TypeError, "example_input must be a Tensor"),
         (
             lambda model: insertion_points(model, example_input=torch.zeros(3, 8, 8)),
@@ -212,7 +216,11 @@ assert len(model.stages[3]._forward_hooks) == 1
             r"example_input must have shape \(N, C, H, W\), got \(3, 8, 8\)",
         ),
         (lambda model: insertion_points(nn.Sequential(nn.LazyConv2d(8, 3))), ValueError, "example_input is needed"),
-        (lambda model: remove(model, "1"), TypeError, "names must be several names of modules, got the string '1'"),
+        (
+            lambda model: remove(model, "1"),
+            TypeError,
+            r"names must be a list of module names, got the string '1': did you mean \['1'\]\?",
+        ),
         (lambda model: remove(nn.DataParallel(model)), ValueError, "model must not be wrapped yet, got DataParallel"),
     ],
 )
@@ -231,13 +239,13 @@ def test_remove_takes_names():
     model = insert(plain_backbone(), {"0": SFE, "1": CFE, "2": SFE})
     remove(model, ["0", "2"])
     assert [name for name, _ in model.named_modules() if "kfde" in name] == ["1.kfde"]
-    with pytest.raises(ValueError, match=r"names must be modules behind which a block was inserted \('1'\), got '0'"):
+    with pytest.raises(ValueError, match=r"names must be modules into which a block was inserted \('1'\), got '0'"):
         remove(model, ["1", "0"])
     assert type(model[1].kfde) is CFE
-    with pytest.raises(ValueError, match=r"inserted \(nowhere\), got 'x'"):
+    with pytest.raises(ValueError, match=r"inserted \(none in this model\), got 'x'"):
         remove(plain_backbone(), ["x"])
 
 
-def test_blend_is_what_identity_start_inserts():
+def test_identity_start_inserts_a_blend():
     model = insert(plain_backbone(), {"1": CSFE}, identity_start=True)
     assert type(model[1].kfde) is Blend

@@ -89,7 +89,7 @@ def test_timms_names_of_a_norm_and_an_activation_survive_a_saved_configuration(t
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"mfdf": {"act_layer": "x"}}, ValueError, r"mfdf\['act_layer'\] must be a layer or a name .* got 'x'"),
+        ({"mfdf": {"act_layer": "x"}}, ValueError, r"mfdf\['act_layer'\] must be a layer or timm's name .* got 'x'"),
         ({"csfe": "parallel"}, TypeError, "csfe must be a bool or a dict of layer options, got 'parallel' of type str"),
         ({"mfdf": 4}, TypeError, "mfdf must be a bool or a dict of layer options, got 4 of type int"),
         ({"kfde_stages": 3}, TypeError, r"kfde_stages must be a sequence of stages, such as \(3,\), got 3 of type int"),

@@ -1,0 +1,81 @@
+"""Run a network without leaving a trace in it."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from kfde_layers._checks import check_instance
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse compiled, scripted and wrapped models: they would not see the block."""
+    check_instance("model", model, nn.Module)
+    for name, module in model.named_modules():
+        where = f" (at {name!r})" if name else ""
+        classes = [cls.__name__ for cls in type(module).__mro__]
+        for wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"):
+            if wrapper in classes:
+                raise ValueError(f"model must not be wrapped yet, got {wrapper}{where}: insert first, then wrap")
+        if "OptimizedModule" in classes or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"model must not be compiled yet, got a compiled module{where}: insert first, then compile"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"model must not be scripted yet, got a ScriptModule{where}: insert first, then script")
+
+
+def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
+    """Return the caller's example, or an image of noise of the size and the channels that the model takes."""
+    if example_input is not None:
+        check_instance("example_input", example_input, Tensor)
+        if example_input.ndim != 4:
+            raise ValueError(f"example_input must have shape (N, C, H, W), got {tuple(example_input.shape)}")
+        return example_input
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or not first.in_channels:
+        raise ValueError("example_input is needed: the model has no nn.Conv2d from which to guess its input")
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size", (3, 224, 224))[-2:]
+    channels = getattr(model, "in_chans", first.in_channels)
+    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(first.weight.device, first.weight.dtype)
+
+
+def run(model: nn.Module, example: Tensor, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Any:
+    """Run the model on the example in eval mode, without gradient, with forward hooks on some modules.
+
+    Restore buffers, modes and the state of random numbers afterwards.
+
+    Raises:
+        ValueError: The model does not run on the example.
+    """
+    # before other hooks, as the hooks that run blocks are
+    handles = [module.register_forward_hook(hook, prepend=True) for module, hook in hooks]
+    training = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers() if not is_lazy(buffer)}
+    device = example.device
+    autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
+    try:
+        with torch.no_grad(), autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # torch.manual_seed would also seed devices that are not restored here
+            (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
+            for module in training:
+                module.training = False  # Set the flag directly: some models override eval().
+            return model(example)
+    except Exception as error:
+        shape = tuple(example.shape)
+        raise ValueError(f"the model does not run on an input of shape {shape}; pass an example_input that fits") from (
+            error
+        )
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for module, mode in training.items():
+            module.training = mode
+        for handle in handles:
+            handle.remove()
