@@ -102,6 +102,15 @@ def test_the_readme_counts_parameters_right():
         assert int(written.replace(",", "")) == count_parameters(layer)
 
 
+def test_every_symbol_is_a_name_in_the_code():
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "kfde_layers").rglob("*.py")))
+    table = re.findall(r"^\|.*\|$", (ROOT / "docs/symbols.md").read_text(), re.MULTILINE)
+    names = {name for row in table for text in re.findall(r"`([^`]+)`", row) for name in re.findall(r"[a-z]\w*", text)}
+    assert len(names) > 40
+    unknown = {name for name in names if not re.search(rf"\b{name}\b", code)}
+    assert not unknown
+
+
 def test_the_cost_table_is_right():
     text = (ROOT / "docs/models.md").read_text()
     rows = re.findall(
