@@ -17,6 +17,7 @@ each_layer = pytest.mark.parametrize("name", MADE)
 each_mfdf = pytest.mark.parametrize("name", [name for name in MADE if name.startswith("MFDF")])
 
 
+@pytest.mark.cell("Tools that change parts", "LoRA of peft")
 @each_mfdf
 def test_lora_around_fc1_and_fc2(name):
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -54,6 +55,7 @@ def test_lora_on_all_linear_layers_of_a_model():
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+@pytest.mark.cell("Tools that change parts", "quantize_dynamic")
 @each_mfdf
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*deprecat.*:UserWarning")
@@ -67,8 +69,9 @@ def test_quantize_dynamic(name):
     torch.testing.assert_close(torch.jit.script(quantised)(x), y, rtol=1e-4, atol=1e-4)
 
 
-@each_mfdf
+@pytest.mark.cell("Tools that change parts", "int8 weights of torchao")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_mfdf
 def test_int8_weights_of_torchao(name, dtype):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     layer, x = make_layer(name, dtype), draw_map(dtype=dtype)
@@ -80,8 +83,9 @@ def test_int8_weights_of_torchao(name, dtype):
     assert 0 < (y - layer(x)).abs().max() < 0.05 * layer(x).abs().max()
 
 
-@each_layer
+@pytest.mark.cell("Tools that change parts", "cpu_offload and disk_offload of Accelerate")
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
+@each_layer
 def test_weights_that_are_loaded_when_a_part_is_called(name, offload, tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
     layer, x = make_layer(name), draw_map()

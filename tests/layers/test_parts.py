@@ -59,6 +59,7 @@ def test_plain_parts_may_be_merged(name):
     assert_calls_its_parts(lambda: make_layer(name))
 
 
+@pytest.mark.cell("Tools that change parts", "forward and backward hooks")
 @each_layer
 def test_a_forward_hook_sees_every_part_and_may_replace_its_output(name):
     layer, x = make_layer(name), draw_map()
@@ -77,8 +78,9 @@ def test_a_forward_hook_sees_every_part_and_may_replace_its_output(name):
         assert not torch.equal(y, layer(x)), part
 
 
-@each_layer
+@pytest.mark.cell("Tools that change parts", "forward and backward hooks")
 @pytest.mark.parametrize("kind", ["forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@each_layer
 def test_every_other_kind_of_hook_sees_every_part(name, kind):
     layer, x = make_layer(name), draw_map().requires_grad_()
     for part in part_names(layer):
@@ -136,8 +138,9 @@ CHANGES = {
 WITH_A_HOOK = ("prune", "weight_norm", "spectral_norm")
 
 
-@each_mfdf
+@pytest.mark.cell("Tools that change parts", "pruning, weight_norm, spectral_norm")
 @pytest.mark.parametrize("change", CHANGES)
+@each_mfdf
 def test_tools_that_make_a_weight_anew_work_on_every_part(name, change):
     def change_every_part(layer):
         for part in [part for part in layer.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]:
@@ -304,8 +307,9 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("name", WITH_NORM)
+@pytest.mark.cell("Tools that change parts", "a replaced norm")
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", WITH_NORM)
 def test_a_norm_that_is_replaced_after_construction(name, norm):
     def replace(layer):
         for branch in layer.branches:
