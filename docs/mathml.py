@@ -1,4 +1,4 @@
-"""Render mathematics as MathML while the site is built, so that a page asks no other host for a script."""
+"""Render equations as MathML while the site is built, so that no page requests a script from another host."""
 
 import html
 import re
@@ -9,7 +9,7 @@ _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>',
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Replace what the arithmatex extension has marked."""
+    """Replace the equations that the arithmatex extension has marked."""
 
     def rendered(match: re.Match[str]) -> str:
         tag, opening, latex = match.groups()

@@ -79,7 +79,8 @@ def watched_everywhere() -> bool:
 
 def call_linear(fc: nn.Module, p: Tensor) -> Tensor:
     """Return fc(p) in the dtype of p, which is that of the statistics."""
-    weight: Tensor | None = fc.__dict__["_parameters"].get("weight")
+    attributes = fc.__dict__
+    weight: Tensor | None = attributes["_parameters"].get("weight", attributes.get("weight"))
     if weight is None or not weight.is_floating_point():  # in a wrapper, or quantised
         weight = next((parameter for parameter in fc.parameters() if parameter.is_floating_point()), p)
     if weight.dtype == p.dtype:
