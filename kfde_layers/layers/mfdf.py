@@ -202,7 +202,7 @@ class MFDF(nn.Module):
             reason = kernel if isinstance(kernel, str) else why_not_readable(kernel[0], device)
             if reason is not None:
                 return f"branches[{k}] {reason}"
-            weight, bias = cast(tuple[Tensor, Tensor | None], kernel)
+            weight, bias = cast("tuple[Tensor, Tensor | None]", kernel)
             weights.append(weight)
             biases.append(bias)
         with_bias = [bias for bias in biases if bias is not None]

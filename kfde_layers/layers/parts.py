@@ -87,7 +87,7 @@ def call_linear(fc: nn.Module, p: Tensor) -> Tensor:
         return fc(p).to(p.dtype)
     if why_not_plain(fc, nn.Linear) is None and why_not_readable(weight, p.device) is None:
         # In 16 bits the product would be rounded: read the parameters and upcast them.
-        bias = cast(Tensor | None, fc.bias)
+        bias = cast("Tensor | None", fc.bias)
         return F.linear(p, cast(Tensor, fc.weight).to(p.dtype), None if bias is None else bias.to(p.dtype))
     return fc(p.to(weight.dtype)).to(p.dtype)
 
