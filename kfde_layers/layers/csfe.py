@@ -105,6 +105,8 @@ class CSFE(nn.Module):
                     fusion=self.fusion,
                     impl=self.impl,
                 )
+            if self.impl == "fused":
+                raise NotImplementedError("impl='fused' cannot run: to be recorded, both parts must be plain")
             return self._call_parts(x)
         else:
             gamma_and_beta = self._gamma_and_beta(x)

@@ -230,7 +230,7 @@ class MFDF(nn.Module):
     def _recorded(self, x: Tensor) -> Tensor:
         """Compute the same in steps that TorchScript and torch.fx can record.
 
-        Both keep the choice of the moment. So a norm is called, never folded: it is then right in training too.
+        Both keep the choice of the moment. So a norm is called, never folded, and is right in training too.
         """
         fc1, fc2 = self.fc1, self.fc2
         if self.all_parts_are_plain:
@@ -257,6 +257,8 @@ class MFDF(nn.Module):
             else:
                 fc = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
                 return mfdf(x, weights, biases or None, *fc, self.dilation, self.groups, impl=self.impl)
+        if self.impl == "fused":
+            raise NotImplementedError("impl='fused' cannot run: to be recorded, all parts must be plain")
         maps: list[Tensor] = []
         for branch in self.branches:
             maps.append(branch(x))

@@ -364,6 +364,17 @@ def test_torch_fx_and_torchscript_record_what_was_done_to_a_part(name):
         torch.testing.assert_close(torch.jit.script(layer)(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [CSFE, MFDF])
+def test_fused_is_not_recorded_with_a_part_that_must_be_called(make):
+    layer = make(8, impl="fused")
+    part = layer.cfe if make is CSFE else layer.fc1
+    part.register_forward_hook(_double)
+    with pytest.raises(NotImplementedError, match="impl='fused' cannot run"):
+        torch.fx.symbolic_trace(layer)
+    with pytest.raises(torch.jit.Error, match="impl='fused' cannot run"):
+        torch.jit.script(layer)(torch.zeros(2, 8, 5, 5))
+
+
 def _double(self, input: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
     return 2 * output
 
