@@ -6,7 +6,7 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real, check_sequence
+from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real
 from kfde_layers._impl import Impl, resolve_impl, select
 from kfde_layers.layers.conv_norm_act import ConvNormAct
 from kfde_layers.layers.parts import (
@@ -25,7 +25,6 @@ from kfde_layers.ops.mfdf import (
     branch_mean,
     branch_softmax,
     check_branches,
-    check_kernel_size,
     convolve,
     mfdf,
     mfdf_from_kernels,
@@ -33,6 +32,7 @@ from kfde_layers.ops.mfdf import (
     mfdf_from_maps_and_fc,
     resolve_dilations,
     resolve_groups,
+    resolve_kernel_sizes,
     sum_branches,
 )
 
@@ -122,7 +122,7 @@ class MFDF(nn.Module):
         check_factory("norm_layer", norm_layer)
         check_factory("act_layer", act_layer)
         self.channels = channels
-        self.kernel_sizes = _resolve_kernel_sizes(kernel_sizes)
+        self.kernel_sizes = resolve_kernel_sizes(kernel_sizes)
         self.dilation = list(resolve_dilations("dilation", dilation, len(self.kernel_sizes)))
         self.groups: int = resolve_groups("groups", channels, groups)
         self.impl = resolve_impl(impl).value
@@ -291,12 +291,3 @@ class MFDF(nn.Module):
             f"{self.channels}, kernel_sizes={self.kernel_sizes}, dilation={tuple(self.dilation)}, "
             f"groups={self.groups}, impl={self.impl!r}"
         )
-
-
-def _resolve_kernel_sizes(kernel_sizes: Sequence[int]) -> tuple[int, ...]:
-    check_sequence("kernel_sizes", kernel_sizes, "odd ints")
-    if not kernel_sizes:
-        raise ValueError("kernel_sizes must have at least one entry, got none")
-    for size in kernel_sizes:
-        check_kernel_size("kernel_sizes", size)
-    return tuple(kernel_sizes)

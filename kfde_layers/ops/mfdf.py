@@ -175,7 +175,17 @@ def resolve_dilations(name: str, dilation: int | Sequence[int], num_branches: in
     return dilations
 
 
-def check_kernel_size(name: str, size: int) -> None:
+def resolve_kernel_sizes(kernel_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the side of each branch's kernel."""
+    check_sequence("kernel_sizes", kernel_sizes, "odd ints")
+    if not kernel_sizes:
+        raise ValueError("kernel_sizes must have at least one entry, got none")
+    for size in kernel_sizes:
+        _check_kernel_size("kernel_sizes", size)
+    return tuple(kernel_sizes)
+
+
+def _check_kernel_size(name: str, size: int) -> None:
     """Refuse a kernel that has no centre."""
     check_int(name, size, minimum=1)
     if size % 2 == 0:
@@ -211,7 +221,7 @@ def check_branches(channels: int, groups: int, weights: Sequence[Tensor], biases
     for k, weight in enumerate(weights):
         name = f"mfdf: branch_weights[{k}]"
         size = int(check_dims(name, weight, ("C", "C / groups", "k", "k"))[3])
-        check_kernel_size(f"the kernel size of {name}", size)
+        _check_kernel_size(f"the kernel size of {name}", size)
         check_shape(name, weight, (channels, channels // groups, size, size))
     if biases is None:
         return
