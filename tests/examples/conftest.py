@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from breakhis.synthetic import draw_tree
+from breakhis.data.synthetic import draw_tree
 
 
 def leaking_patients(rows: Iterable[tuple[str, str]]) -> set[str]:

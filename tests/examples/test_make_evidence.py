@@ -7,10 +7,11 @@ import make_evidence
 import numpy as np
 import pytest
 import yaml
-from breakhis.metrics import auc, balanced_accuracy, image_accuracy
-from breakhis.study import markdown
-from breakhis.tables import read_csv
-from tests.helpers import needs_local_dir
+from breakhis.files import read_csv
+from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
+from breakhis.results.study import markdown
+
+from tests.support.hub import needs_local_dir
 
 KEPT = sorted(path.parent for path in make_evidence.STUDIES.glob("*/results.json"))
 

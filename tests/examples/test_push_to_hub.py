@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from breakhis.checkpoints import load_model
+from breakhis.training.checkpoints import load_model
 from huggingface_hub import ModelCard
 from push_to_hub import main, write_card
-from tests.ecosystem.hub_folder import stand_in
-from tests.helpers import needs_local_dir
 from train_breakhis import main as train
+
+from tests.support.hub import hub_in_folder, needs_local_dir
 
 pytestmark = needs_local_dir
 SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
@@ -46,7 +46,7 @@ def written(run, tmp_path_factory) -> Path:
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A folder in place of the repository on the Hub, and what was asked of that."""
-    calls = stand_in(tmp_path, monkeypatch, "push_to_hub")
+    calls = hub_in_folder(tmp_path, monkeypatch, "push_to_hub")
     return SimpleNamespace(folder=tmp_path / REPO_ID, calls=calls)
 
 
