@@ -87,7 +87,7 @@ class _Field:
         self.fibres += 0.35 * self._noise(6)
 
     def _lattice(self, spacing: float, disorder: float) -> Array:
-        """Return a hexagonal lattice of `spacing` um, (n, 2) in canvas px, each point off by `disorder` spacings at most."""
+        """Return the points (n, 2) of a hexagonal lattice, in canvas px, each off by up to `disorder` spacings (um)."""
         step = spacing * self.scale
         reach = int(np.hypot(self.width, self.height) / 2 / (step * 0.866)) + 2
         row, column = (grid.ravel() for grid in np.mgrid[-reach : reach + 1, -reach : reach + 1])

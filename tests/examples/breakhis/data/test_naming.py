@@ -2,16 +2,15 @@ import logging
 from pathlib import Path
 
 import pytest
-from breakhis.data.idc import IDC
 from breakhis.data.naming import BREAKHIS, find_breakhis, parse_name
 from breakhis.data.records import patients
 from PIL import Image
 
 
-def touch(path: Path) -> Path:
+def write_image(path: Path) -> None:
+    """Write a small image, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (7, 5)).save(path)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -48,23 +47,23 @@ def test_the_slide_filed_under_two_types_is_one_patient():
         "slide.png",
     ],
 )
-def test_another_name_is_refused_and_named(name):
+def test_a_wrong_name_is_refused_and_named(name):
     with pytest.raises(ValueError, match=r"path must be named SOB_.*, got '" + name):
         parse_name(Path(name))
 
 
 @pytest.mark.parametrize("tree", ["BreaKHis_v1/deep/SOB/{}", "400X/benign/{}", "train/malignant/{}", "{}"])
-def test_images_are_found_in_any_tree_in_the_order_of_their_names(tmp_path, tree):
+def test_images_are_found_in_any_tree_and_sorted_by_name(tmp_path, tree):
     for name in ("SOB_M_DC-14-2-100-002.png", "SOB_B_A-14-1-40-001.png", "SOB_M_DC-14-2-100-001.jpg"):
-        touch(tmp_path / tree.format(name))
-    found = [record.path.name for record in find_breakhis(tmp_path).records]
-    assert found == ["SOB_B_A-14-1-40-001.png", "SOB_M_DC-14-2-100-001.jpg", "SOB_M_DC-14-2-100-002.png"]
+        write_image(tmp_path / tree.format(name))
+    names = [record.path.name for record in find_breakhis(tmp_path).records]
+    assert names == ["SOB_B_A-14-1-40-001.png", "SOB_M_DC-14-2-100-001.jpg", "SOB_M_DC-14-2-100-002.png"]
 
 
-def test_misnamed_files_and_further_copies_are_left_out(tmp_path, caplog):
+def test_misnamed_files_and_copies_are_left_out(tmp_path, caplog):
     for folder in ("fold1/test", "fold1/train", "fold2/test"):
-        touch(tmp_path / folder / "SOB_B_A-14-1-40-001.png")
-    touch(tmp_path / "figure.png")
+        write_image(tmp_path / folder / "SOB_B_A-14-1-40-001.png")
+    write_image(tmp_path / "figure.png")
     with caplog.at_level(logging.WARNING, logger="breakhis"):
         records, misnamed = find_breakhis(tmp_path)
     assert [record.path.parent.relative_to(tmp_path).as_posix() for record in records] == ["fold1/test"]
@@ -76,44 +75,23 @@ def test_misnamed_files_and_further_copies_are_left_out(tmp_path, caplog):
 
 def test_a_slide_filed_under_two_types_is_reported(tmp_path, caplog):
     for kind in ("DC", "LC"):
-        touch(tmp_path / f"SOB_M_{kind}-14-13412-100-001.png")
-    touch(tmp_path / "SOB_M_DC-14-2-100-001.png")
+        write_image(tmp_path / f"SOB_M_{kind}-14-13412-100-001.png")
+    write_image(tmp_path / "SOB_M_DC-14-2-100-001.png")
     with caplog.at_level(logging.WARNING, logger="breakhis"):
         assert patients(find_breakhis(tmp_path).records) == {"14-13412", "14-2"}
     (message,) = caplog.messages
     assert message.startswith("WARNING: slide 14-13412 is filed under DC and LC: it counts as one patient")
 
 
-def test_nothing_found_names_the_directory_and_what_was_looked_for(tmp_path):
+def test_a_directory_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be a directory"):
         find_breakhis(tmp_path / "absent")
     with pytest.raises(ValueError, match=rf"SOB_.*\.png at any depth, got none in '{tmp_path}'"):
         find_breakhis(tmp_path)
-    with pytest.raises(ValueError, match=rf"<patient>/<0 or 1>/, got none in '{tmp_path}'"):
-        IDC.find(tmp_path)
 
 
-def test_patches_are_found_by_their_folders(tmp_path, caplog):
-    touch(tmp_path / "10253" / "1" / "b.png")
-    touch(tmp_path / "10253" / "0" / "a.png")
-    touch(tmp_path / "9" / "0" / "a.png")
-    touch(tmp_path / "9" / "2" / "a.png")
-    touch(tmp_path / "archive" / "10253" / "0" / "a.png")
-    with caplog.at_level(logging.WARNING, logger="breakhis"):
-        records, misnamed = IDC.find(tmp_path)
-    assert caplog.messages == [f"left out 1 further copies of images, such as {tmp_path}/archive/10253/0/a.png"]
-    assert [(record.patient_id, record.labels["binary"]) for record in records] == [
-        ("10253", "other"),
-        ("10253", "carcinoma"),
-        ("9", "other"),
-    ]
-    assert [record.case_id for record in records] == ["10253", "10253", "9"]
-    assert misnamed == {tmp_path / "9" / "2" / "a.png": "its folder must be named 0 or 1, got '2'"}
-
-
-def test_classes_stand_in_a_fixed_order():
+def test_classes_have_a_fixed_order():
     assert BREAKHIS.classes == {
         "binary": ("benign", "malignant"),
         "subtype": ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"),
     }
-    assert IDC.classes == {"binary": ("other", "carcinoma")}

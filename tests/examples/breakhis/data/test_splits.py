@@ -6,7 +6,6 @@ import pytest
 from breakhis.data.naming import BREAKHIS, find_breakhis, parse_name
 from breakhis.data.records import Record, patients
 from breakhis.data.splits import LEAK_WARNING, Split, absent_classes, fold_split, leaks, official_split
-from breakhis.results.report import log_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
@@ -14,18 +13,24 @@ from sklearn.model_selection import StratifiedKFold
 CLASSES = BREAKHIS.classes
 
 
-def make(subtype: str, slide: str, count: int) -> list[Record]:
+def make_records(subtype: str, slide: str, count: int) -> list[Record]:
     letter = "B" if subtype in ("A", "F", "PT", "TA") else "M"
     return [parse_name(Path(f"SOB_{letter}_{subtype}-14-{slide}-100-{i + 1:03d}.png")) for i in range(count)]
 
 
+def make_slides(*slides: tuple[str, str, int]) -> list[Record]:
+    return [record for slide in slides for record in make_records(*slide)]
+
+
 def collections(min_slides: int) -> st.SearchStrategy[list[Record]]:
-    """Images of a few slides; a slide may be filed under two subtypes, as 14-13412 is."""
+    """Draw images of a few slides; a slide may be filed under two subtypes, as 14-13412 is."""
     slide = st.tuples(
         st.sampled_from(CLASSES["subtype"]), st.sampled_from(["13412", "2523", "22549AB", "22549CD", "7", "8", "9"])
     )
     counts = st.dictionaries(slide, st.integers(1, 9), min_size=min_slides, max_size=14)
-    return counts.map(lambda table: [record for (kind, name), n in table.items() for record in make(kind, name, n)])
+    return counts.map(
+        lambda table: [record for (kind, name), n in table.items() for record in make_records(kind, name, n)]
+    )
 
 
 # 3 patients of each subtype with 4 images each.
@@ -33,9 +38,9 @@ TYPICAL = [
     record
     for kind, subtype in enumerate(CLASSES["subtype"])
     for patient in range(3)
-    for record in make(subtype, f"{kind}{patient}", 4)
+    for record in make_records(subtype, f"{kind}{patient}", 4)
 ]
-KEYS = {  # what the names say, read without the code under test
+KEYS = {  # the groups in the names, read without the code under test
     "patient": lambda name: "-".join(name.split("-")[1:3]),
     "case": lambda name: "-".join(name.split("-")[1:3]).rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
     "image": lambda name: name,
@@ -61,9 +66,9 @@ def assert_partition(split: Split, records: list[Record]) -> None:
     seed=st.integers(0, 99),
 )
 def test_no_group_is_on_two_sides(leak_checker, records, task, group_by, num_folds, any_fold, seed):
-    many = len({KEYS[group_by](record.path.stem) for record in records})
-    if many < num_folds:
-        with pytest.raises(ValueError, match=f"at most the number of {group_by}s, {many}, got {num_folds}"):
+    num_groups = len({KEYS[group_by](record.path.stem) for record in records})
+    if num_groups < num_folds:
+        with pytest.raises(ValueError, match=f"at most the number of {group_by}s, {num_groups}, got {num_folds}"):
             fold_split(records, task, group_by, num_folds, 0, seed)
         return
     fold = any_fold % num_folds
@@ -97,7 +102,7 @@ def test_each_image_is_tested_in_exactly_one_fold(records, task, group_by, seed)
     assert sorted((record for split in splits for record in split.test), key=str) == sorted(records, key=str)
 
 
-names = st.tuples(
+image_names = st.tuples(
     st.sampled_from(CLASSES["subtype"]),
     st.sampled_from(["13412", "2523", "22549AB", "22549CD", "7"]),
     st.sampled_from([40, 100, 200, 400]),
@@ -107,9 +112,9 @@ folders = st.sampled_from([".", "400X/benign", "train/malignant", "test/malignan
 
 
 @settings(deadline=None, max_examples=50)
-@given(files=st.sets(st.tuples(folders, names), min_size=4, max_size=30), seed=st.integers(0, 9))
-def test_no_patient_is_on_two_sides_of_any_tree(leak_checker, files, seed):
-    """Whatever the tree: folders that contradict the names, and copies in several of them."""
+@given(files=st.sets(st.tuples(folders, image_names), min_size=4, max_size=30), seed=st.integers(0, 9))
+def test_no_patient_of_any_tree_is_on_two_sides(leak_checker, files, seed):
+    """The folders may contradict the names, and several folders may hold copies."""
     with TemporaryDirectory() as root:
         for folder, (kind, slide, magnification, sequence) in files:
             letter = "B" if kind in ("A", "F", "PT", "TA") else "M"
@@ -125,14 +130,19 @@ def test_no_patient_is_on_two_sides_of_any_tree(leak_checker, files, seed):
 
 
 def test_cases_are_stricter_than_patients():
-    records = make("A", "22549AB", 4) + make("A", "22549CD", 4) + make("DC", "1", 4) + make("DC", "2", 4)
+    records = (
+        make_records("A", "22549AB", 4)
+        + make_records("A", "22549CD", 4)
+        + make_records("DC", "1", 4)
+        + make_records("DC", "2", 4)
+    )
     apart = [fold_split(records, "binary", "patient", 2, 0, seed) for seed in range(20)]
     assert any(leaks(split, "case") == ["14-22549"] for split in apart)
     together = [fold_split(records, "binary", "case", 2, 0, seed) for seed in range(20)]
     assert all(leaks(split, "case") == [] for split in together)
 
 
-def test_a_planted_leak_is_seen_by_the_program_and_by_the_checker(leak_checker):
+def test_a_planted_leak_is_noticed_by_the_program_and_by_the_checker(leak_checker):
     split = fold_split(TYPICAL, "binary", "patient", num_folds=3, fold=0, seed=0)
     assert leak_checker(rows(split)) == set()
     moved = split.test[0]
@@ -140,9 +150,10 @@ def test_a_planted_leak_is_seen_by_the_program_and_by_the_checker(leak_checker):
     assert leak_checker(rows(planted)) == set(leaks(planted, "patient")) == {moved.patient_id}
 
 
-def test_a_leak_never_becomes_a_number(monkeypatch):
-    # As if scikit-learn did not look at patients.
+def test_a_split_with_a_leak_is_refused(monkeypatch):
     class Careless(StratifiedKFold):
+        """A split that ignores patients."""
+
         def split(self, records, labels, groups):
             return super().split(records, labels)
 
@@ -160,15 +171,17 @@ def test_the_image_protocol_leaks_and_says_so(leak_checker, caplog):
 
 
 def test_the_slide_filed_twice_stays_on_one_side():
-    twice = make("DC", "13412", 5) + make("LC", "13412", 5)
-    others = make("A", "1", 6) + make("F", "2", 6) + make("DC", "3", 6) + make("LC", "4", 6)
+    twice = make_records("DC", "13412", 5) + make_records("LC", "13412", 5)
+    rest = (
+        make_records("A", "1", 6) + make_records("F", "2", 6) + make_records("DC", "3", 6) + make_records("LC", "4", 6)
+    )
     for fold in range(5):
-        split = fold_split(twice + others, "subtype", "patient", num_folds=5, fold=fold, seed=1)
+        split = fold_split(twice + rest, "subtype", "patient", num_folds=5, fold=fold, seed=1)
         sides = [name for name, part in split.parts().items() if any(r.patient_id == "14-13412" for r in part)]
         assert len(sides) == 1
 
 
-def test_classes_and_shares_are_balanced_where_the_data_allow():
+def test_classes_and_shares_are_balanced_if_the_data_allow_it():
     split = fold_split(TYPICAL, "binary", "patient", num_folds=3, fold=1, seed=0)
     assert [len(patients(part)) for part in split.parts().values()] == [13, 3, 8]
     assert sum(record.labels["binary"] == "benign" for record in split.test) == 16
@@ -183,52 +196,41 @@ def test_the_seed_moves_patients():
 
 
 def test_too_few_patients_and_a_fold_that_does_not_exist_are_refused():
-    records = make("A", "1", 3) + make("DC", "2", 3) + make("DC", "3", 3)
+    records = make_records("A", "1", 3) + make_records("DC", "2", 3) + make_records("DC", "3", 3)
     with pytest.raises(ValueError, match="num_folds must be at most the number of patients, 3, got 5; they are 14-1, "):
         fold_split(records, "binary", "patient", num_folds=5, fold=2, seed=0)
     with pytest.raises(ValueError, match="fold must be from 0 to 2, got 4"):
         fold_split(records, "binary", "patient", num_folds=3, fold=4, seed=0)
 
 
-def test_no_fold_is_empty_where_stratifying_would_leave_one_so(caplog):
+def test_no_fold_is_empty_even_if_stratifying_would_leave_one_empty(caplog):
     # Found by search: scikit-learn's StratifiedGroupKFold(5) puts no image at all into its first fold here.
     counts = {("A", "2523"): 5, ("A", "22549CD"): 1, ("F", "7"): 1, ("PT", "13412"): 1, ("TA", "2523"): 1}
     counts |= {("DC", "2523"): 1, ("LC", "22549AB"): 1}
-    records = [record for (subtype, slide), count in counts.items() for record in make(subtype, slide, count)]
+    records = [record for (subtype, slide), count in counts.items() for record in make_records(subtype, slide, count)]
     with caplog.at_level(logging.WARNING, logger="breakhis"):
         splits = [fold_split(records, "subtype", "patient", 5, fold, seed=0) for fold in range(5)]
     assert all(split.test for split in splits)
     assert any("too few images to balance the classes over 5 folds" in message for message in caplog.messages)
 
 
-def test_absence_is_said_in_words(caplog):
-    records = make("A", "1", 2) + make("DC", "2", 2)
-    with caplog.at_level(logging.INFO, logger="breakhis"):
-        split = fold_split(records, "binary", "patient", num_folds=2, fold=0, seed=0)
-        log_split(split, "binary", CLASSES["binary"])
-    assert split.val == []
-    text = "\n".join(caplog.messages)
-    for words in (
-        "train: 2 images of 1 patients",
-        "WARNING: train has no image of",
-        "WARNING: train has one class only: no model can learn to tell classes apart",
-        "WARNING: test has one class only: balanced accuracy is its recall",
-        "too few patients or images for a validation set, so best = last epoch",
-    ):
-        assert words in text
-
-
-def fold_file(path: Path, sides: dict[str, list[Record]]) -> Path:
+def write_fold_file(path: Path, sides: dict[str, list[Record]]) -> Path:
     lines = [f"{record.path.name}|100|1|{side}" for side, records in sides.items() for record in records]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def test_the_official_protocol_follows_the_authors_lists_and_reports_their_leak(tmp_path, caplog, leak_checker):
-    ductal, lobular = make("DC", "13412", 2), make("LC", "13412", 3)
-    train = ductal + make("DC", "1", 4) + make("A", "2", 4) + make("A", "3", 4) + make("DC", "4", 4)
-    test, unlisted = lobular + make("A", "5", 3), make("F", "6", 2)
-    lists = fold_file(tmp_path / "dsfold1.txt", {"train": train, "test": [*test, *make("F", "7", 9)]})
+    ductal, lobular = make_records("DC", "13412", 2), make_records("LC", "13412", 3)
+    train = (
+        ductal
+        + make_records("DC", "1", 4)
+        + make_records("A", "2", 4)
+        + make_records("A", "3", 4)
+        + make_records("DC", "4", 4)
+    )
+    test, unlisted = lobular + make_records("A", "5", 3), make_records("F", "6", 2)
+    lists = write_fold_file(tmp_path / "dsfold1.txt", {"train": train, "test": [*test, *make_records("F", "7", 9)]})
     with caplog.at_level(logging.WARNING, logger="breakhis"):
         split = official_split(train + test + unlisted, "binary", "patient", lists, seed=0)
     assert split.test == test
@@ -250,7 +252,7 @@ def test_the_official_protocol_follows_the_authors_lists_and_reports_their_leak(
         ("SOB_B_A-14-1-100-001.png|100|1|train", "must list images of the data set for test, got none"),
     ],
 )
-def test_a_list_of_another_form_is_refused(tmp_path, text, message):
+def test_a_malformed_list_is_refused(tmp_path, text, message):
     (tmp_path / "dsfold1.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        official_split(make("A", "1", 2), "binary", "patient", tmp_path / "dsfold1.txt", seed=0)
+        official_split(make_records("A", "1", 2), "binary", "patient", tmp_path / "dsfold1.txt", seed=0)

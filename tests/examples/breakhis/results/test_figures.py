@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 from breakhis.results.figures import (
+    CamCell,
     CamRow,
     draw_branch_weights,
     draw_calibration,
@@ -16,13 +17,14 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-TWO, EIGHT = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
+from tests.support.runs import BINARY, SUBTYPES
+
 TITLE = "synthetic images, image protocol (70/30, patients leak), mean over 40X, 100X, 200X and 400X, 5 folds, subtype"
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Calls a drawing function, checks its file, and returns the figure."""
+    """Call a drawing function, check its file, and return the figure."""
     saved = []
     savefig = Figure.savefig
 
@@ -40,20 +42,20 @@ def drawn(monkeypatch, tmp_path):
             assert min(picture.size) > 300
         assert plt.get_fignums() == []  # closed
         assert " ".join(figure.get_suptitle().split()).startswith(TITLE)
-        assert_within(figure)
+        assert_inside(figure)
         return figure
 
     return draw
 
 
-def assert_within(figure):
-    """Nothing leaves the picture, and nothing touches the title over it or another panel."""
-    figure.set_layout_engine("none")  # a second pass might mend what the file shows
+def assert_inside(figure):
+    """Check that nothing lies outside of the picture, and that no panel touches the title or another panel."""
+    figure.set_layout_engine("none")  # a second layout could differ from the file
     figure.set_dpi(150)
     boxes = [figure._suptitle.get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
     outer = figure.bbox.padded(1)
     assert all(outer.contains(*corner) for box in boxes for corner in (box.min, box.max))
-    assert not any(box.padded(-1).overlaps(other) for box, other in itertools.combinations(boxes, 2))
+    assert not any(first.padded(-1).overlaps(second) for first, second in itertools.combinations(boxes, 2))
 
 
 def legend(axes) -> list[str]:
@@ -68,12 +70,12 @@ def random_predictions(count: int, classes: int, seed: int = 0):
 
 
 def area(targets, scores) -> float:
-    """Of the receiver operating characteristic: the share of pairs in the right order."""
+    """Compute the area under the ROC curve: the share of pairs in the right order."""
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[targets] for n in scores[~targets]]
     return sum(pairs) / len(pairs)
 
 
-@pytest.mark.parametrize("classes", [TWO, EIGHT])
+@pytest.mark.parametrize("classes", [BINARY, SUBTYPES])
 def test_confusion_matrix(drawn, classes):
     matrix = np.arange(len(classes) ** 2).reshape(len(classes), -1) * 20
     matrix[0] = 0  # an absent class
@@ -94,27 +96,27 @@ def test_curves(drawn):
 
 def test_roc_of_two_classes_is_one_curve(drawn):
     targets, probabilities = random_predictions(60, 2)
-    (axes,) = drawn(draw_roc, targets, probabilities, TWO).axes
+    (axes,) = drawn(draw_roc, targets, probabilities, BINARY).axes
     expected = area(targets == 1, probabilities[:, 1])
     assert legend(axes) == [f"malignant (AUC = {expected:.2f})", "chance (AUC = 0.50)"]
 
 
 def test_roc_of_many_classes_has_their_mean(drawn):
     targets, probabilities = random_predictions(300, 8)
-    (axes,) = drawn(draw_roc, targets, probabilities, EIGHT).axes
+    (axes,) = drawn(draw_roc, targets, probabilities, SUBTYPES).axes
     areas = [area(targets == index, probabilities[:, index]) for index in range(8)]
     *labels, macro, chance = legend(axes)
-    assert labels == [f"{name} (AUC = {value:.2f})" for name, value in zip(EIGHT, areas, strict=True)]
+    assert labels == [f"{name} (AUC = {value:.2f})" for name, value in zip(SUBTYPES, areas, strict=True)]
     assert macro == f"macro average (AUC = {np.mean(areas):.2f})"
     assert chance == "chance (AUC = 0.50)"
     x, y = next(line for line in axes.lines if line.get_label() == macro).get_data()
     assert np.trapezoid(y, x) == pytest.approx(np.mean(areas), abs=0.02)
 
 
-def test_roc_without_some_classes_says_so(drawn):
+def test_roc_names_absent_classes(drawn):
     targets, probabilities = random_predictions(200, 8)
-    kept = np.isin(targets, [0, 4])
-    (axes,) = drawn(draw_roc, targets[kept].tolist(), probabilities[kept].tolist(), EIGHT).axes
+    present = np.isin(targets, [0, 4])
+    (axes,) = drawn(draw_roc, targets[present].tolist(), probabilities[present].tolist(), SUBTYPES).axes
     labels = legend(axes)
     assert [label for label in labels if label.endswith("no image")] == [
         f"{name}: no image" for name in ("F", "PT", "TA", "LC", "MC", "PC")
@@ -124,7 +126,7 @@ def test_roc_without_some_classes_says_so(drawn):
 
 @pytest.mark.parametrize(("target", "label"), [(0, "malignant: no image"), (1, "malignant: every image")])
 def test_roc_of_one_class_has_no_curve(drawn, target, label):
-    (axes,) = drawn(draw_roc, [target] * 5, [[0.3, 0.7]] * 5, TWO).axes
+    (axes,) = drawn(draw_roc, [target] * 5, [[0.3, 0.7]] * 5, BINARY).axes
     assert legend(axes) == [label, "chance (AUC = 0.50)"]
 
 
@@ -156,7 +158,9 @@ def test_calibration_of_a_model_that_is_never_right(drawn):
 def test_cam_panels(drawn):
     picture = Image.new("RGB", (48, 48), "pink")
     rows = [
-        CamRow(f"{name}, 100X", picture, {"baseline": (picture, "DC", 0.25), "KFDE": (picture, name, 0.875)})
+        CamRow(
+            f"{name}, 100X", picture, {"baseline": CamCell(picture, "DC", 0.25), "KFDE": CamCell(picture, name, 0.875)}
+        )
         for name in ("A", "PC", "DC")
     ]
     figure = drawn(draw_cam_panels, rows)
@@ -168,11 +172,11 @@ def test_cam_panels(drawn):
 
 def test_a_single_cam_row_of_one_model(drawn):
     picture = Image.new("RGB", (48, 48), "pink")
-    figure = drawn(draw_cam_panels, [CamRow("malignant, 400X", picture, {"KFDE": (picture, "malignant", 1.0)})])
+    figure = drawn(draw_cam_panels, [CamRow("malignant, 400X", picture, {"KFDE": CamCell(picture, "malignant", 1.0)})])
     assert len(figure.axes) == 2
 
 
-@pytest.mark.parametrize("classes", [TWO, EIGHT])
+@pytest.mark.parametrize("classes", [BINARY, SUBTYPES])
 def test_gates(drawn, classes):
     shares = np.random.default_rng(0).uniform(size=(len(classes), 320))
     shares[0] = np.nan
@@ -184,7 +188,7 @@ def test_gates(drawn, classes):
         assert line.get_ydata().tolist() == sorted(row, reverse=True)
 
 
-@pytest.mark.parametrize("classes", [TWO, EIGHT])
+@pytest.mark.parametrize("classes", [BINARY, SUBTYPES])
 def test_branch_weights(drawn, classes):
     means = np.random.default_rng(0).dirichlet([20] * 4, size=len(classes))
     means[-1] = np.nan

@@ -6,16 +6,16 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 
 
 def predictions(targets, patient_ids, seeds: int, classes: int, draw: int) -> Predictions:
-    """Of a model that is right more often than not, unlike for each `draw`."""
+    """Draw the predictions of a model that is mostly right, other ones for each `draw`."""
     logits = np.random.default_rng(draw).normal(size=(seeds, len(targets), classes)) + 0.5 * np.eye(classes)[targets]
     return Predictions(np.array(targets), np.array(patient_ids), np.exp(logits) / np.exp(logits).sum(2, keepdims=True))
 
 
-# Five patients, of unequal numbers of images, two of them of the second class.
+# Five patients with different numbers of images; two patients have the second class.
 PATIENTS = ["b", "b", "b", "a", "c", "c", "a", "d", "d", "e", "e", "e", "e"]
 TARGETS = [1 if patient in "ac" else 0 for patient in PATIENTS]
 
-# On a list of images that may hold one several times, by scikit-learn.
+# The scores by scikit-learn, on a list in which an image may occur several times.
 SCORES = {
     image_accuracy: lambda targets, rows: accuracy_score(targets, np.argmax(rows, axis=1)),
     balanced_accuracy: lambda targets, rows: balanced_accuracy_score(targets, np.argmax(rows, axis=1)),
@@ -23,8 +23,8 @@ SCORES = {
 }
 
 
-def by_hand(arms, score, resamples, seed):
-    """The same worlds, put together image by image; the last number says how many of them were no use."""
+def resample_by_hand(arms, score, resamples, seed):
+    """Build the same worlds image by image; return them and the number of worlds that were drawn again."""
     rng, worlds, redrawn = np.random.default_rng(seed), [], 0
     names, seeds = sorted(set(arms[0].patient_ids.tolist())), len(arms[0].probabilities)
     while len(worlds) < resamples:
@@ -48,10 +48,10 @@ def by_hand(arms, score, resamples, seed):
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true", "ignore:A single label was found")
 @pytest.mark.parametrize("function", SCORES, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_each_world_is_put_together_as_by_hand(function, seeds):
+def test_each_world_is_the_same_as_by_hand(function, seeds):
     arms = [predictions(TARGETS, PATIENTS, seeds, 2, draw) for draw in range(3)]
     scores, differences = bootstrap(arms, function, resamples=60, seed=5)
-    worlds, redrawn = by_hand(arms, SCORES[function], 60, seed=5)
+    worlds, redrawn = resample_by_hand(arms, SCORES[function], 60, seed=5)
     assert redrawn > 0
     for index, arm in enumerate(arms):
         value = np.mean([SCORES[function](TARGETS, rows) for rows in arm.probabilities])
@@ -74,11 +74,11 @@ def test_an_interval_worked_by_hand():
 
 
 def test_an_arm_does_not_differ_from_itself():
-    arm, other = (predictions(TARGETS, PATIENTS, 2, 2, draw) for draw in (0, 1))
-    scores, differences = bootstrap([arm, arm, other], image_accuracy, resamples=100)
+    arm, better = (predictions(TARGETS, PATIENTS, 2, 2, draw) for draw in (0, 1))
+    scores, differences = bootstrap([arm, arm, better], image_accuracy, resamples=100)
     assert differences[:2] == [(0, 0, 0)] * 2
     assert scores[0] == scores[1]
-    assert scores[0].high > scores[0].low  # which a comparison that is not paired would turn into a difference
+    assert scores[0].high > scores[0].low  # without pairing, this would become a difference
     assert differences[2].high > differences[2].low
 
 
@@ -107,20 +107,20 @@ def test_seeds_are_resampled():
 
 def test_the_same_seed_gives_the_same_interval():
     arms = [predictions(TARGETS, PATIENTS, 2, 2, draw) for draw in range(2)]
-    once, again, other = (bootstrap(arms, auc, resamples=50, seed=seed) for seed in (1, 1, 2))
+    once, again, third = (bootstrap(arms, auc, resamples=50, seed=seed) for seed in (1, 1, 2))
     assert once == again
-    assert [score.value for score in once[0]] == [score.value for score in other[0]]
-    assert once != other
+    assert [score.value for score in once[0]] == [score.value for score in third[0]]
+    assert once != third
 
 
 WORLDS, TRUTH = 200, 0.7
 
 
 def covered(images_as_patients: bool) -> float:
-    """In how many simulated studies the interval holds the truth.
+    """Return the share of simulated studies whose interval contains the truth.
 
-    40 patients have 5 images each. A patient's images are right with one probability, which is drawn for the patient
-    from a beta distribution of mean 0.7, so that they are right or wrong together.
+    40 patients have 5 images each. Each patient's images are right with a probability of its own, from a beta
+    distribution with mean 0.7, so that they tend to be right or wrong together.
     """
     rng, hits = np.random.default_rng(0), 0
     for world in range(WORLDS):
@@ -134,10 +134,12 @@ def covered(images_as_patients: bool) -> float:
     return hits / WORLDS
 
 
-def test_intervals_over_patients_hold_the_truth_as_often_as_they_say():
+@pytest.mark.slow
+def test_intervals_over_patients_contain_the_truth_as_often_as_promised():
     assert 0.86 < covered(images_as_patients=False) < 0.99
 
 
+@pytest.mark.slow
 def test_intervals_over_images_would_not():
     assert covered(images_as_patients=True) < 0.86
 
@@ -163,7 +165,7 @@ def test_an_area_of_one_class_is_refused_before_it_is_resampled():
 
 
 def test_many_classes_and_absent_ones():
-    """The score itself, and not the resampling, says what becomes of a class that a world lacks."""
+    """The score, and not the resampling, handles classes without images."""
     targets = [0, 0, 3, 3, 3, 5, 5, 0, 0, 3, 3, 5, 5]
     arms = [predictions(targets, PATIENTS, 2, 8, draw) for draw in range(2)]
     for function in (image_accuracy, balanced_accuracy, auc):

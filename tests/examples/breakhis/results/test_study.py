@@ -7,9 +7,10 @@ from statistics import stdev
 import pytest
 from breakhis.results import paper, study
 from breakhis.results.intervals import bootstrap
-from breakhis.results.study import SCORES, compare_variants, groups, write_study
+from breakhis.results.study import SCORES, compare_variants, group_runs, write_study
 
-TWO, EIGHT = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
+from tests.support.runs import BINARY, SUBTYPES, read_rows
+
 # The images of two folds: patient and class. Patients a and c have two images, the others one.
 FOLDS = [["a0", "a0", "b1"], ["c0", "c0", "d1", "e1"]]
 
@@ -21,11 +22,11 @@ def few_resamples(monkeypatch):
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Writes a finished run; `right` has a letter for each of its fold's images, y where the model is right."""
+    """Write a finished run; `right` has a letter for each image of the fold: y if the model is right."""
 
     def write(variant: str, right: str, fold=0, seed=0, magnification="40X", images=None, **changes) -> Path:
         images = images or FOLDS[fold]
-        classes = EIGHT if changes.get("task") == "subtype" else TWO
+        classes = SUBTYPES if changes.get("task") == "subtype" else BINARY
         folder = tmp_path / "runs" / f"{variant}-{magnification}-fold{fold}-seed{seed}"
         folder.mkdir(parents=True)
         metrics = {"dataset": "breakhis", "synthetic": False, "task": "binary", "scored_on": "test"}
@@ -37,26 +38,26 @@ def write_run(tmp_path):
         with (folder / "predictions.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "patient", "target", "prediction", *(f"prob_{name}" for name in classes)])
-            for index, (image, letter) in enumerate(zip(images, right, strict=True)):
+            for number, (image, letter) in enumerate(zip(images, right, strict=True)):
                 target = int(image[1])
                 answer = target if letter == "y" else 1 - target
-                row = [0.8 if place == answer else 0.2 / (len(classes) - 1) for place in range(len(classes))]
-                writer.writerow([f"{index}.png", image[0], classes[target], classes[answer], *row])
+                row = [0.8 if index == answer else 0.2 / (len(classes) - 1) for index in range(len(classes))]
+                writer.writerow([f"{number}.png", image[0], classes[target], classes[answer], *row])
         return folder
 
     return write
 
 
 def table(tables: str, start: str) -> list[list[str]]:
-    """The cells under the sentence that starts so, header first; the sentence itself is the first row."""
+    """Return the sentence that starts with `start` as first row, then the header and the rows of its table."""
     blocks = tables.split("\n\n")
-    (place,) = [index for index, block in enumerate(blocks) if block.startswith(start)]
-    header, _, *rows = blocks[place + 1].splitlines()
-    return [[blocks[place]], *([cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows))]
+    (position,) = [index for index, block in enumerate(blocks) if block.startswith(start)]
+    header, _, *rows = blocks[position + 1].splitlines()
+    return [[blocks[position]], *([cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows))]
 
 
 def two_variants(write_run) -> list[Path]:
-    """Two folds and two seeds; the second variant is right once more with seed 0 and as often with seed 1."""
+    """Write runs of two folds and two seeds. The second variant has one more right image with seed 0 only."""
     return [
         write_run("baseline", "yny", 0, 0, image_accuracy=0.5, auc=0.9),
         write_run("baseline", "nyy", 0, 1, image_accuracy=0.6, auc=None),
@@ -85,11 +86,11 @@ def test_means_deviations_and_differences_worked_by_hand(write_run, tmp_path):
     assert second["variant"] == "KFDE"
     assert second["image_accuracy"] == {"mean": pytest.approx(0.9), "sd": pytest.approx(0, abs=1e-12)}
 
-    own = [row for row in results["intervals"] if row["variant"] == "baseline"]
-    assert [row["score"] for row in own] == ["image_accuracy", "balanced_accuracy", "auc"]
-    assert not any({"to", "difference", "low", "high"} & row.keys() for row in own)
-    assert own[0]["value"] == pytest.approx((5 / 7 + 4 / 7) / 2)
-    assert own[0]["value_low"] < own[0]["value"] < own[0]["value_high"]
+    baseline = [row for row in results["intervals"] if row["variant"] == "baseline"]
+    assert [row["score"] for row in baseline] == ["image_accuracy", "balanced_accuracy", "auc"]
+    assert not any({"to", "difference", "low", "high"} & row.keys() for row in baseline)
+    assert baseline[0]["value"] == pytest.approx((5 / 7 + 4 / 7) / 2)
+    assert baseline[0]["value_low"] < baseline[0]["value"] < baseline[0]["value_high"]
     rows = {row["score"]: row for row in results["intervals"] if row["variant"] == "KFDE"}
     assert list(rows) == ["image_accuracy", "balanced_accuracy", "auc"]
     for row in rows.values():
@@ -106,7 +107,7 @@ def test_means_deviations_and_differences_worked_by_hand(write_run, tmp_path):
 
 
 def test_the_interval_is_that_of_the_patients_and_seeds(write_run):
-    """Where one variant is right on every image and the other on none, no resampling changes the difference."""
+    """One variant is right on every image and the other on none, so resampling does not change the difference."""
     folders = [
         write_run(variant, 4 * letter, 1, seed)
         for variant, letter in (("worse", "n"), ("better", "y"))
@@ -153,8 +154,7 @@ def test_the_tables_put_each_number_next_to_its_protocol(write_run, tmp_path):
 def test_the_file_of_runs_has_a_row_for_each(write_run, tmp_path):
     folders = two_variants(write_run)
     write_study(tmp_path, folders)
-    with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "results.csv")
     assert list(rows[0]) == [
         *("variant", "magnification", "fold", "seed", *SCORES, "n_images", "n_patients", "best_epoch")
     ]
@@ -192,14 +192,14 @@ def test_a_score_that_no_run_has_is_undefined(write_run, tmp_path):
     assert cell["auc"] == {"mean": None, "sd": None}
 
 
-def test_one_variant_has_nothing_to_differ_from(write_run, tmp_path):
+def test_a_single_variant_has_no_differences(write_run, tmp_path):
     tables = write_study(tmp_path, [write_run("KFDE", "yyy"), write_run("KFDE", "yyyy", 1)])
     assert {row[4] for row in table(tables, "All folds together")[2:]} == {""}
     rows = json.loads((tmp_path / "results.json").read_text())["intervals"]
     assert [row["value"] for row in rows] == [1, 1, 1]
 
 
-def test_variants_that_predict_other_images_are_no_silence(write_run, tmp_path):
+def test_variants_that_predict_different_images_are_refused(write_run, tmp_path):
     folders = [write_run("baseline", "yyy"), write_run("KFDE", "yyyy", 1)]
     with pytest.raises(ValueError, match="arms must predict the same images"):
         write_study(tmp_path, folders)
@@ -215,14 +215,14 @@ def test_leaking_patients_are_named_beside_the_numbers(write_run, tmp_path):
     )
 
 
-POWERS = ["40X", "100X", "200X", "400X"]
+MAGNIFICATIONS = ["40X", "100X", "200X", "400X"]
 
 
-def test_the_papers_figures_stand_below_with_their_own_protocol(write_run, tmp_path):
-    folders = [write_run("KFDE", "yyy", magnification=power) for power in (*POWERS, "pooled")]
-    _, header, own, *rows = table(write_study(tmp_path, folders), "Image accuracy")
-    assert header == ["method", "protocol", *POWERS, "pooled"]
-    assert own[:2] == ["KFDE", "patient protocol"]
+def test_the_papers_numbers_come_last_with_their_own_protocol(write_run, tmp_path):
+    folders = [write_run("KFDE", "yyy", magnification=power) for power in (*MAGNIFICATIONS, "pooled")]
+    _, header, kfde, *rows = table(write_study(tmp_path, folders), "Image accuracy")
+    assert header == ["method", "protocol", *MAGNIFICATIONS, "pooled"]
+    assert kfde[:2] == ["KFDE", "patient protocol"]
     assert {row[1] for row in rows} == {"paper; split unstated"}
     assert {row[-1] for row in rows} == {"not given"}
     # Tables 1 and 2 of the paper, in percent there.
@@ -232,22 +232,22 @@ def test_the_papers_figures_stand_below_with_their_own_protocol(write_run, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("variant", "wanted"),
+    ("variant", "expected"),
     [
         ("resnet50", {"GLNET": ["0.9001", "0.9232"], "KFDE": ["0.9635", "0.9452"]}),  # Table 2
         ("baseline", {"baseline": ["0.9524", "0.9355"], "CSFE": ["0.9612", "0.9360"]}),  # Table 3, the ablation
     ],
 )
-def test_the_papers_table_of_the_same_kind_is_shown(write_run, tmp_path, variant, wanted):
+def test_the_papers_table_for_the_same_task_is_shown(write_run, tmp_path, variant, expected):
     folders = [write_run(variant, "yyy", task="subtype", magnification=power) for power in ("40X", "100X")]
     _, _, _, *rows = table(write_study(tmp_path, folders), "Image accuracy")
-    found = {row[0]: row[2:] for row in rows}
-    assert {name: found[name] for name in wanted} == wanted
+    numbers = {row[0]: row[2:] for row in rows}
+    assert {name: numbers[name] for name in expected} == expected
     assert len(rows) == {"resnet50": 8, "baseline": 4}[variant]
 
 
 @pytest.mark.parametrize("changes", [{"synthetic": True}, {"dataset": "idc"}])
-def test_the_papers_figures_stand_under_no_other_images(write_run, tmp_path, changes):
+def test_the_papers_numbers_are_left_out_for_other_images(write_run, tmp_path, changes):
     tables = write_study(tmp_path, [write_run(name, "yyy", **changes) for name in ("baseline", "KFDE")])
     assert "paper" not in tables
     source = "synthetic images" if "synthetic" in changes else "idc"
@@ -255,8 +255,8 @@ def test_the_papers_figures_stand_under_no_other_images(write_run, tmp_path, cha
 
 
 def test_the_papers_tables():
-    """Some cells, transcribed from the paper apart from the module."""
-    assert list(paper.MAGNIFICATIONS) == POWERS
+    """Compare some cells with a separate transcription of the paper."""
+    assert list(paper.MAGNIFICATIONS) == MAGNIFICATIONS
     assert paper.TABLES["binary"]["KFDE"] == (99.74, 99.56, 99.60, 97.88)
     assert paper.TABLES["binary"]["BreastNet"] == (97.99, 97.84, 98.51, 95.88)
     assert paper.TABLES["binary"]["Hybrid CNN-LSTM"][1] == 99.75
@@ -272,7 +272,7 @@ def test_the_papers_tables():
     assert [len(rows) for rows in paper.TABLES.values()] == [8, 8]
 
 
-def test_runs_are_grouped_in_the_order_of_first_meeting():
+def test_runs_are_grouped_in_the_order_of_first_occurrence():
     runs = [{"fold": fold, "seed": seed} for fold, seed in ((2, 0), (0, 1), (2, 1))]
-    assert groups(runs, "fold") == {(2,): [runs[0], runs[2]], (0,): [runs[1]]}
-    assert list(groups(runs, "fold", "seed")) == [(2, 0), (0, 1), (2, 1)]
+    assert group_runs(runs, "fold") == {(2,): [runs[0], runs[2]], (0,): [runs[1]]}
+    assert list(group_runs(runs, "fold", "seed")) == [(2, 0), (0, 1), (2, 1)]

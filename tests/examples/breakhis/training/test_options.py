@@ -6,10 +6,11 @@ from breakhis.training.options import differences, expand, parse_args, recorded
 
 
 def parse(tmp_path, *argv):
+    """Parse the flags of a run on drawn images."""
     return parse_args(["--synthetic", "--output-dir", str(tmp_path / "out"), *argv])
 
 
-def test_one_run_has_the_directory_to_itself(tmp_path):
+def test_a_single_run_writes_into_the_output_directory(tmp_path):
     (run,) = expand(parse(tmp_path))
     assert (run.variant, run.magnification, run.fold, run.seed) == ("kfde_convnextv2_atto", "100X", 0, 0)
     assert run.output_dir == tmp_path / "out"
@@ -38,16 +39,16 @@ def test_variants_add_to_the_models_arguments(tmp_path):
     args = parse(
         tmp_path,
         *("--model-kwargs", "{output_stride: 16, csfe: true}"),
-        *("--variants", "{bare: {csfe: false}, dense: {mfdf: {groups: 1, kernel_sizes: [1, 3]}}, same: }"),
+        *("--variants", "{plain: {csfe: false}, dense: {mfdf: {groups: 1, kernel_sizes: [1, 3]}}, same: }"),
     )
     assert {run.variant: run.model_kwargs for run in expand(args)} == {
-        "bare": {"output_stride": 16, "csfe": False},
+        "plain": {"output_stride": 16, "csfe": False},
         "dense": {"output_stride": 16, "csfe": True, "mfdf": {"groups": 1, "kernel_sizes": [1, 3]}},
         "same": {"output_stride": 16, "csfe": True},
     }
 
 
-def test_a_file_of_flags_is_read_like_the_command_line_which_goes_before_it(tmp_path):
+def test_a_file_of_flags_is_read_like_the_command_line_which_overrides_it(tmp_path):
     flags = {"synthetic": True, "lr": 0.01, "epochs": 3, "class_weights": True, "strict": False, "seeds": [4, 5]}
     flags |= {
         "model_kwargs": {"output_stride": 8},
@@ -65,13 +66,13 @@ def test_a_file_of_flags_is_read_like_the_command_line_which_goes_before_it(tmp_
         "--no-class-weights",
     ]
     args = parse_args(argv)
-    assert list(args.variants) == ["z", "a"]  # the first is what the others are compared with
+    assert list(args.variants) == ["z", "a"]  # the others are compared with the first
     assert (args.synthetic, args.lr, args.epochs, args.class_weights) == (True, 0.01, 7, False)
-    assert args.mixed_precision == "no"  # which YAML reads as false
+    assert args.mixed_precision == "no"  # YAML reads it as false
     assert (args.seeds, args.model_kwargs, args.checkpoint_path) == ([4, 5], {"output_stride": 8}, None)
 
 
-def test_what_a_run_records_repeats_it(tmp_path):
+def test_the_recorded_flags_repeat_a_run(tmp_path):
     arguments = [
         "--lr",
         "3e-4",
@@ -88,9 +89,9 @@ def test_what_a_run_records_repeats_it(tmp_path):
     for run in expand(parse(tmp_path, *arguments)):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded(run)))
         argv = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(run.output_dir)]
-        (again,) = expand(parse_args(argv))
-        assert differences(recorded(run), recorded(again)) == []
-        assert again.model_kwargs == run.model_kwargs
+        (repeated,) = expand(parse_args(argv))
+        assert differences(recorded(run), recorded(repeated)) == []
+        assert repeated.model_kwargs == run.model_kwargs
 
 
 def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
@@ -98,8 +99,15 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         expand(parse(tmp_path, "--lr", "0.1")),
         expand(parse(tmp_path, "--lr", "0.2", "--num-workers", "0")),
     )
-    everywhere = {"output_dir", "config", "resume", "variant", "fold", "seed"}  # said by the folder, or by the plural
-    assert vars(before).keys() - everywhere < recorded(before).keys()
+    not_recorded = {
+        "output_dir",
+        "config",
+        "resume",
+        "variant",
+        "fold",
+        "seed",
+    }  # in the name of the folder, or in the plural flag
+    assert vars(before).keys() - not_recorded < recorded(before).keys()
     assert differences(recorded(before), recorded(now)) == ["lr was 0.1, now 0.2"]
 
 
@@ -159,7 +167,7 @@ def test_wrong_flags_are_named_with_their_values(tmp_path, arguments, message, c
     ],
 )
 def test_wrong_data_are_named_with_their_values(arguments, message, capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[4])
     with pytest.raises(SystemExit):
         parse_args(["--output-dir", "out", *arguments])
     assert message in capsys.readouterr().err
