@@ -1,8 +1,8 @@
 """Files that are written completely or not at all, and CSV tables: a row is a dict, the first row names the columns."""
 
 import csv
-import os
 from collections.abc import Callable, Mapping, Sequence
+from os import fsync
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(path.name + ".part")
     write(part)
     with part.open("rb+") as file:
-        os.fsync(file.fileno())  # without it a power cut could keep the new name and lose the content
+        fsync(file.fileno())  # without it a power cut could keep the new name and lose the content
     part.replace(path)
 
 

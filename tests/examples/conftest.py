@@ -40,6 +40,14 @@ def few_resamples():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_sync():
+    """Do not wait for the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("breakhis.files.fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -1,4 +1,3 @@
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -17,20 +16,15 @@ from torch.nn import functional as F
 
 from kfde_layers import MFDF
 from tests.support.hub import needs_local_dir
+from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
 
-pytestmark = needs_local_dir
-CLASSES = ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
+pytestmark = [needs_local_dir, pytest.mark.slow]  # four models are trained first
 DRAWINGS = {name: getattr(explain_breakhis, name) for name in ("draw_cam_panels", "draw_gates", "draw_branch_weights")}
 DPI = 150
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def run_script(out: Path, *more: str) -> tuple[int, dict[str, tuple]]:
-    """The exit code, and what was drawn into each file; the files are drawn, too."""
+    """Run the script; return its exit code, and the arguments that each file was drawn from."""
     drawn = {}
     with pytest.MonkeyPatch.context() as patch:
         for name, function in DRAWINGS.items():
@@ -46,9 +40,10 @@ def run_script(out: Path, *more: str) -> tuple[int, dict[str, tuple]]:
 @pytest.fixture(scope="module")
 def study(synthetic_tree, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study")
-    flags = ["--task", "subtype", "--ablation", "--img-size", "64", "--epochs", "1", "--lr", "1e-3"]
-    flags += ["--num-workers", "0", "--num-folds", "3"]
-    train_breakhis.main(["--data-dir", str(synthetic_tree), "--output-dir", str(out), *flags])
+    flags = [*SMALL, "--task", "subtype", "--ablation", "--lr", "1e-3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_breakhis, "draw_figures", lambda *args: None)
+        train_breakhis.main(["--data-dir", str(synthetic_tree), "--output-dir", str(out), *flags])
     return out
 
 
@@ -59,20 +54,18 @@ def drawn(study) -> dict[str, tuple]:
     return drawn
 
 
-def reload(study: Path, variant: str):
-    """A trained model and its transform, by timm alone."""
-    model = timm.create_model(f"local-dir:{study}/runs/{variant}-100X-fold0-seed0/best", pretrained=True).eval()
-    return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+def checkpoint(study: Path, variant: str) -> Path:
+    return study / "runs" / f"{variant}-100X-fold0-seed0" / "best"
 
 
-def in_test_set(study: Path) -> list[dict[str, str]]:
-    """What the split says is tested, with the class that the file's name says."""
-    rows = read(study / "runs/baseline-100X-fold0-seed0/split.csv")
+def scored_images(study: Path) -> list[dict[str, str]]:
+    """Return the rows of the split's test images, each with the class in the file's name."""
+    rows = read_rows(study / "runs/baseline-100X-fold0-seed0/split.csv")
     return [row | {"target": row["file"].split("SOB_")[-1][2:].split("-")[0]} for row in rows if row["split"] == "test"]
 
 
 def test_the_figures_of_an_ablation(study, drawn):
-    present = {row["target"] for row in in_test_set(study)}
+    present = {row["target"] for row in scored_images(study)}
     sizes = {"cam-100X.png": (0.5 + 2.2 * 5, 1 + 2.4 * len(present))}
     sizes |= {f"gates-{variant}-100X.png": (7.2, 4) for variant in ("CSFE", "KFDE")}
     sizes |= {f"branches-{variant}-100X.png": (7.2, 4) for variant in ("MFDF", "KFDE")}
@@ -88,23 +81,21 @@ def test_the_figures_of_an_ablation(study, drawn):
 def test_the_panels_show_the_first_test_image_of_each_class(study, drawn, synthetic_tree):
     panels, title = drawn["cam-100X.png"]
     assert "first test image of each class by file name" in title
-    tested = in_test_set(study)
-    wanted = []
-    for name in CLASSES:
-        own = [row for row in tested if row["target"] == name]
-        wanted += sorted(own, key=lambda row: row["file"].rsplit("/")[-1])[:1]
-    assert len(wanted) >= 6
-    assert [panel.label for panel in panels] == [f"{row['target']}\npatient {row['patient']}" for row in wanted]
+    expected_rows = []
+    for name in SUBTYPES:
+        rows = [row for row in scored_images(study) if row["target"] == name]
+        expected_rows += sorted(rows, key=lambda row: row["file"].rsplit("/")[-1])[:1]
+    assert len(expected_rows) >= 6
+    assert [panel.label for panel in panels] == [f"{row['target']}\npatient {row['patient']}" for row in expected_rows]
     assert all(list(panel.overlays) == ["baseline", "CSFE", "MFDF", "KFDE"] for panel in panels)
-    looks = {panel.overlays[variant][0].tobytes() for panel in panels for variant in panel.overlays}
-    assert len(looks) > len(panels)  # or columns could be taken for each other
+    pictures = {cell.picture.tobytes() for panel in panels for cell in panel.overlays.values()}
+    assert len(pictures) > len(panels)  # otherwise swapped columns would not be noticed
     for variant in panels[0].overlays:
-        model, transform = reload(study, variant)
-        for panel, row in zip(panels, wanted, strict=True):
-            with Image.open(synthetic_tree / row["file"]) as file:
-                inputs = transform(file.convert("RGB"))[None]
+        model, transform = load_with_timm(checkpoint(study, variant))
+        for panel, row in zip(panels, expected_rows, strict=True):
+            inputs = load_input(transform, synthetic_tree / row["file"])
             picture, name, probability = panel.overlays[variant]
-            target = CLASSES.index(row["target"])
+            target = SUBTYPES.index(row["target"])
             with torch.inference_mode():
                 assert probability == pytest.approx(model(inputs).softmax(1)[0, target].item(), abs=1e-5)
             assert name == row["target"]
@@ -115,15 +106,15 @@ def test_the_panels_show_the_first_test_image_of_each_class(study, drawn, synthe
 
 
 def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
-    """All of KFDE's rows, from the equations on what goes into its blocks."""
-    model, transform = reload(study, "KFDE")
+    """Compute all rows of KFDE by the equations, from the input of its blocks."""
+    model, transform = load_with_timm(checkpoint(study, "KFDE"))
     kfde, inputs = model.stages[3].kfde, {}
     for name in ("csfe", "mfdf"):
         kfde.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
-    gates, branches = {name: [] for name in CLASSES}, {name: [] for name in CLASSES}
-    for row in in_test_set(study):
-        with Image.open(synthetic_tree / row["file"]) as file, torch.no_grad():
-            model(transform(file.convert("RGB"))[None])
+    gates, branches = {name: [] for name in SUBTYPES}, {name: [] for name in SUBTYPES}
+    for row in scored_images(study):
+        with torch.no_grad():
+            model(load_input(transform, synthetic_tree / row["file"]))
             cfe, mfdf = kfde.csfe.cfe, kfde.mfdf
             normalized = F.group_norm(inputs["csfe"], cfe.num_groups, cfe.weight, cfe.bias, cfe.eps)
             is_open = normalized * (cfe.weight / cfe.weight.sum())[:, None, None] > 0
@@ -132,7 +123,7 @@ def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
             alpha = mfdf.fc2(mfdf.fc1(maps.mean((2, 3)))).reshape(4, -1).softmax(0)
             branches[row["target"]].append(alpha.mean(1).numpy())
 
-    written = [row for row in read(study / "explain/decisions.csv") if row["variant"] == "KFDE"]
+    written = [row for row in read_rows(study / "explain/decisions.csv") if row["variant"] == "KFDE"]
     assert list(written[0]) == [
         *("variant", "magnification", "fold", "seed", "module", "kind", "class", "channel_or_branch", "mean", "sd")
     ]
@@ -141,21 +132,21 @@ def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
     modules = {"gate": "stages.3.kfde.csfe.cfe", "branch": "stages.3.kfde.mfdf"}
     count = 0
     for kind, values in (("gate", gates), ("branch", branches)):
-        for name in [name for name in CLASSES if values[name]]:
+        for name in [name for name in SUBTYPES if values[name]]:
             rows = [row for row in written if (row["kind"], row["class"]) == (kind, name)]
             assert [row["channel_or_branch"] for row in rows] == names[kind]
             assert {row["module"] for row in rows} == {modules[kind]}
             stacked, count = np.array(values[name]), count + len(rows)
             for key, expected in (("mean", stacked.mean(0)), ("sd", stacked.std(0))):
-                found = np.array([float(row[key]) for row in rows])
-                # A position may sit on the gate's threshold, and the map of a 64 px image has four of them.
-                close = np.abs(found - expected) < 1e-5
+                actual = np.array([float(row[key]) for row in rows])
+                # A position may lie on the gate's threshold, and the map of a 64 px image has only four.
+                close = np.abs(actual - expected) < 1e-5
                 assert close.mean() > (0.98 if kind == "gate" else 0.999)
-    assert len(written) == count  # nothing about classes that are not there
+    assert len(written) == count  # no rows of absent classes
 
     means, classes, _ = drawn["gates-KFDE-100X.png"]
-    assert classes == CLASSES
-    for name, row in zip(CLASSES, means, strict=True):
+    assert classes == SUBTYPES
+    for name, row in zip(SUBTYPES, means, strict=True):
         rows = [r for r in written if (r["kind"], r["class"]) == ("gate", name)]
         assert row[np.isfinite(row)].tolist() == pytest.approx([float(r["mean"]) for r in rows])
     means, deviations, parts, _, _ = drawn["branches-KFDE-100X.png"]
@@ -165,23 +156,23 @@ def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
     assert deviations[np.isfinite(deviations)].tolist() == pytest.approx([float(row["sd"]) for row in rows])
 
 
-def test_limits(study, tmp_path):
+def test_flags_limit_the_images(study, tmp_path):
     flags = ["--output-dir", str(tmp_path / "figures"), "--images-per-class", "2", "--max-gate-images", "6"]
     code, drawn = run_script(study, *flags)
     assert code == 0
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {*drawn, "decisions.csv"}
     panels, title = drawn["cam-100X.png"]
-    tested = [row["target"] for row in in_test_set(study)]
+    tested = [row["target"] for row in scored_images(study)]
     assert [panel.label.split("\n")[0] for panel in panels] == [
-        name for name in CLASSES for _ in range(min(2, tested.count(name)))
+        name for name in SUBTYPES for _ in range(min(2, tested.count(name)))
     ]
     assert "first 2 test images of each class" in title
     means, _, title = drawn["gates-KFDE-100X.png"]
     assert f"on 6 of {len(tested)} test images" in title
-    assert np.isfinite(means).all(axis=1).sum() >= 4  # spread over the classes, not the first six of the list
+    assert np.isfinite(means).all(axis=1).sum() >= 4  # of several classes: they are not the first six of the list
 
 
-def test_images_that_are_gone_are_an_error(study, tmp_path, caplog):
+def test_missing_images_are_an_error(study, tmp_path, caplog):
     code, drawn = run_script(study, "--output-dir", str(tmp_path / "figures"), "--data-dir", str(tmp_path))
     assert (code, drawn) == (2, {})
     assert f"error: path must be an image file, got '{tmp_path}/BreaKHis_v1/" in caplog.text
@@ -191,8 +182,8 @@ def test_images_that_are_gone_are_an_error(study, tmp_path, caplog):
 
 
 @pytest.fixture
-def plant(study, tmp_path):
-    """Makes a finished run out of the baseline's, with an untrained model of timm."""
+def make_run(study, tmp_path):
+    """Make a finished run from that of the baseline, with an untrained model of timm or none."""
 
     def make(model: str | None, variant: str, fold: int = 0, seed: int = 0, **arguments) -> Path:
         source = study / "runs/baseline-100X-fold0-seed0"
@@ -203,43 +194,43 @@ def plant(study, tmp_path):
         metrics |= {"variant": variant, "fold": fold, "seed": seed}
         (folder / "metrics.json").write_text(json.dumps(metrics))
         if model is not None:
-            shown = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center"}
+            config = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center"}
             torch.manual_seed(0)
-            net = timm.create_model(model, num_classes=len(CLASSES), pretrained_cfg_overlay=shown, **arguments)
-            save_model(net, folder / "best", CLASSES, arguments)
+            net = timm.create_model(model, num_classes=len(SUBTYPES), pretrained_cfg_overlay=config, **arguments)
+            save_model(net, folder / "best", SUBTYPES, arguments)
         return folder
 
     return make
 
 
-def figures(out: Path) -> set[str]:
+def written_files(out: Path) -> set[str]:
     return {path.name for path in (out / "explain").iterdir()}
 
 
-def test_names_and_not_the_order_of_the_table_choose_the_images(plant, drawn):
-    run = plant("resnet10t", "resnet")
+def test_the_images_are_chosen_by_name_and_not_by_row(make_run, drawn):
+    run = make_run("resnet10t", "resnet")
     header, *rows = (run / "predictions.csv").read_text().splitlines()
     assert rows[::-1] != sorted(rows)
     (run / "predictions.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
-    code, again = run_script(run)
+    code, drawn_again = run_script(run)
     assert code == 0
-    panels, wanted = again["cam-100X.png"][0], drawn["cam-100X.png"][0]
-    assert [panel.label for panel in panels] == [panel.label for panel in wanted]
-    assert [panel.picture.tobytes() for panel in panels] == [panel.picture.tobytes() for panel in wanted]
+    panels, expected = drawn_again["cam-100X.png"][0], drawn["cam-100X.png"][0]
+    assert [panel.label for panel in panels] == [panel.label for panel in expected]
+    assert [panel.picture.tobytes() for panel in panels] == [panel.picture.tobytes() for panel in expected]
 
 
-def test_a_model_without_kfde_has_panels_alone(plant, caplog):
-    out = plant("resnet10t", "resnet").parents[1]
+def test_a_model_without_kfde_has_only_panels(make_run, caplog):
+    out = make_run("resnet10t", "resnet").parents[1]
     code, _ = run_script(out)
     assert code == 0
-    assert figures(out) == {"cam-100X.png"}
+    assert written_files(out) == {"cam-100X.png"}
     assert "resnet at 100X has no KFDE layer, so no gates and branches" in caplog.messages
 
 
-def test_a_model_without_maps_is_left_out_of_the_panels(plant, caplog):
+def test_a_model_without_maps_is_left_out_of_the_panels(make_run, caplog):
     mixer = {"img_size": 64}
-    plant("mixer_s32_224", "a-mixer", **mixer)
-    out = plant("resnet10t", "resnet").parents[1]
+    make_run("mixer_s32_224", "a-mixer", **mixer)
+    out = make_run("resnet10t", "resnet").parents[1]
     code, drawn = run_script(out)
     assert code == 0
     assert list(drawn["cam-100X.png"][0][0].overlays) == ["resnet"]
@@ -252,23 +243,25 @@ def test_a_model_without_maps_is_left_out_of_the_panels(plant, caplog):
     assert f"--runs must have a model with a feature map or KFDE layers, got none in {out}" in caplog.text
 
 
-def test_a_single_run_and_several_stages(plant, tmp_path):
-    run = plant("kfde_convnextv2_atto", "KFDE", kfde_stages=[2, 3], mfdf={"kernel_sizes": [3, 3], "dilation": [1, 2]})
+def test_a_single_run_and_several_stages(make_run, tmp_path):
+    run = make_run(
+        "kfde_convnextv2_atto", "KFDE", kfde_stages=[2, 3], mfdf={"kernel_sizes": [3, 3], "dilation": [1, 2]}
+    )
     code, drawn = run_script(run)
     assert code == 0
     stages = ("stages.2", "stages.3")
-    wanted = {f"gates-KFDE-100X-{stage}.kfde.csfe.cfe.png" for stage in stages}
-    wanted |= {f"branches-KFDE-100X-{stage}.kfde.mfdf.png" for stage in stages}
-    assert figures(run) == {"cam-100X.png", "decisions.csv", *wanted}
+    expected = {f"gates-KFDE-100X-{stage}.kfde.csfe.cfe.png" for stage in stages}
+    expected |= {f"branches-KFDE-100X-{stage}.kfde.mfdf.png" for stage in stages}
+    assert written_files(run) == {"cam-100X.png", "decisions.csv", *expected}
     assert drawn["branches-KFDE-100X-stages.3.kfde.mfdf.png"][2] == ["3 x 3 px", "3 x 3 px, dilation 2 px"]
-    assert {row["module"] for row in read(run / "explain/decisions.csv")} == {
+    assert {row["module"] for row in read_rows(run / "explain/decisions.csv")} == {
         f"{stage}.kfde.{name}" for stage in stages for name in ("csfe.cfe", "mfdf")
     }
 
 
-def test_a_variant_with_other_test_images_is_not_put_beside_the_first(plant, caplog):
-    plant("resnet10t", "baseline")
-    run = plant("kfde_convnextv2_atto", "KFDE")
+def test_a_variant_with_other_test_images_is_left_out(make_run, caplog):
+    make_run("resnet10t", "baseline")
+    run = make_run("kfde_convnextv2_atto", "KFDE")
     header, _, *rest = (run / "predictions.csv").read_text().splitlines()
     (run / "predictions.csv").write_text("\n".join([header, *rest]) + "\n")
     code, drawn = run_script(run.parents[1])
@@ -278,28 +271,28 @@ def test_a_variant_with_other_test_images_is_not_put_beside_the_first(plant, cap
     assert f"on {len(rest)} of {len(rest)} test images" in drawn["gates-KFDE-100X.png"][-1]
 
 
-def test_the_first_fold_and_seed_stand_for_a_variant(plant):
+def test_the_first_fold_and_seed_represent_a_variant(make_run):
     for fold, seed in ((10, 0), (2, 1), (2, 0)):
-        plant("resnet10t" if (fold, seed) == (2, 0) else None, "resnet", fold, seed)
-    out = plant("resnet10t", "baseline", 2, 0).parents[1]
+        make_run("resnet10t" if (fold, seed) == (2, 0) else None, "resnet", fold, seed)
+    out = make_run("resnet10t", "baseline", 2, 0).parents[1]
     order = [(run["variant"], run["fold"], run["seed"]) for run in find_runs(out, None)]
     assert order == [("baseline", 2, 0), ("resnet", 2, 0), ("resnet", 2, 1), ("resnet", 10, 0)]
-    code, drawn = run_script(out)  # which would fail on the runs without a model
+    code, drawn = run_script(out)  # it would fail on the runs without a model
     assert code == 0
     assert list(drawn["cam-100X.png"][0][0].overlays) == ["baseline", "resnet"]
 
 
-def test_variants_are_in_the_order_of_the_study(plant):
+def test_variants_are_in_the_order_of_the_study(make_run):
     for variant in ("a", "b", "KFDE", "baseline"):
-        out = plant(None, variant).parents[1]
+        out = make_run(None, variant).parents[1]
     assert [run["variant"] for run in find_runs(out, None)] == ["baseline", "KFDE", "a", "b"]
     cells = [{"variant": "b"}, {"variant": "KFDE"}, {"variant": "a"}]
     (out / "results.json").write_text(json.dumps({"cells": cells}))
     assert [run["variant"] for run in find_runs(out, None)] == ["b", "KFDE", "a", "baseline"]
 
 
-def test_drawn_images_are_looked_for_beside_the_runs(plant, tmp_path):
-    run = plant(None, "KFDE")
+def test_drawn_images_are_searched_next_to_the_runs(make_run, tmp_path):
+    run = make_run(None, "KFDE")
     metrics = json.loads((run / "metrics.json").read_text()) | {"synthetic": True}
     metrics["flags"]["data_dir"] = None
     (run / "metrics.json").write_text(json.dumps(metrics))
@@ -318,12 +311,12 @@ def test_no_finished_run_is_an_error(tmp_path, caplog, unfinished):
         (out / "runs/KFDE-100X-fold0-seed0").mkdir(parents=True)
         (out / "runs/KFDE-100X-fold0-seed0/config.yaml").write_text("epochs: 1\n")
     assert run_script(out) == (2, {})
-    said = "--runs must be a directory with a finished run, which has metrics.json, got"
-    assert f"{said} {str(out)!r}" in caplog.text
+    message = "--runs must be a directory with a finished run, which has metrics.json, got"
+    assert f"{message} {str(out)!r}" in caplog.text
     assert not (out / "explain").exists()
 
 
-def test_branches_are_told_apart():
+def test_branches_have_different_names():
     layer = MFDF(8, kernel_sizes=(1, 3, 3), dilation=(1, 1, 2))
     assert branch_names(layer) == ["1 x 1 px", "3 x 3 px", "3 x 3 px, dilation 2 px"]
 

@@ -1,4 +1,3 @@
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +11,32 @@ from PIL import Image
 from predict_breakhis import main, patient_votes
 
 from tests.support.hub import needs_local_dir
+from tests.support.runs import load_input, load_with_timm, predict_with_timm, read_rows
 
 pytestmark = needs_local_dir
 CLASSES = ["A", "F", "DC"]
 QUIET = ["--num-workers", "0", "--batch-size", "2", "--device", "cpu"]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def save(folder: Path, name: str) -> Path:
+def save_checkpoint(folder: Path, name: str) -> Path:
+    """Save a timm model with random weights."""
     torch.manual_seed(0)
-    shown = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center"}
-    model = timm.create_model(name, num_classes=len(CLASSES), pretrained_cfg_overlay=shown)
+    config = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center"}
+    model = timm.create_model(name, num_classes=len(CLASSES), pretrained_cfg_overlay=config)
     with torch.no_grad():
-        model.get_classifier().weight.mul_(20)  # so that the pictures get different answers
+        model.get_classifier().weight.mul_(20)  # so that the images get different predictions
     save_model(model, folder, CLASSES, {})
     return folder
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("checkpoint"), "kfde_convnextv2_atto")
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), "kfde_convnextv2_atto")
 
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Seven pictures: five of three patients, one of them in two formats, and two of nobody known."""
+    """Write seven images: five of three patients, in three file formats, and two without a patient."""
     rng = np.random.default_rng(0)
     root = tmp_path / "images"
     names = [
@@ -60,22 +56,15 @@ def images(tmp_path) -> Path:
 
 
 def arguments(checkpoint: Path, images: Path, output: Path, *more: str) -> list[str]:
+    """Make the command line."""
     return ["--checkpoint", str(checkpoint), "--images", str(images), "--output", str(output), *QUIET, *more]
-
-
-def recompute(checkpoint: Path, path: Path) -> torch.Tensor:
-    """The probabilities by timm alone."""
-    model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    with Image.open(path) as file, torch.inference_mode():
-        return model(transform(file.convert("RGB"))[None]).softmax(1)[0]
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_every_image_is_predicted_as_by_timm_alone(checkpoint, images, tmp_path, workers):
     output = tmp_path / "new" / "predictions.csv"
     assert main(arguments(checkpoint, images, output, "--num-workers", workers)) == 0
-    rows = read(output)
+    rows = read_rows(output)
     assert list(rows[0]) == ["file", "patient", "prediction", "prob_A", "prob_F", "prob_DC"]
     assert {row["file"]: row["patient"] for row in rows} == {
         "SOB_B_A-14-1-100-001.png": "14-1",
@@ -89,28 +78,31 @@ def test_every_image_is_predicted_as_by_timm_alone(checkpoint, images, tmp_path,
     assert len(rows) == 7
     for row in rows:
         written = torch.tensor([float(row[f"prob_{name}"]) for name in CLASSES])
-        torch.testing.assert_close(written, recompute(checkpoint, images / row["file"]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(written, predict_with_timm(checkpoint, images / row["file"]), atol=1e-5, rtol=1e-4)
         assert row["prediction"] == CLASSES[written.argmax()]
     assert len({row["prediction"] for row in rows}) > 1
 
 
 def test_patients_vote(checkpoint, images, tmp_path):
     assert main(arguments(checkpoint, images, tmp_path / "out.csv")) == 0
-    rows, votes = read(tmp_path / "out.csv"), read(tmp_path / "out_patients.csv")
+    rows, votes = read_rows(tmp_path / "out.csv"), read_rows(tmp_path / "out_patients.csv")
     assert [(vote["patient"], vote["n_images"]) for vote in votes] == [("14-1", "3"), ("14-2", "1"), ("14-3AB", "1")]
     for vote in votes:
-        own = [row for row in rows if row["patient"] == vote["patient"]]
-        means = {name: sum(float(row[f"prob_{name}"]) for row in own) / len(own) for name in CLASSES}
+        images_of_patient = [row for row in rows if row["patient"] == vote["patient"]]
+        means = {
+            name: sum(float(row[f"prob_{name}"]) for row in images_of_patient) / len(images_of_patient)
+            for name in CLASSES
+        }
         assert {name: float(vote[f"prob_{name}"]) for name in CLASSES} == pytest.approx(means)
         assert vote["prediction"] == max(means, key=means.__getitem__)
-        share = sum(row["prediction"] == vote["majority"] for row in own) / len(own)
-        assert float(vote["majority_share"]) == pytest.approx(share)
+        hits = [row["prediction"] == vote["majority"] for row in images_of_patient]
+        assert float(vote["majority_share"]) == pytest.approx(sum(hits) / len(hits))
 
 
 def test_votes_by_hand():
     probabilities = np.array([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9], [0.7, 0.3], [0.2, 0.8]])
     first, second = patient_votes(["b", "b", "b", "a", "a"], probabilities, ["benign", "malignant"])[::-1]
-    # Two of three images say benign, the third is so sure of malignant that the mean follows it.
+    # Two of three images are benign, but the third is so clearly malignant that the mean follows it.
     assert (first["patient"], first["n_images"], first["prediction"], first["majority"]) == (
         "b",
         3,
@@ -123,13 +115,13 @@ def test_votes_by_hand():
     assert (second["patient"], second["majority"], second["majority_share"]) == ("a", "malignant", 0.5)
 
 
-def test_no_patient_no_vote(checkpoint, images, tmp_path):
+def test_there_is_no_vote_without_a_patient(checkpoint, images, tmp_path):
     assert main(arguments(checkpoint, images / "deep" / "er", tmp_path / "one.csv")) == 0
     assert (tmp_path / "one_patients.csv").is_file()
     for path in images.rglob("SOB_*"):
         path.unlink()
     assert main(arguments(checkpoint, images, tmp_path / "none.csv")) == 0
-    assert [row["file"] for row in read(tmp_path / "none.csv")] == ["deep/field one.jpg", "deep/field one.png"]
+    assert [row["file"] for row in read_rows(tmp_path / "none.csv")] == ["deep/field one.jpg", "deep/field one.png"]
     assert not (tmp_path / "none_patients.csv").exists()
 
 
@@ -137,8 +129,8 @@ def test_bad_files_are_named_skipped_and_counted(checkpoint, images, tmp_path, c
     good = (images / "SOB_B_A-14-1-100-001.png").read_bytes()
     (images / "cut.png").write_bytes(good[: len(good) // 2])
     (images / "deep" / "empty.png").write_bytes(b"")
-    (images / "words.jpg").write_text("no picture")
-    (images / "notes.txt").write_text("not looked at")
+    (images / "words.jpg").write_text("not an image")
+    (images / "notes.txt").write_text("no suffix of an image")
     assert main(arguments(checkpoint, images, tmp_path / "out.csv")) == 0
     skipped = [message for message in caplog.messages if message.startswith("skipped ")]
     assert [line.split(":")[0] for line in skipped] == [
@@ -148,13 +140,13 @@ def test_bad_files_are_named_skipped_and_counted(checkpoint, images, tmp_path, c
     ]
     assert all(len(line.splitlines()) == 1 for line in skipped)
     assert "7 images, 3 skipped" in caplog.messages
-    assert len(read(tmp_path / "out.csv")) == 7
+    assert len(read_rows(tmp_path / "out.csv")) == 7
 
 
 def test_nothing_to_predict_is_an_error(checkpoint, tmp_path, caplog):
     folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "bad.png").write_text("no picture")
+    (folder / "bad.png").write_text("not an image")
     assert main(arguments(checkpoint, folder, tmp_path / "out.csv")) == 2
     assert f"argument --images: must hold an image that can be used, got none in {str(folder)!r}" in caplog.messages
     assert not (tmp_path / "out.csv").exists()
@@ -163,28 +155,26 @@ def test_nothing_to_predict_is_an_error(checkpoint, tmp_path, caplog):
 def test_each_image_has_its_overlay(checkpoint, images, tmp_path):
     cams = tmp_path / "cams"
     assert main(arguments(checkpoint, images, tmp_path / "out.csv", "--cam-dir", str(cams))) == 0
-    rows = read(tmp_path / "out.csv")
+    rows = read_rows(tmp_path / "out.csv")
     files = {path.relative_to(cams).as_posix() for path in cams.rglob("*") if path.is_file()}
     assert files == {f"{row['file']}.png" for row in rows}
-    model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    model, transform = load_with_timm(checkpoint)
     for row in rows:
-        with Image.open(images / row["file"]) as file:
-            inputs = transform(file.convert("RGB"))
-        (cam,) = grad_cam(model, inputs[None], [CLASSES.index(row["prediction"])])
+        inputs = load_input(transform, images / row["file"])
+        (cam,) = grad_cam(model, inputs, [CLASSES.index(row["prediction"])])
         with Image.open(cams / f"{row['file']}.png") as written:
             assert written.size == (64, 64)
-            expected = np.asarray(overlay(as_picture(model, inputs), cam)).astype(int)
+            expected = np.asarray(overlay(as_picture(model, inputs[0]), cam)).astype(int)
             assert np.abs(np.asarray(written) - expected).mean() < 0.5
 
 
 def test_a_model_of_timm_without_kfde(images, tmp_path):
-    checkpoint = save(tmp_path / "resnet", "resnet10t")
+    checkpoint = save_checkpoint(tmp_path / "resnet", "resnet10t")
     cams = tmp_path / "cams"
     assert main(arguments(checkpoint, images, tmp_path / "out.csv", "--cam-dir", str(cams))) == 0
-    for row in read(tmp_path / "out.csv"):
+    for row in read_rows(tmp_path / "out.csv"):
         written = torch.tensor([float(row[f"prob_{name}"]) for name in CLASSES])
-        torch.testing.assert_close(written, recompute(checkpoint, images / row["file"]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(written, predict_with_timm(checkpoint, images / row["file"]), atol=1e-5, rtol=1e-4)
     assert len(list(cams.rglob("*.png"))) == 7
 
 

@@ -1,4 +1,4 @@
-"""True BreakHis files, where a checkout has them beside it; none of them is part of this repository."""
+"""Real files of BreakHis, which are not part of this repository; KFDE_DATA names their folder."""
 
 import json
 import os
@@ -20,20 +20,22 @@ DATA = Path(os.environ.get("KFDE_DATA", Path(__file__).parents[2].parent / "shar
 pytestmark = [
     pytest.mark.skipif(
         not (DATA / "breakhis-originals").is_dir(),
-        reason=f"no BreakHis images in {DATA}; KFDE_DATA names another place",
+        reason=f"no BreakHis images in {DATA}; KFDE_DATA can name another folder",
     ),
     needs_local_dir,
 ]
 
 
-@pytest.mark.parametrize(("name", "count", "many"), [("breakhis-originals", 26, 21), ("breakhis-half", 471, 37)])
-def test_every_name_parses_and_every_file_can_be_read(name, count, many):
+@pytest.mark.parametrize(
+    ("name", "num_images", "num_patients"), [("breakhis-originals", 26, 21), ("breakhis-half", 471, 37)]
+)
+def test_every_name_parses_and_every_file_can_be_read(name, num_images, num_patients):
     records = find_breakhis(DATA / name).records
-    assert len(records) == count
-    assert len(list((DATA / name).rglob("*.png"))) == count
-    assert len(patients(records)) == many
+    assert len(records) == num_images
+    assert len(list((DATA / name).rglob("*.png"))) == num_images
+    assert len(patients(records)) == num_patients
     assert len({record.labels["subtype"] for record in records}) == 8
-    assert find_faults([record.path for record in records], progress=False) == {}
+    assert find_faults([record.path for record in records]) == {}
 
 
 def test_every_name_of_the_whole_data_set_parses():
@@ -41,7 +43,7 @@ def test_every_name_of_the_whole_data_set_parses():
     records = [parse_name(Path(line.split("|")[0])) for line in lines]
     assert len(records) == 7909
     assert Counter(record.labels["binary"] for record in records) == {"benign": 2480, "malignant": 5429}
-    assert len(patients(records)) == 81  # 82 slides, of which 14-13412 under DC and under LC is one
+    assert len(patients(records)) == 81  # of 82 slides; 14-13412, filed under DC and LC, is one patient
     assert len({record.case_id for record in records}) == 70
 
 
@@ -65,8 +67,8 @@ def test_the_slide_filed_twice_is_one_group_in_the_real_tree(leak_checker, caplo
 def test_the_authors_lists_leak_the_slide_filed_twice_in_three_of_five_folds():
     lists = [DATA / "breakhis-folds" / f"dsfold{fold}.txt" for fold in range(1, 6)]
     records = [parse_name(Path(line.split("|")[0])) for line in lists[0].read_text().split()]
-    found = [leaks(official_split(records, "subtype", "patient", path, seed=0), "patient") for path in lists]
-    assert found == [["14-13412"], [], ["14-13412"], [], ["14-13412"]]
+    leaking = [leaks(official_split(records, "subtype", "patient", path, seed=0), "patient") for path in lists]
+    assert leaking == [["14-13412"], [], ["14-13412"], [], ["14-13412"]]
 
 
 def test_patches_of_carcinoma_are_found_by_their_folders():
@@ -92,7 +94,7 @@ def test_patches_of_carcinoma_are_found_by_their_folders():
         ],
     ],
 )
-def test_a_short_run_where_many_classes_are_absent(arguments, tmp_path):
+def test_a_short_run_with_many_absent_classes(arguments, tmp_path):
     small = ["--img-size", "64", "--epochs", "1", "--num-workers", "0"]
     main(["--data-dir", str(DATA / arguments[0]), "--output-dir", str(tmp_path), *small, *arguments[1:]])
     metrics = json.loads((tmp_path / "metrics.json").read_text())

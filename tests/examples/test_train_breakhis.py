@@ -323,7 +323,7 @@ def test_bad_files_are_named_counted_and_left_out(synthetic_tree, tmp_path, capl
 
 @pytest.mark.slow
 def test_shuffled_labels_give_chance(synthetic_tree, tmp_path, no_figures):
-    """A model learns from the images only: with patients' labels drawn at random, it predicts new patients by chance."""
+    """With patients' labels drawn at random, nothing that a model learns helps with new patients."""
     rng, scores = random.Random(0), []
     for trial in range(3):
         tree = tmp_path / str(trial)

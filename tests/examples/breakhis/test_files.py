@@ -17,6 +17,14 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     assert path.read_text() == "old"
 
 
+def test_the_disk_has_the_content_before_the_name(tmp_path, monkeypatch):
+    path, names = tmp_path / "file", []
+    monkeypatch.setattr("breakhis.files.fsync", lambda descriptor: names.append(path.exists()))
+    write_atomically(path, lambda part: part.write_text("new"))
+    assert names == [False]
+    assert path.read_text() == "new"
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path):
     write_csv(tmp_path / "table.csv", [{"name": "a, b", "share": 0.5}, {"name": "c", "share": None}])
     assert read_csv(tmp_path / "table.csv") == [{"name": "a, b", "share": "0.5"}, {"name": "c", "share": ""}]

@@ -34,7 +34,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
     def loss_fn(logits, targets):
         return (logits - logits.detach()).abs().sqrt().sum()  # 0, with an infinite slope
 
+    trainer = Trainer(model, optimizer, FixedRate(), loss_fn)
     with pytest.raises(FloatingPointError, match="gradient must be finite, got norm nan in epoch 1, step 1: a, b"):
-        trainer = Trainer(model, optimizer, FixedRate(), loss_fn)
         train_one_epoch(Accelerator(cpu=True), trainer, batches, 0, ["a", "b"])
     assert torch.isfinite(model.weight).all()
