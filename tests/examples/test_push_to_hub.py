@@ -114,7 +114,7 @@ def test_the_card_gives_the_scores_of_the_run_and_its_protocol(written, metrics)
     assert rows["input"] == ["RGB, 64 x 64 px"]
     assert rows["started from"] == ["random weights"]
     assert rows["licence"] == ["apache-2.0"]
-    assert "after epoch 1 of 1, chosen on validation, seed 0" in card
+    assert "from epoch 1 of 1, chosen on validation, seed 0" in card
     assert "Not a medical device" in card
 
 
