@@ -1,23 +1,26 @@
-"""Time the layers beside the textbook form of their equations, their peers and a copy of the input.
+"""Measure the layers, the textbook implementation of their equations, their peers and a copy of the input.
 
-    python benchmarks/bench_layers.py --output layers.json
+    python -m benchmarks.bench_layers --output layers.json
 
-Prints ratios and writes the measurements as JSON. The method is described in benchmarks/README.md.
+Prints ratios and writes the measurements as JSON. benchmarks/README.md describes the method.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
 
-import common
 import torch
-from candidates import Candidate, candidates
-from checks import agree, forward, forward_and_backward, in_float64, sums_agree
-from common import LAYOUTS, Problems, Settings
-from memory import peak_bytes, saved_bytes
-from schema import Row
-from timing import clocks, interleaved
 from torch import Tensor, nn
 
+from benchmarks import common
+from benchmarks.agreement import agree, sums_agree
+from benchmarks.calls import Call, forward, forward_and_backward, in_float64
+from benchmarks.candidates import Candidate, candidates
+from benchmarks.common import LAYOUTS, Problems, Settings
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.schema import Row
+from benchmarks.timing import Key, clocks, interleaved
 from kfde_layers.testing import random_tensor
 
 SHAPES = {
@@ -33,17 +36,38 @@ SWEEP_CHANNELS = (64, 128, 256, 512, 1024)
 SWEEP_BATCHES = (1, 2, 4, 8, 16, 32)
 SWEPT = {("CSFE", "auto"), ("CSFE", "textbook")}
 
-Call = Callable[[], tuple[Tensor, ...]]
 Shape = tuple[int, int, int, int]
+Choice = Callable[[Candidate], bool]
 
 
 def sweep_shapes() -> list[Shape]:
-    """Map size, channels and batch, each varied alone."""
+    """List the shapes of a sweep: map size, channels and batch, each varied alone."""
     batch, channels, side, _ = SWEEP_BASE
-    varied = [(batch, channels, size, size) for size in SWEEP_SIDES]
-    varied += [(batch, count, side, side) for count in SWEEP_CHANNELS]
-    varied += [(count, channels, side, side) for count in SWEEP_BATCHES]
-    return sorted(set(varied))
+    shapes = [(batch, channels, size, size) for size in SWEEP_SIDES]
+    shapes += [(batch, count, side, side) for count in SWEEP_CHANNELS]
+    shapes += [(count, channels, side, side) for count in SWEEP_BATCHES]
+    return sorted(set(shapes))
+
+
+class Task(NamedTuple):
+    """A piece of work, with its tensors."""
+
+    work: str
+    """An element of `WORK`."""
+    x: Tensor
+    """The input, (N, C, H, W)."""
+    cotangent: Tensor
+    """The gradient of the output, of the shape of `x`."""
+
+    def call(self, module: nn.Module) -> Call:
+        """Make the call of a module that is measured."""
+        if self.work == "forward":
+            return forward(module, self.x)
+        return forward_and_backward(module, self.x, self.cotangent)
+
+    def in_float64(self) -> "Task":
+        """Return the same task on tensors in float64."""
+        return Task(self.work, self.x.double(), self.cotangent.double())
 
 
 def measure(
@@ -52,82 +76,86 @@ def measure(
     work: str,
     settings: Settings,
     problems: Problems,
-    wanted: Callable[[Candidate], bool] = lambda candidate: True,
+    chosen: Choice = lambda candidate: True,
 ) -> Iterator[Row]:
-    """Time every candidate at one piece of work in the same rounds; who fails the check is named in `problems`."""
-    torch.compiler.reset()  # what was compiled for another shape would only count against the limit
+    """Measure the candidates on one piece of work, in the same rounds.
+
+    Args:
+        shape: Shape of the input, (N, C, H, W).
+        layout: A key of `LAYOUTS`.
+        work: An element of `WORK`.
+        settings: How to measure.
+        problems: Collects the candidates that have no number, and why.
+        chosen: Says of a candidate whether it is measured.
+    """
+    torch.compiler.reset()  # the code compiled for other shapes would count against the limit
     torch.manual_seed(settings.seed)
     x, cotangent = (
         random_tensor(*shape, seed=seed, dtype=settings.dtype, device=settings.device, memory_format=LAYOUTS[layout])
         for seed in (settings.seed, settings.seed + 1)
     )
-
-    def call_of(module: nn.Module, x: Tensor, cotangent: Tensor) -> Call:
-        return forward(module, x) if work == "forward" else forward_and_backward(module, x, cotangent)
-
-    calls: dict[tuple[str, str], Call] = {("floor", "copy"): lambda: (x.clone(),)}
+    calls: dict[Key, Call] = {("floor", "copy"): lambda: (x.clone(),)}
     if settings.device == "cpu":
         calls["floor", "sigmoid"] = lambda: (x.sigmoid(),)
-    saved: dict[tuple[str, str], int] = {}
-    judged: dict[str, tuple[Tensor, ...]] = {}
-    for subject, name, module, plain in filter(
-        wanted, candidates(shape[1], settings.device, settings.dtype, settings.compiled)
-    ):
-        call = call_of(module.train(work != "forward"), x, cotangent)
-        where = f"{subject} {name}, {shape} {layout} {work}"
-        try:
-            results = call()
-        except (NotImplementedError, torch.OutOfMemoryError) as error:
-            problems.skipped.append(f"{where}: {common.reason(error)}")
-            continue
-        except Exception as error:  # one candidate that breaks must not cost the others their numbers
-            problems.failures.append(f"{where}: {common.reason(error)}")
-            continue
-        if plain is not None:
-            if subject not in judged:
-                exact = call_of(in_float64(plain), x.double(), cotangent.double())
-                judged[subject] = exact()
-            pairs = list(zip(results, judged[subject], strict=True))  # two maps, then the parameters' gradients
-            if not (all(agree(*pair) for pair in pairs[:2]) and all(sums_agree(*pair) for pair in pairs[2:])):
-                problems.failures.append(f"{where}: WRONG beside the textbook form in float64, so there is no number")
-                continue
-        calls[subject, name] = call
+    saved: dict[Key, int] = {}
+    modules = filter(chosen, candidates(shape[1], settings.device, settings.dtype, settings.compiled))
+    for module, key, call in _correct(modules, Task(work, x, cotangent), f"{shape} {layout} {work}", problems):
+        calls[key] = call
         if work != "forward":
-            leaf = x.clone().requires_grad_()
-            saved[subject, name] = saved_bytes(lambda module=module, leaf=leaf: module(leaf), module.parameters())
-    del judged
+            saved[key] = saved_bytes(partial(module, x.clone().requires_grad_()), module.parameters())
 
     peaks = {key: peak_bytes(call, settings.device) for key, call in calls.items()}
     baselines = {key: _baselines(key[0], calls) for key in calls}
     timed = interleaved(clocks(calls, settings.device, settings.run_time), baselines, settings.rounds, settings.repeats)
-    for (subject, name), (method, ms, over) in timed.items():
-        yield {
-            "subject": subject,
-            "candidate": name,
-            "shape": list(shape),
-            "layout": layout,
-            "work": work,
-            "method": method,
-            "ms": ms,
-            "over": over,
-            "input_bytes": x.numel() * x.element_size(),
-            "peak_bytes": peaks[subject, name],
-            "saved_bytes": saved.get((subject, name)),
-        }
+    yield from common.rows(timed, peaks, saved, x, layout, work)
 
 
-def _baselines(subject: str, calls: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """What a subject's times are divided by: label and key, of those that are there."""
-    found = {name: (subject, name) for name in ("textbook", "textbook compiled")} | {"copy": ("floor", "copy")}
+def _correct(
+    modules: Iterable[Candidate], task: Task, where: str, problems: Problems
+) -> Iterator[tuple[nn.Module, Key, Call]]:
+    """Yield the module, the key and the call of each candidate that runs and gives the exact result."""
+    exact_results: dict[str, tuple[Tensor, ...]] = {}
+    for subject, name, module, plain in modules:
+        call = task.call(module.train(task.work != "forward"))
+        title = f"{subject} {name}, {where}"
+        try:
+            results = call()
+        except (NotImplementedError, torch.OutOfMemoryError) as error:
+            problems.skipped.append(f"{title}: {common.reason(error)}")
+            continue
+        except Exception as error:  # one candidate that fails must not cost the others their numbers
+            problems.failures.append(f"{title}: {common.reason(error)}")
+            continue
+        if plain is not None:
+            if subject not in exact_results:
+                exact_results[subject] = task.in_float64().call(in_float64(plain))()
+            if not _agree(results, exact_results[subject]):
+                problems.failures.append(
+                    f"{title}: WRONG, differs from the textbook implementation in float64, so it has no number"
+                )
+                continue
+        yield module, (subject, name), call
+
+
+def _agree(results: tuple[Tensor, ...], exact_results: tuple[Tensor, ...]) -> bool:
+    """Compare results: the output and the gradient of x, which are maps, then the gradients of the parameters."""
+    pairs = list(zip(results, exact_results, strict=True))
+    return all(agree(*pair) for pair in pairs[:2]) and all(sums_agree(*pair) for pair in pairs[2:])
+
+
+def _baselines(subject: str, calls: Iterable[Key]) -> dict[str, Key]:
+    """Return label and key of the calls that a subject's times are divided by, as far as they exist."""
+    keys = {name: (subject, name) for name in ("textbook", "textbook compiled")} | {"copy": ("floor", "copy")}
     if subject == "MFDF":
-        found["depthwise 7x7"] = ("peer", "depthwise 7x7")
-    return {label: key for label, key in found.items() if key in calls}
+        keys["depthwise 7x7"] = ("peer", "depthwise 7x7")
+    return {label: key for label, key in keys.items() if key in calls}
 
 
 def main() -> None:
-    parser = common.parser(__doc__)
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to compile")
-    parser.add_argument("--sweep", action="store_true", help="CSFE over map sizes, channels and batches instead")
+    """Run the command."""
+    parser = common.parser("bench_layers", __doc__)
+    parser.add_argument("--no-compile", action="store_true", help="do not measure compiled modules")
+    parser.add_argument("--sweep", action="store_true", help="measure CSFE over map sizes, channels and batches")
     args = parser.parse_args()
     settings = common.start(args, compiled=not (args.no_compile or args.sweep))
 
@@ -135,13 +163,13 @@ def main() -> None:
     shapes = sweep_shapes() if args.sweep else SHAPES[args.device]
     layouts = ["contiguous"] if args.sweep else list(LAYOUTS)
 
-    def wanted(candidate: Candidate) -> bool:
-        return not args.sweep or candidate[:2] in SWEPT
+    def chosen(candidate: Candidate) -> bool:
+        return not args.sweep or (candidate.subject, candidate.name) in SWEPT
 
     for shape, layout, work in itertools.product([QUICK_SHAPE] if args.quick else shapes, layouts, WORK):
-        found = list(measure(shape, layout, work, settings, problems, wanted))
-        common.show(found)
-        rows += found
+        new_rows = list(measure(shape, layout, work, settings, problems, chosen))
+        common.show(new_rows)
+        rows += new_rows
     common.finish("sweep" if args.sweep else "layers", args, settings, rows, problems)
 
 

@@ -1,17 +1,17 @@
-"""What is timed on one shape: the layers in every form, and their peers."""
+"""The modules that are measured on one shape: every implementation of each layer, and their peers."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import textbook
 import torch
-from checks import same_parameters
 from timm.layers import EcaModule, SEModule
 from timm.layers.cbam import CbamModule
 from timm.layers.selective_kernel import SelectiveKernel
 from torch import nn
 
 import kfde_layers
+from benchmarks import textbook
+from benchmarks.calls import copy_parameters
 from kfde_layers.testing import scatter_parameters
 
 LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], nn.Module]]] = {
@@ -20,6 +20,7 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], nn.Module]]] =
     "CSFE": (kfde_layers.CSFE, textbook.CSFE),
     "MFDF": (kfde_layers.MFDF, textbook.MFDF),
 }
+"""The layer and its textbook implementation."""
 IMPLS = ("auto", "fused", "reference")
 COMPILED = ("CSFE", "MFDF")  # compiling all four would take most of a run
 PEERS: dict[str, Callable[[int], nn.Module]] = {
@@ -32,28 +33,40 @@ PEERS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Candidate(NamedTuple):
-    """One line of the tables."""
+    """A module to measure; one line of the tables."""
 
-    subject: str  # the layer, or "peer"
+    subject: str
+    """The layer, or "peer"."""
     name: str
+    """The implementation or the peer."""
     module: nn.Module
-    plain: nn.Module | None  # the textbook form of what the candidate claims to compute
+    """The module itself."""
+    plain: nn.Module | None
+    """The textbook implementation that the results are compared with; None: nothing is compared."""
 
 
 def candidates(channels: int, device: str, dtype: torch.dtype, compiled: bool) -> list[Candidate]:
-    """Every module to time; all forms of a layer have the same parameters."""
-    found: list[Candidate] = []
+    """Make every module to measure. All implementations of a layer have the same parameters.
+
+    Args:
+        channels: Number of channels of the input.
+        device: "cpu" or "cuda".
+        dtype: Dtype of the parameters.
+        compiled: Whether to add compiled implementations.
+    """
+    modules: list[Candidate] = []
     for subject, (make, make_plain) in LAYERS.items():
         plain = make_plain(channels).to(device, dtype)
         scatter_parameters(plain, deviation=0.1)
-        forms = {"textbook": plain}
+        implementations = {"textbook": plain}
         for impl in IMPLS:
-            forms[impl] = make(channels, impl=impl).to(device, dtype)
-            same_parameters(plain, forms[impl])
+            implementations[impl] = make(channels, impl=impl).to(device, dtype)
+            copy_parameters(plain, implementations[impl])
         if compiled and subject in COMPILED:
             for name in ("textbook", "auto"):
-                forms[f"{name} compiled"] = torch.compile(forms[name], dynamic=False)
-        # In 16 bits the textbook form rounds its own gates shut: there it is a clock, and claims nothing.
-        exact = {name for name in forms if not name.startswith("textbook") or dtype is torch.float32}
-        found += [Candidate(subject, name, form, plain if name in exact else None) for name, form in forms.items()]
-    return found + [Candidate("peer", name, make(channels).to(device, dtype), None) for name, make in PEERS.items()]
+                implementations[f"{name} compiled"] = torch.compile(implementations[name], dynamic=False)
+        for name, module in implementations.items():
+            # In 16 bits the textbook implementation rounds its own gates shut: it is timed only, not compared.
+            compared = dtype is torch.float32 or not name.startswith("textbook")
+            modules.append(Candidate(subject, name, module, plain if compared else None))
+    return modules + [Candidate("peer", name, make(channels).to(device, dtype), None) for name, make in PEERS.items()]

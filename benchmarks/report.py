@@ -1,17 +1,17 @@
-"""Turn results into Markdown, and into the figures of plots.py.
+"""Turn results into a page: Markdown, and the figures of plots.py.
 
-python benchmarks/report.py benchmarks/results/0.1.0/*.json --output report
+python -m benchmarks.report benchmarks/results/0.1.0/*.json --output report
 """
 
-import argparse
 import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import plots
-from schema import Result, Row, best, load
-from targets import verdicts
+from benchmarks import plots
+from benchmarks.arguments import command_parser
+from benchmarks.schema import Result, Row, best, load
+from benchmarks.targets import verdicts
 
 MODELS = ("kfde", "backbone", "kfde compiled", "backbone compiled")
 OURS = ("auto", "fused", "reference", "auto compiled", "kfde", "kfde compiled")
@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def page(results: Sequence[Result]) -> str:
-    """All results, as the part of a page below a heading of the second level."""
+    """Write all results in Markdown, with headings from the third level."""
     if not results:
         return "No figures of this version are there yet."
     parts = ["### Targets", targets_table(results)]
@@ -30,19 +30,19 @@ def page(results: Sequence[Result]) -> str:
 
 
 def section(result: Result) -> list[str]:
-    """One result: how it was taken, its summary, its figure and every row."""
+    """Write the parts of one result: how it was measured, its summary, its figure and every row."""
     titles = {"layers": "Layers", "sweep": "Cost of CSFE", "models": "Models"}
     machine, versions = result["machine"], result["versions"]
-    used = ", ".join(f"{name} {number}" for name, number in versions.items() if number is not None)
+    libraries = ", ".join(f"{name} {number}" for name, number in versions.items() if number is not None)
     drivers = [f"{name} {machine[name]}" for name in ("driver", "cuda") if machine[name] is not None]
     parts = [
         f"### {titles[result['suite']]} on {machine['name']}, {result['dtype']}",
         f"{result['date']}; {result['rounds']} rounds, best of {result['repeats']}, seed {result['seed']}; "
-        + ", ".join([f"{machine['threads']} threads", *drivers, used])
+        + ", ".join([f"{machine['threads']} threads", *drivers, libraries])
         + ".",
     ]
     if result["suite"] == "layers":
-        parts.append('Time of `impl="auto"` over that of the textbook form:')
+        parts.append('Time of `impl="auto"` over that of the textbook implementation:')
         parts.append(summary(result["rows"]))
     if result["suite"] != "models":
         parts.append(f"![{titles[result['suite']]}, plotted](figures/{stem(result)}.svg)")
@@ -55,25 +55,25 @@ def section(result: Result) -> list[str]:
 
 
 def stem(result: Result) -> str:
-    """A name for the files of a result."""
+    """Return a name for the files of a result."""
     machine = re.sub(r"\W+", "-", result["machine"]["name"].lower()).strip("-")
     return f"{result['suite']}-{machine}-{result['dtype']}"
 
 
 def figures(results: Sequence[Result]) -> dict[str, bytes]:
-    """SVG by file name."""
+    """Draw the figures of all results: SVG by file name."""
     draw = {"layers": plots.bandwidth, "sweep": plots.cost}
     return {f"{stem(result)}.svg": draw[result["suite"]](result) for result in results if result["suite"] in draw}
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int) -> str:
-    """A Markdown table whose first columns are text and whose others are numbers."""
+    """Write a Markdown table, of which the first columns are text and the rest are numbers."""
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
 def targets_table(results: Sequence[Result]) -> str:
-    """Targets beside what was measured."""
+    """Write the table of targets and measured numbers."""
     lines = []
     for verdict in verdicts(results):
         target, measured, where = verdict
@@ -83,7 +83,7 @@ def targets_table(results: Sequence[Result]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The ratio to the textbook form of each layer's "auto", a line per shape."""
+    """Write the table of the ratios of "auto" to the textbook implementation: a line for each layer and shape."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         if row["candidate"] == "auto" and "textbook" in row["over"]:
@@ -95,7 +95,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def pieces_of_work(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows that were timed together, under the name of what they did."""
+    """Group the rows that were measured together, each group with the name of its work."""
 
     def work(row: Row) -> str:
         return f"{tuple(row['shape'])}, {row['layout']}, {row['work']}"
@@ -104,6 +104,7 @@ def pieces_of_work(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def layers_table(rows: Sequence[Row]) -> str:
+    """Write the table of one piece of work with layers."""
     labels = [label for label in ("textbook", "textbook compiled", "copy") if any(label in row["over"] for row in rows)]
     lines = [
         (
@@ -116,11 +117,19 @@ def layers_table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    header = ("layer", "form", "ms (quartiles)", *(f"/ {label}" for label in labels), "peak / input", "saved / input")
+    header = (
+        "layer",
+        "candidate",
+        "ms (quartiles)",
+        *(f"/ {label}" for label in labels),
+        "peak / input",
+        "saved / input",
+    )
     return table(header, lines, 2)
 
 
 def models_table(rows: Sequence[Row]) -> str:
+    """Write the table of one piece of work with models."""
     lines = []
     for row in rows:
         label = "backbone compiled" if row["candidate"].endswith("compiled") else "backbone"
@@ -140,24 +149,25 @@ def models_table(rows: Sequence[Row]) -> str:
 
 
 def milliseconds(row: Row) -> str:
+    """Write the time of a row: median and quartiles."""
     ms = best(row["ms"])
     return f"{ms['median']:.3g} ({ms['q1']:.3g}-{ms['q3']:.3g})"
 
 
 def ratio(row: Row, label: str) -> str:
-    """Time over that of the baseline, a loss said in words."""
+    """Write the time of a row over that of a baseline, and mark a loss with the word."""
     if label not in row["over"]:
         return ""
     return f"{best(row['over'][label])['median']:.2f}" + (" loss" if is_loss(row, label) else "")
 
 
 def is_loss(row: Row, label: str) -> bool:
-    """Whether a form of ours took longer than what it is measured against."""
+    """Return whether a candidate of this package took longer than the baseline that it competes with."""
     return row["candidate"] in OURS and label in RIVALS and best(row["over"][label])["median"] > 1
 
 
 def row_line(row: Row) -> str:
-    """A row for the terminal."""
+    """Write a row for the terminal."""
     ratios = [f"{ratio(row, label)} / {label}" for label in row["over"] if label != row["candidate"]]
     unit, name = (MIB, "MiB") if row["candidate"] in MODELS else (row["input_bytes"], "of x")
     memory = [f"peak {row['peak_bytes'] / unit:.2f} {name}"]
@@ -168,7 +178,8 @@ def row_line(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command."""
+    parser = command_parser("report", __doc__)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True, help="folder for report.md and figures/")
     args = parser.parse_args()

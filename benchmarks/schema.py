@@ -1,4 +1,4 @@
-"""What a result file holds, and whether a given one does."""
+"""The content of a result file, and a check of it."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 
 class Spread(TypedDict):
-    """Of one repetition's rounds."""
+    """Median and quartiles over the rounds of one repetition."""
 
     median: float
     q1: float
@@ -16,22 +16,35 @@ class Spread(TypedDict):
 
 
 class Row(TypedDict):
-    """One candidate at one piece of work. The lists hold one spread per repetition."""
+    """One candidate on one piece of work. The lists hold one spread per repetition."""
 
-    subject: str  # the layer or model, or "peer" or "floor"
+    subject: str
+    """The layer or the size of the model, or "peer" or "floor"."""
     candidate: str
+    """The implementation, the model, the peer or the floor."""
     shape: list[int]
+    """Shape of the input, (N, C, H, W)."""
     layout: Literal["contiguous", "channels_last"]
+    """Memory format of the input."""
     work: Literal["forward", "forward+backward", "inference", "training", "checkpointed training"]
+    """What is done with the input."""
     method: Literal["timer", "cuda graph", "cuda events"]
+    """How the time was taken."""
     ms: list[Spread]
-    over: dict[str, list[Spread]]  # time over that of a baseline, taken round by round
+    """Time, in ms."""
+    over: dict[str, list[Spread]]
+    """Time over that of a baseline, taken round by round."""
     input_bytes: int
+    """Memory of the input."""
     peak_bytes: int
-    saved_bytes: int | None  # for backward, where there is one
+    """Memory held at most, see README.md."""
+    saved_bytes: int | None
+    """Memory kept for backward; None: there is no backward pass."""
 
 
 class Machine(TypedDict):
+    """The machine of a run."""
+
     device: Literal["cpu", "cuda"]
     name: str
     threads: int
@@ -40,6 +53,8 @@ class Machine(TypedDict):
 
 
 class Versions(TypedDict):
+    """Versions of Python and the libraries."""
+
     kfde_layers: str
     torch: str
     timm: str
@@ -48,7 +63,7 @@ class Versions(TypedDict):
 
 
 class Result(TypedDict):
-    """One run of one script."""
+    """One run of one command."""
 
     suite: Literal["layers", "sweep", "models"]
     date: str
@@ -59,12 +74,14 @@ class Result(TypedDict):
     rounds: int
     repeats: int
     rows: list[Row]
-    failures: list[str]  # candidates without a number because they compute something else
-    skipped: list[str]  # because they cannot run here, or there was no time
+    failures: list[str]
+    """Candidates without a number because they compute something else or fail."""
+    skipped: list[str]
+    """Candidates without a number because they cannot run here, or there was no time."""
 
 
 def best(repetitions: list[Spread]) -> Spread:
-    """The repetition with the lowest median."""
+    """Return the repetition with the lowest median."""
     return min(repetitions, key=lambda spread: spread["median"])
 
 
@@ -72,7 +89,7 @@ def load(path: Path) -> Result:
     """Read and validate a result file.
 
     Raises:
-        ValueError: The file is no result; the message names the file and the place.
+        ValueError: The file is not a result; the message names the file and the place.
     """
     result = json.loads(path.read_text())
     try:
@@ -82,10 +99,10 @@ def load(path: Path) -> Result:
 
 
 def validate(result: Any) -> Result:
-    """Return `result` if it is one.
+    """Return `result` if it is a `Result`.
 
     Raises:
-        ValueError: It is not; the message names the place, what is wanted there and what was found.
+        ValueError: It is not; the message names the place, the wanted value and the actual one.
     """
     _check("result", result, Result)
     for index, row in enumerate(result["rows"]):
@@ -101,6 +118,7 @@ def validate(result: Any) -> Result:
 
 
 def _check(where: str, value: Any, wanted: Any) -> None:
+    """Refuse a value that does not have the wanted type."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if is_typeddict(wanted):
         _check(where, value, dict)

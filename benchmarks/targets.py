@@ -1,34 +1,46 @@
-"""Targets of the layers and models, and whether a measurement meets it."""
+"""Targets of the layers and models, and whether measurements meet them."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from schema import Result, Row, best
+from benchmarks.schema import Result, Row, best
 
-Measure = Callable[[Row, list[Row]], float | None]  # a row and those measured with it; None: the row lacks it
+Measure = Callable[[Row, list[Row]], float | None]
+"""From a row and all rows of its result to a number; None if the row has no such number."""
 
 
 class Target(NamedTuple):
-    """A bound that every row it speaks of must keep."""
+    """A bound on a number of some rows."""
 
     what: str
+    """Name of the target."""
     device: str
+    """Device of the results that it applies to."""
     dtypes: tuple[str, ...]
-    speaks_of: Callable[[Row], bool]
+    """Dtypes of the results that it applies to."""
+    applies_to: Callable[[Row], bool]
+    """Whether it applies to a row of these results."""
     measure: Measure
+    """The number."""
     bound: float
+    """The bound."""
     at_least: bool = False
+    """Whether the bound is a lower one."""
 
 
 class Verdict(NamedTuple):
-    """A target and the row that keeps it worst."""
+    """A target and the row that is worst for it."""
 
     target: Target
+    """The target."""
     measured: float | None
+    """The number of that row; None: there is no row."""
     where: str
+    """The input and the work of that row."""
 
     @property
     def word(self) -> str:
+        """Whether the target is met, as a word of the table."""
         if self.measured is None:
             return "not measured"
         bound = self.target.bound
@@ -36,29 +48,29 @@ class Verdict(NamedTuple):
 
 
 def verdicts(results: Iterable[Result]) -> list[Verdict]:
-    """The verdict on each target of the devices that were measured."""
+    """Judge each target of the devices that were measured."""
     results = [result for result in results if result["suite"] != "sweep"]
-    found = []
+    judged = []
     for target in TARGETS:
         on_device = [result for result in results if result["machine"]["device"] == target.device]
         measured = []
         for result in on_device:
-            for row in filter(target.speaks_of, result["rows"] if result["dtype"] in target.dtypes else []):
+            for row in filter(target.applies_to, result["rows"] if result["dtype"] in target.dtypes else []):
                 value = target.measure(row, result["rows"])
                 if value is not None:
                     where = f"{tuple(row['shape'])} {row['layout']} {row['work']}, {result['dtype']}"
                     measured.append((value, where))
         if measured:
-            found.append(Verdict(target, *(min if target.at_least else max)(measured)))
+            judged.append(Verdict(target, *(min if target.at_least else max)(measured)))
         elif on_device:
-            found.append(Verdict(target, None, ""))
-    return found
+            judged.append(Verdict(target, None, ""))
+    return judged
 
 
 def rows(subject: str, *work: str, candidate: str = "auto", side: int = 0, layout: str = "") -> Callable[[Row], bool]:
-    """Rows of a subject, by default its "auto" on every map and in every layout."""
+    """Choose rows of a subject, by default those of "auto" on every map and in every layout."""
 
-    def speaks_of(row: Row) -> bool:
+    def applies_to(row: Row) -> bool:
         return (
             (row["subject"], row["candidate"]) == (subject, candidate)
             and row["work"] in work
@@ -66,30 +78,35 @@ def rows(subject: str, *work: str, candidate: str = "auto", side: int = 0, layou
             and layout in ("", row["layout"])
         )
 
-    return speaks_of
+    return applies_to
 
 
 def over(label: str) -> Measure:
+    """Measure the time over that of a baseline."""
     return lambda row, _: best(row["over"][label])["median"] if label in row["over"] else None
 
 
 def speed_over(label: str) -> Measure:
+    """Measure the speed over that of a baseline."""
     return lambda row, _: 1 / best(row["over"][label])["median"] if label in row["over"] else None
 
 
 def peak(row: Row, _: list[Row]) -> float:
+    """Measure the peak memory over that of the input."""
     return row["peak_bytes"] / row["input_bytes"]
 
 
 def saved(row: Row, _: list[Row]) -> float | None:
+    """Measure the memory kept for backward over that of the input."""
     return None if row["saved_bytes"] is None else row["saved_bytes"] / row["input_bytes"]
 
 
-def peak_over_backbone(row: Row, measured: list[Row]) -> float | None:
-    same = ("subject", "shape", "layout", "work")
-    for other in measured:
-        if other["candidate"] == "backbone" and all(other[key] == row[key] for key in same):
-            return row["peak_bytes"] / other["peak_bytes"]
+def peak_over_backbone(row: Row, rows: list[Row]) -> float | None:
+    """Measure the peak memory over that of the backbone on the same work."""
+    keys = ("subject", "shape", "layout", "work")
+    for backbone in rows:
+        if backbone["candidate"] == "backbone" and all(backbone[key] == row[key] for key in keys):
+            return row["peak_bytes"] / backbone["peak_bytes"]
     return None
 
 

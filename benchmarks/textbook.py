@@ -1,4 +1,4 @@
-"""The equations as one would first write them in eager PyTorch: what the layers are measured against."""
+"""The equations in plain PyTorch, written as directly as possible. The layers are measured against these."""
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ class CFE(nn.Module):
         r = torch.sigmoid(self.norm(x) * w_gamma)
         w1 = torch.where(r > 0.5, torch.ones_like(r), r)
         w2 = torch.where(r > 0.5, torch.zeros_like(r), r)
-        first, second = (w1 * x).chunk(2, dim=1)
-        weak_first, weak_second = (w2 * x).chunk(2, dim=1)
-        return torch.cat((first + weak_second, second + weak_first), dim=1)
+        x1_first, x1_second = (w1 * x).chunk(2, dim=1)
+        x2_first, x2_second = (w2 * x).chunk(2, dim=1)
+        return torch.cat((x1_first + x2_second, x1_second + x2_first), dim=1)
 
 
 class SFE(nn.Module):
@@ -34,7 +34,7 @@ class SFE(nn.Module):
 
 
 class CSFE(nn.Module):
-    """Both branches, summed or one behind the other."""
+    """CFE and SFE, summed or one after the other."""
 
     def __init__(self, channels: int, arrangement: str = "parallel", fusion: str = "sum") -> None:
         super().__init__()

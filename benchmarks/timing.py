@@ -1,4 +1,4 @@
-"""How long calls take beside each other: interleaved rounds, and ratios taken within a round."""
+"""Time calls in interleaved rounds, and take their ratios within a round."""
 
 import statistics
 import timeit
@@ -6,39 +6,45 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from schema import Spread
+
+from benchmarks.schema import Spread
 
 Call = Callable[[], object]
 Key = tuple[str, str]  # subject and candidate
 Result = TypeVar("Result")
 
-CALLS_PER_GRAPH = 10  # so that the launch of a graph weighs nothing beside the kernels in it
+CALLS_PER_GRAPH = 10  # enough that launching a graph takes no time next to the kernels in it
 
 
 class Timed(NamedTuple):
-    """What one call took; the lists hold one spread per repetition."""
+    """Times of one call. The lists hold one spread per repetition."""
 
     method: str
+    """How it was timed, see `Row` of the schema."""
     ms: list[Spread]
+    """Time, in ms."""
     over: dict[str, list[Spread]]
+    """Time over that of a baseline, by the baseline's label."""
 
 
 class Clock(Protocol):
-    """Times one call; made once per call, which is also the warm-up."""
+    """Times one call. There is one clock per call, and making it warms the call up."""
 
     method: str
 
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """Time the call once, in s."""
+        ...
 
 
 class CpuClock:
-    """Repeats the call for about `run_time` seconds."""
+    """Times the call by repeating it for about `run_time` s."""
 
     method = "timer"
 
     def __init__(self, call: Call, run_time: float) -> None:
         self.timer = timeit.Timer(call)
-        call()  # what is done once, as the making of a plan
+        call()  # does what is done once only, such as the choice of a convolution algorithm
         self.loops = max(1, round(run_time * 3 / self.timer.timeit(3)))
 
     def seconds(self) -> float:
@@ -46,7 +52,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """Replays a graph of the call between two events, or launches the call where it cannot be captured."""
+    """Times a CUDA graph of the call, or the call itself if it cannot be captured, between two CUDA events."""
 
     def __init__(self, call: Call, run_time: float, pool: object | None) -> None:
         self.run, self.calls, self.method = call, 1, "cuda events"
@@ -56,7 +62,7 @@ class GpuClock:
             try:
                 graph, _ = captured(call, CALLS_PER_GRAPH, pool)
                 self.run, self.calls, self.method = graph.replay, CALLS_PER_GRAPH, "cuda graph"
-            except RuntimeError:  # the call waits for the device, which a graph cannot hold
+            except RuntimeError:  # the call waits for the device, which a graph cannot contain
                 torch.cuda.synchronize()
         self.loops = 3
         self.loops = max(1, round(run_time / (self.calls * self.seconds())))
@@ -72,7 +78,7 @@ class GpuClock:
 
 
 def captured(call: Callable[[], Result], calls: int = 1, pool: object = None) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A CUDA graph of so many calls, and where the last of them leaves its result."""
+    """Capture a CUDA graph of `calls` calls, and return it with the result that the last call writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -86,13 +92,13 @@ def captured(call: Callable[[], Result], calls: int = 1, pool: object = None) ->
 
 
 def clocks(calls: Mapping[Key, Call], device: str, run_time: float, graphs: bool = True) -> dict[Key, Clock]:
-    """A clock for each call, warmed up.
+    """Make a clock for each call, warmed up.
 
     Args:
-        calls: By key.
+        calls: The calls by key.
         device: "cpu" or "cuda".
-        run_time: Of one visit to one call, in seconds.
-        graphs: Whether to capture the calls on a GPU. The graphs share their memory, as only one runs at a time.
+        run_time: Time of one visit to one call, in s.
+        graphs: Whether to capture the calls on a GPU. The graphs share their memory, because only one runs at a time.
     """
     if device == "cpu":
         return {name: CpuClock(call, run_time) for name, call in calls.items()}
@@ -103,13 +109,13 @@ def clocks(calls: Mapping[Key, Call], device: str, run_time: float, graphs: bool
 def interleaved(
     clocks: Mapping[Key, Clock], baselines: Mapping[Key, Mapping[str, Key]], rounds: int, repeats: int
 ) -> dict[Key, Timed]:
-    """Visit each clock once per round, so that a disturbance of the machine meets all alike.
+    """Read each clock once per round, so that a disturbance of the machine affects all calls alike.
 
     Args:
-        clocks: By key.
-        baselines: For each key, what its time is divided by: label and key of a clock.
-        rounds: In each repetition.
-        repeats: How often the rounds are repeated.
+        clocks: The clocks by key.
+        baselines: For each key, label and key of the clocks that its time is divided by.
+        rounds: Number of rounds in each repetition.
+        repeats: Number of repetitions.
     """
     timed = {name: Timed(clock.method, [], {label: [] for label in baselines[name]}) for name, clock in clocks.items()}
     for _ in range(repeats):
@@ -119,12 +125,13 @@ def interleaved(
                 seconds[name].append(clock.seconds())
         for name, (_, ms, over) in timed.items():
             ms.append(spread([1e3 * value for value in seconds[name]]))
-            for label, other in baselines[name].items():
-                over[label].append(spread([a / b for a, b in zip(seconds[name], seconds[other], strict=True)]))
+            for label, baseline in baselines[name].items():
+                ratios = [time / base for time, base in zip(seconds[name], seconds[baseline], strict=True)]
+                over[label].append(spread(ratios))
     return timed
 
 
 def spread(values: list[float]) -> Spread:
-    """Median and quartiles, to five digits."""
+    """Return median and quartiles, to five digits."""
     low, middle, high = (float(f"{value:.5g}") for value in statistics.quantiles(values, n=4, method="inclusive"))
     return {"median": middle, "q1": low, "q3": high}

@@ -1,4 +1,4 @@
-"""Put the committed benchmark results into the page while the site is built, so that no figure is kept twice."""
+"""Write the committed benchmark results into the page when the site is built, so that no number is kept twice."""
 
 import sys
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- results -->"
 
-sys.path.append(str(BENCHMARKS))
-import report  # noqa: E402
-import schema  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from benchmarks import report, schema  # noqa: E402
 
 
 def newest() -> list[schema.Result]:
-    """The results of the newest version that has any, in order of their names."""
-    paths = sorted((BENCHMARKS / "results").glob("*/*.json"))
+    """Load the results of the newest version that has any, in the order of their names."""
+    paths = sorted(RESULTS.glob("*/*.json"))
     version = max((tuple(map(int, path.parent.name.split("."))) for path in paths), default=())
     return [schema.load(path) for path in paths if path.parent.name == ".".join(map(str, version))]
 

@@ -1,10 +1,10 @@
-"""Draws why the models of finished runs answer as they do: where they look, and what their KFDE layers decide.
+"""Draw where the models of finished runs look, and what their KFDE layers decide.
 
     python examples/explain_breakhis.py --runs OUT
 
-OUT is what `train_breakhis.py` had as its output directory, for a single run or a study. At each magnification the
-first run of each variant, by fold and then by seed, stands for the variant. Only images that the run was scored on are
-shown, and they are chosen by their names, so that none is there for its looks.
+OUT is the output directory of `train_breakhis.py`, for a single run or a study. At each magnification the first run of
+each variant, by fold and then by seed, represents the variant. Only images that the run was scored on are shown, and
+they are chosen by their names, so that nobody can choose good-looking ones.
 """
 
 import argparse
@@ -16,39 +16,42 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from breakhis.checkpoints import eval_transform, load_model
-from breakhis.explain import as_picture, by_class, cam_target, decisions, grad_cam, overlay
-from breakhis.figures import CamRow, draw_branch_weights, draw_cam_panels, draw_gates
-from breakhis.options import ABLATION, torch_device
-from breakhis.records import ImageDataset, Record
-from breakhis.report import describe_protocol
-from breakhis.study import groups
-from breakhis.tables import read_csv, write_csv
+from breakhis.data.records import ImageDataset, Record
+from breakhis.files import read_csv, write_csv
+from breakhis.results.explain import as_picture, by_class, cam_target, decisions, grad_cam, overlay
+from breakhis.results.figures import CamCell, CamRow, draw_branch_weights, draw_cam_panels, draw_gates
+from breakhis.results.report import describe_protocol
+from breakhis.results.study import group_runs
+from breakhis.training.argument_types import torch_device
+from breakhis.training.checkpoints import eval_transform, load_model
+from breakhis.training.flags import ABLATION
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from kfde_layers import CFE, MFDF  # the import registers the kfde_* models with timm, too
+from kfde_layers import CFE, MFDF  # the import also registers the kfde_* models with timm
 
 logger = logging.getLogger("breakhis")
 
 PARTS = {"test": "test", "val": "validation"}
-FAILED = 2  # as argparse's exit code
+FAILED = 2  # exit code, the same as argparse's
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; `argv` stands for it in tests."""
+    """Read the command line, or `argv` if it is not None."""
     parser = argparse.ArgumentParser(
         description="Draw where the models of finished runs look, and what their KFDE layers decide.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     required = {"type": Path, "required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--runs", **required, help="output directory of train_breakhis.py")
-    parser.add_argument("--data-dir", type=Path, help="directory with the images; unset: the one that each run names")
-    parser.add_argument("--output-dir", type=Path, help="for every figure; unset: RUNS/explain")
-    parser.add_argument("--images-per-class", type=int, default=1, help="rows of each class in the Grad-CAM figures")
-    parser.add_argument("--max-gate-images", type=int, help="images for gates and branches, at most; unset: all")
+    parser.add_argument(
+        "--data-dir", type=Path, help="directory with the images; unset: the one in the flags of each run"
+    )
+    parser.add_argument("--output-dir", type=Path, help="directory for all figures; unset: RUNS/explain")
+    parser.add_argument("--images-per-class", type=int, default=1, help="images of each class in the Grad-CAM figures")
+    parser.add_argument("--max-gate-images", type=int, help="images for gates and branches at most; unset: all")
     parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
     args = parser.parse_args(argv)
     for name in ("images_per_class", "max_gate_images"):
@@ -59,18 +62,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def find_runs(out: Path, data_dir: Path | None) -> list[dict[str, Any]]:
-    """Finds the finished runs of an output directory.
+    """Find the finished runs of an output directory.
 
     Args:
-        out: Of `train_breakhis.py`.
-        data_dir: What image files are relative to; None takes the directory that each run names.
+        out: Output directory of `train_breakhis.py`.
+        data_dir: Directory that image files are relative to; None: the one in the flags of each run.
 
     Returns:
-        `metrics.json` of each run with `folder`, `data_dir` and `predictions` (the rows of `predictions.csv`) added, by
-        the study's order of variants, then by fold, then by seed.
+        `metrics.json` of each run, together with `folder`, `data_dir` and `predictions` (the rows of
+        `predictions.csv`), sorted by the study's order of variants, then by fold, then by seed.
 
     Raises:
-        ValueError: There is no finished run, or a data directory is gone.
+        ValueError: There is no finished run, or a data directory does not exist.
     """
     runs = []
     for file in sorted([*out.glob("metrics.json"), *out.glob("runs/*/metrics.json")]):
@@ -83,14 +86,14 @@ def find_runs(out: Path, data_dir: Path | None) -> list[dict[str, Any]]:
         )
     if not runs:
         raise ValueError(f"--runs must be a directory with a finished run, which has metrics.json, got {str(out)!r}")
-    study = out / "results.json"  # is there once all runs of a study are finished
+    study = out / "results.json"  # exists when all runs of a study are finished
     cells = json.loads(study.read_text())["cells"] if study.is_file() else []
     order = [*(cell["variant"] for cell in cells), *ABLATION, *(run["variant"] for run in runs)]
     return sorted(runs, key=lambda run: (order.index(run["variant"]), run["fold"], run["seed"]))
 
 
 def load_images(run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, str]]) -> DataLoader:
-    """Batches of (image, target, index) for rows of a run's predictions, as its model is to be shown them."""
+    """Load images of a run's predictions as input of its model, in batches of (image, target, index)."""
     records = [
         Record(run["data_dir"] / row["file"], {run["task"]: row["target"]}, row["patient"], row["patient"])
         for row in rows
@@ -98,49 +101,50 @@ def load_images(run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, 
     return DataLoader(ImageDataset(records, run["task"], run["classes"], eval_transform(model)), batch_size=16)
 
 
-def look(
+def explain_images(
     run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, str]]
-) -> list[tuple[Image.Image, Image.Image, str, float]]:
-    """Each image as the model is shown it, its Grad-CAM of the true class, that class and its probability."""
-    answers = {row["file"]: row for row in run["predictions"]}
-    found = []
+) -> list[tuple[Image.Image, CamCell]]:
+    """Return each image as the model sees it, and its Grad-CAM of the true class."""
+    prediction_of = {row["file"]: row for row in run["predictions"]}
+    explained = []
     for images, targets, indices in load_images(run, model, rows):
         for image, cam, index in zip(images, grad_cam(model, images, targets), indices, strict=True):
-            picture, row = as_picture(model, image), answers[rows[index]["file"]]
-            found.append((picture, overlay(picture, cam), row["target"], float(row[f"prob_{row['target']}"])))
-    return found
+            picture, row = as_picture(model, image), prediction_of[rows[index]["file"]]
+            probability = float(row[f"prob_{row['target']}"])
+            explained.append((picture, CamCell(overlay(picture, cam), row["target"], probability)))
+    return explained
 
 
-def draw_looks(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, path: Path) -> bool:
-    """Draws where models look for the true class: a row for each image, a column for each variant.
+def draw_cams(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, path: Path) -> bool:
+    """Draw the Grad-CAM of the true class: a row for each image, a column for each variant.
 
     Args:
-        pairs: A run and its model for each variant, at one magnification; the first run says what images are tested.
-        count: Images of each class, the first by file name, at most.
-        path: The file.
+        pairs: A run and its model for each variant, at one magnification. The images are those of the first run.
+        count: Number of images of each class at most, the first ones by file name.
+        path: The PNG file.
 
     Returns:
-        Whether a model has a feature map to look at.
+        Whether any model has a feature map; without one there is no figure.
     """
     first, _ = pairs[0]
     ranked = sorted(first["predictions"], key=lambda row: (PurePosixPath(row["file"]).name, row["file"]))
-    picked = [row for name in first["classes"] for row in [row for row in ranked if row["target"] == name][:count]]
-    looks = {}
+    rows = [row for name in first["classes"] for row in [row for row in ranked if row["target"] == name][:count]]
+    columns = {}
     for run, model in pairs:
         try:
-            if _tested(run) != _tested(first):
+            if _scored_images(run) != _scored_images(first):
                 raise ValueError("it tests other images")
             cam_target(model)
         except ValueError as error:
             logger.warning("%s is left out of %s: %s", run["variant"], path.name, error)
         else:
-            looks[run["variant"]] = look(run, model, picked)
-    if not looks:
+            columns[run["variant"]] = explain_images(run, model, rows)
+    if not columns:
         return False
     panels = []
-    for row, *answers in zip(picked, *looks.values(), strict=True):
-        picture, *_ = answers[0]
-        overlays = {variant: answer[1:] for variant, answer in zip(looks, answers, strict=True)}
+    for row, *explained in zip(rows, *columns.values(), strict=True):
+        picture, _ = explained[0]
+        overlays = {variant: cell for variant, (_, cell) in zip(columns, explained, strict=True)}
         panels.append(CamRow(f"{row['target']}\npatient {row['patient']}", picture, overlays))
     part = PARTS[first["scored_on"]]
     which = f"first {part} image" if count == 1 else f"first {count} {part} images"
@@ -149,54 +153,55 @@ def draw_looks(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, pa
     return True
 
 
-def _tested(run: dict[str, Any]) -> set[tuple[str, str]]:
+def _scored_images(run: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return file and target of each image that a run was scored on."""
     return {(row["file"], row["target"]) for row in run["predictions"]}
 
 
 def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out: Path) -> list[dict[str, Any]]:
-    """Draws what each KFDE layer of a model decides about the images that it was scored on, by class.
+    """Draw gates and branch weights of each KFDE layer, by class, for the images that the run was scored on.
 
     Args:
-        run: From `find_runs`.
-        model: Of the run.
-        limit: Number of images at most, spread evenly over them; None takes them all.
+        run: A run from `find_runs`.
+        model: The model of the run.
+        limit: Number of images at most, taken at equal steps; None: all.
         out: Directory for the figures.
 
     Returns:
-        The numbers behind the figures, rows of `decisions.csv`; a class without images has none.
+        The numbers in the figures, as rows of `decisions.csv`; a class without images has none.
     """
-    tested, where = run["predictions"], f"{run['variant']}-{run['magnification']}"
-    shown = tested if limit is None else tested[:: math.ceil(len(tested) / limit)]
-    found = decisions(model, tqdm(load_images(run, model, shown), where, unit="batch"))
+    rows, name = run["predictions"], f"{run['variant']}-{run['magnification']}"
+    shown = rows if limit is None else rows[:: math.ceil(len(rows) / limit)]
+    recorded = decisions(model, tqdm(load_images(run, model, shown), name, unit="batch"))
     table = []
-    for kind, layers in (("gate", found.gates), ("branch", found.branches)):
+    for kind, layers in (("gate", recorded.gates), ("branch", recorded.branches)):
         for module, values in layers.items():
             parts = list(range(values.shape[1]))
             if kind == "branch":
                 parts, values = branch_names(model.get_submodule(module)), values.mean(axis=2)
-            means, deviations = by_class(values, found.targets, len(run["classes"]))
+            means, deviations = by_class(values, recorded.targets, len(run["classes"]))
             title = (
-                f"{run['variant']}, {module}, on {len(shown)} of {len(tested)} {PARTS[run['scored_on']]} images; "
+                f"{run['variant']}, {module}, on {len(shown)} of {len(rows)} {PARTS[run['scored_on']]} images; "
                 f"{describe_protocol(run)}, seed {run['seed']}"
             )
-            name = where if len(layers) == 1 else f"{where}-{module}"
+            stem = name if len(layers) == 1 else f"{name}-{module}"
             if kind == "gate":
-                draw_gates(means, run["classes"], title, out / f"gates-{name}.png")
+                draw_gates(means, run["classes"], title, out / f"gates-{stem}.png")
             else:
-                draw_branch_weights(means, deviations, parts, run["classes"], title, out / f"branches-{name}.png")
+                draw_branch_weights(means, deviations, parts, run["classes"], title, out / f"branches-{stem}.png")
             common = {key: run[key] for key in ("variant", "magnification", "fold", "seed")}
             table += [
                 common
                 | {"module": module, "kind": kind, "class": run["classes"][index]}
                 | {"channel_or_branch": part, "mean": mean, "sd": deviation}
-                for index in sorted(set(found.targets.tolist()))
+                for index in sorted(set(recorded.targets.tolist()))
                 for part, mean, deviation in zip(parts, means[index], deviations[index], strict=True)
             ]
     return table
 
 
 def branch_names(layer: MFDF) -> list[str]:
-    """What tells the branches of an MFDF apart, such as "3 x 3 px"."""
+    """Name the branches of an MFDF by kernel size and dilation, such as "3 x 3 px"."""
     return [
         f"{size} x {size} px" + (f", dilation {dilation} px" if dilation > 1 else "")
         for size, dilation in zip(layer.kernel_sizes, layer.dilation, strict=True)
@@ -204,25 +209,25 @@ def branch_names(layer: MFDF) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns 0, or 2 where there was nothing to draw."""
+    """Run the script; return 0, or 2 if there is nothing to draw."""
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO)
     out = args.output_dir or args.runs / "explain"
-    looks, table = False, []
+    any_cam, table = False, []
     try:
         runs = find_runs(args.runs, args.data_dir)
         out.mkdir(parents=True, exist_ok=True)
-        for (magnification,), group in groups(runs, "magnification").items():
-            firsts = [part[0] for part in groups(group, "variant").values()]
+        for (magnification,), group in group_runs(runs, "magnification").items():
+            firsts = [part[0] for part in group_runs(group, "variant").values()]
             pairs = [(run, load_model(run["folder"] / "best").to(args.device)) for run in firsts]
-            looks |= draw_looks(pairs, args.images_per_class, out / f"cam-{magnification}.png")
+            any_cam |= draw_cams(pairs, args.images_per_class, out / f"cam-{magnification}.png")
             for run, model in pairs:
                 if any(isinstance(module, (CFE, MFDF)) for module in model.modules()):
                     table += draw_decisions(run, model, args.max_gate_images, out)
                 else:
                     logger.info("%s at %s has no KFDE layer, so no gates and branches", run["variant"], magnification)
-        if not looks and not table:
+        if not any_cam and not table:
             raise ValueError(f"--runs must have a model with a feature map or KFDE layers, got none in {args.runs}")
     except ValueError as error:
         logger.error("error: %s", error)

@@ -1,8 +1,8 @@
-"""Classifies a folder of images with a model that `train_breakhis.py` saved.
+"""Classify a folder of images with a model that `train_breakhis.py` saved.
 
     python examples/predict_breakhis.py --checkpoint OUT/best --images DIR --output predictions.csv --cam-dir CAMS
 
-Images may have any name and lie at any depth. Those named like BreakHis' are also put together by patient, in
+Images may have any name and lie at any depth. Images with names like BreakHis' are also combined by patient, in
 `predictions_patients.csv`.
 """
 
@@ -17,12 +17,12 @@ from tempfile import TemporaryFile
 
 import numpy as np
 import torch
-from breakhis.checkpoints import eval_transform, load_model
-from breakhis.explain import as_picture, cam_target, grad_cam, overlay
-from breakhis.images import find_faults, image_files, open_rgb
-from breakhis.naming import parse_name
-from breakhis.options import torch_device
-from breakhis.tables import write_csv
+from breakhis.data.images import find_faults, image_files, open_rgb
+from breakhis.data.naming import parse_name
+from breakhis.files import write_csv
+from breakhis.results.explain import as_picture, cam_target, grad_cam, overlay
+from breakhis.training.argument_types import torch_device
+from breakhis.training.checkpoints import eval_transform, load_model
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,11 +32,11 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 
 logger = logging.getLogger("breakhis")
 
-NOTHING_PREDICTED = 2  # as argparse's, so that a script sees that there is no result
+NOTHING_PREDICTED = 2  # exit code, the same as argparse's
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; `argv` stands for it in tests."""
+    """Read the command line, or `argv` if it is not None."""
     parser = argparse.ArgumentParser(
         description="Classify a folder of images with a model that train_breakhis.py saved.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -44,12 +44,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     required = {"type": Path, "required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--checkpoint", **required, help="folder with config.json and model.safetensors")
     parser.add_argument("--images", **required, help="directory with images at any depth")
-    parser.add_argument("--output", **required, help="CSV file to write, one row for each image")
-    parser.add_argument(
-        "--cam-dir", type=Path, help="where to write a Grad-CAM of each image's predicted class, as PNG"
-    )
+    parser.add_argument("--output", **required, help="CSV file to write, with one row for each image")
+    parser.add_argument("--cam-dir", type=Path, help="directory for a Grad-CAM of each image's predicted class, as PNG")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that load images; 0 loads inline")
+    parser.add_argument(
+        "--num-workers", type=int, default=2, help="processes that load images; 0: the main process does"
+    )
     parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
     args = parser.parse_args(argv)
     for name in ("config.json", "model.safetensors"):
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 TemporaryFile(dir=folder).close()
-        except OSError as error:  # now, rather than when every image is predicted
+        except OSError as error:  # refuse now, not after the images are predicted
             parser.error(f"argument --{name}: must be in a writable folder, got {str(folder)!r}: {error}")
     for name, minimum in (("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) < minimum:
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def usable_images(directory: Path) -> list[Path]:
-    """The images below a directory that can be read; each of the others is named in the log, and they are counted."""
+    """List the images below a directory that can be read; the log names the other ones and counts both."""
     paths = image_files(directory)
     faults = find_faults(paths)
     for path, reason in faults.items():
@@ -90,12 +90,12 @@ def usable_images(directory: Path) -> list[Path]:
 
 
 def predict(model: nn.Module, loader: DataLoader, overlays: Sequence[Path] | None) -> np.ndarray:
-    """Predicts every image, and shows where the model looked.
+    """Predict every image, and draw where the model looks.
 
     Args:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         loader: Batches of images, (N, 3, H, W), in order.
-        overlays: For each image, the PNG file of its Grad-CAM for the predicted class; None writes none.
+        overlays: For each image, the PNG file for the Grad-CAM of its predicted class; None: no Grad-CAM.
 
     Returns:
         Probabilities, a row for each image and a column for each class.
@@ -117,7 +117,7 @@ def predict(model: nn.Module, loader: DataLoader, overlays: Sequence[Path] | Non
 def patient_votes(
     patient_ids: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]
 ) -> list[dict[str, str | int | float]]:
-    """Puts the images of each patient together, whatever their magnifications.
+    """Combine the images of each patient, of all magnifications.
 
     Args:
         patient_ids: Patient of each image.
@@ -126,14 +126,14 @@ def patient_votes(
 
     Returns:
         For each patient: `patient`, `n_images`, `prediction` by the mean of the images' probabilities, those means as
-        `prob_<class>`, and the class that most images are predicted as, `majority`, with their share,
-        `majority_share`. Of classes with equally many images, the one of the larger mean is the majority.
+        `prob_<class>`, and the class of most images, `majority`, with their share, `majority_share`. Of classes with
+        the same number of images, the one with the larger mean is the majority.
     """
-    groups = defaultdict(list)
+    rows_of = defaultdict(list)
     for patient_id, row in zip(patient_ids, probabilities, strict=True):
-        groups[patient_id].append(row)
+        rows_of[patient_id].append(row)
     rows = []
-    for patient_id, images in sorted(groups.items()):
+    for patient_id, images in sorted(rows_of.items()):
         means = np.mean(images, axis=0)
         counts = np.bincount(np.argmax(images, axis=1), minlength=len(classes))
         majority = max(range(len(classes)), key=lambda index: (counts[index], means[index]))
@@ -145,12 +145,13 @@ def patient_votes(
 
 
 def _prediction(probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
-    """The columns `prediction` and `prob_<class>`."""
+    """Make the columns `prediction` and `prob_<class>`."""
     columns = {f"prob_{name}": f"{value:.9g}" for name, value in zip(classes, probabilities, strict=True)}
     return {"prediction": classes[probabilities.argmax()], **columns}  # 9 digits restore a float32
 
 
 def _patient_id(path: Path) -> str:
+    """Return the patient in a file's name, or "" if the name is not like BreakHis'."""
     try:
         return parse_name(path).patient_id
     except ValueError:
@@ -158,11 +159,12 @@ def _patient_id(path: Path) -> str:
 
 
 def _load(transform: Callable[[Image.Image], Tensor], paths: Sequence[Path]) -> Tensor:
+    """Load a batch of images."""
     return torch.stack([transform(open_rgb(path)) for path in paths])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns 0, or 2 where there was nothing to predict."""
+    """Run the script; return 0, or 2 if there is nothing to predict."""
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO)
@@ -179,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             logger.error("argument --cam-dir: %s", error)
             return NOTHING_PREDICTED
-        # The whole name and one suffix more, so that a.png and a.jpg of one folder have overlays of their own.
+        # Keep the suffix and add another one, so that a.png and a.jpg in one folder get different overlays.
         overlays = [args.cam_dir / f"{name}.png" for name in names]
 
     load = partial(_load, eval_transform(model))
@@ -191,9 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, patient_id, row in zip(names, patient_ids, probabilities, strict=True)
     ]
     write_csv(args.output, rows)
-    known = [index for index, patient_id in enumerate(patient_ids) if patient_id]
-    if known:
-        votes = patient_votes([patient_ids[index] for index in known], probabilities[known], classes)
+    named = [index for index, patient_id in enumerate(patient_ids) if patient_id]
+    if named:
+        votes = patient_votes([patient_ids[index] for index in named], probabilities[named], classes)
         write_csv(args.output.with_name(f"{args.output.stem}_patients.csv"), votes)
     return 0
 

@@ -1,11 +1,10 @@
-"""Publishes the model of a finished run on the Hugging Face Hub, with a card that says how it was tested.
+"""Publish the model of a finished run on the Hugging Face Hub, with a card that says how it was tested.
 
     python examples/push_to_hub.py --run OUT --repo-id you/name --output-dir DIR
     python examples/push_to_hub.py --run OUT --repo-id you/name
 
-OUT is what `train_breakhis.py` had as its output directory, or one run's folder in that of a study. The first line
-writes the files to a folder and needs no network; read the card there. The second pushes them, as whoever
-`hf auth login` made known.
+OUT is the output directory of `train_breakhis.py`, or the folder of one run of a study. The first line writes the files
+to a folder and needs no network; read the card there. The second line pushes them, as the user of `hf auth login`.
 """
 
 import argparse
@@ -17,8 +16,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from breakhis.checkpoints import load_model, save_model
-from breakhis.report import describe_protocol
+from breakhis.results.report import describe_protocol
+from breakhis.training.checkpoints import load_model, save_model
 from huggingface_hub import HfApi
 from timm.models import push_to_hf_hub
 from torch import nn
@@ -37,7 +36,7 @@ SCORES = {
     "auc": "area under the ROC curve",
     "ece": "expected calibration error",
 }
-SYNTHETIC = "drawn by a program in the manner of BreakHis. There is no tissue in them."
+SYNTHETIC = "drawn by a program, similar to BreakHis. They show no real tissue."
 SOURCES = {
     "breakhis": "[BreakHis](https://web.inf.ufpr.br/vri/databases/breast-cancer-histopathological-database-breakhis/) "
     "(Spanhol, Oliveira, Petitjean, Heutte, 2016).",
@@ -46,15 +45,15 @@ SOURCES = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; `argv` stands for it in tests."""
+    """Read the command line, or `argv` if it is not None."""
     parser = argparse.ArgumentParser(
         description="Publish the model of a finished run on the Hugging Face Hub, with its card.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     required = {"required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--run", type=Path, **required, help="output directory of one run of train_breakhis.py")
-    parser.add_argument("--repo-id", **required, help="owner/name on the Hub; the repository is made if need be")
-    parser.add_argument("--output-dir", type=Path, help="write the files there, and push nothing")
+    parser.add_argument("--repo-id", **required, help="owner/name on the Hub; the repository is made if needed")
+    parser.add_argument("--output-dir", type=Path, help="write the files to this directory, and push nothing")
     parser.add_argument("--private", action="store_true", help="make a new repository a private one")
     args = parser.parse_args(argv)
     for name in ("metrics.json", "best/config.json", "best/model.safetensors"):
@@ -66,17 +65,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_card(repo_id: str, model: nn.Module, metrics: dict[str, Any]) -> str:
-    """Fills the template of the card.
+    """Fill the template of the card.
 
     Args:
-        repo_id: Where the model will be found.
-        model: As `load_model` gives it.
+        repo_id: Name of the repository on the Hub.
+        model: The model from `load_model`.
         metrics: `metrics.json` of its run.
     """
     config, flags, scored = model.pretrained_cfg, metrics["flags"], metrics["scored_on"]
-    licence = config.get("license") or OWN_LICENCE  # the trainer drops it where no weights were loaded
+    licence = config.get("license") or OWN_LICENCE  # the trainer drops it if no weights were loaded
     _, height, width = config["input_size"]
-    values = [("undefined" if metrics[key] is None else f"{metrics[key]:.3f}") for key in SCORES]
+    scores = [("undefined" if metrics[key] is None else f"{metrics[key]:.3f}") for key in SCORES]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         license=licence,
         license_words=_licence_words(licence),
@@ -92,50 +91,54 @@ def write_card(repo_id: str, model: nn.Module, metrics: dict[str, Any]) -> str:
         parts="\n".join(_part_row(metrics, part) for part in PARTS),
         best_epoch=metrics["best_epoch"],
         epochs=len(metrics["history"]),
-        chosen_on="validation" if metrics["n_images"]["val"] else "nothing but being the last",
+        chosen_on="validation" if metrics["n_images"]["val"] else "no criterion: it is the last one",
         seed=metrics["seed"],
         scored_on=PARTS[scored],
         n_images=metrics["n_images"][scored],
         n_patients=metrics["n_patients"][scored],
-        scores="\n".join(f"| {name} | {value} |" for name, value in zip(SCORES.values(), values, strict=True)),
+        scores="\n".join(f"| {name} | {value} |" for name, value in zip(SCORES.values(), scores, strict=True)),
         limits="\n".join(f"- {limit}" for limit in _limits(metrics)),
     )
 
 
 def _licence_words(licence: str) -> str:
-    noncommercial = ": not for commercial use, as the weights that training started from" if "-nc-" in licence else ""
+    """Write the licence, and a warning if it forbids commercial use."""
+    noncommercial = ": not for commercial use, like the weights that training started from" if "-nc-" in licence else ""
     return f"{licence}{noncommercial}"
 
 
 def _start(flags: dict[str, Any]) -> str:
+    """Name the weights that training started from."""
     if flags["checkpoint_path"] is not None:
         return "a checkpoint"
     return "the ImageNet weights that timm has for the backbone" if flags["pretrained"] else "random weights"
 
 
 def _part_row(metrics: dict[str, Any], part: str) -> str:
+    """Write the row of training, validation or test."""
     absent = ", ".join(metrics["absent_classes"][part]) or "none"
     return f"| {PARTS[part]} | {metrics['n_images'][part]} | {metrics['n_patients'][part]} | {absent} |"
 
 
 def _limits(metrics: dict[str, Any]) -> list[str]:
+    """List the limits of the scores."""
     scored = metrics["scored_on"]
     limits = [
-        f"The figures rest on {metrics['n_patients'][scored]} patients, one division of them and one seed: those of "
-        "other patients may be far from them.",
+        f"The scores come from {metrics['n_patients'][scored]} patients, one division of them and one seed: scores on "
+        "other patients may be very different.",
         "All images are of one data set. Other laboratories, stains, scanners and magnifications were not tested.",
     ]
     if metrics["synthetic"]:
-        limits.append("The images are drawn: the figures say that the program works, and nothing about medicine.")
+        limits.append("The images are drawn: the scores show that the program works, and nothing about medicine.")
     if metrics["protocol"] == "image":
-        limits.append("Images of one patient stand in both training and test, which inflates every figure.")
+        limits.append("Images of one patient are in both training and test, which inflates every score.")
     if scored == "val":
-        limits.append("The figures are of the images that the checkpoint was chosen on, which flatters them.")
+        limits.append("The scores are of the images that the checkpoint was chosen on, so they are too good.")
     return limits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script."""
+    """Run the script."""
     args = parse_args(argv)
     folder = args.run / "best"
     model, metrics = load_model(folder), json.loads((args.run / "metrics.json").read_text())
@@ -149,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     api = HfApi()
     api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-    # First, since timm leaves a card alone that is there, and writes one of its own where there is none.
+    # First the card: timm keeps an existing card, and writes one of its own if there is none.
     api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=args.repo_id)
     config = {"label_names": metrics["classes"]}
     push_to_hf_hub(model, args.repo_id, model_config=config, model_args=model_args, safe_serialization=True)

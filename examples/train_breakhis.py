@@ -1,4 +1,4 @@
-"""Trains timm models on breast-cancer histopathology, and scores them on patients that they have never seen.
+"""Train timm models on breast-cancer histopathology, and score them on patients that they have never seen.
 
     python examples/train_breakhis.py --synthetic --output-dir OUT
     python examples/train_breakhis.py --data-dir BreaKHis_v1 --magnification 200X --task subtype --output-dir OUT
@@ -26,45 +26,47 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
-from breakhis.checkpoints import PRETRAINED_NOTE, eval_transform, load_model
-from breakhis.download import download
-from breakhis.engine import predict
-from breakhis.figures import draw_calibration, draw_confusion_matrix, draw_curves, draw_roc
-from breakhis.images import find_faults
-from breakhis.metrics import score
-from breakhis.naming import BREAKHIS
-from breakhis.options import SOURCES, differences, expand, parse_args, recorded
-from breakhis.records import ImageDataset, Record, patients
-from breakhis.report import describe_protocol, log_split, prediction_rows, split_rows, summarise
-from breakhis.splits import Split, absent_classes, fold_split, official_split
-from breakhis.state import write_atomically
-from breakhis.study import write_study
-from breakhis.synthetic import draw_tree
-from breakhis.tables import read_csv, write_csv
-from breakhis.training import STATE, fit
+from breakhis.data.download import download
+from breakhis.data.images import find_faults
+from breakhis.data.naming import BREAKHIS
+from breakhis.data.records import ImageDataset, Record, patients
+from breakhis.data.splits import Split, absent_classes, fold_split, official_split
+from breakhis.data.synthetic import draw_tree
+from breakhis.files import read_csv, write_atomically, write_csv
+from breakhis.results.figures import draw_calibration, draw_confusion_matrix, draw_curves, draw_roc
+from breakhis.results.metrics import score
+from breakhis.results.report import describe_protocol, log_split, prediction_rows, split_rows, summarise
+from breakhis.results.study import write_study
+from breakhis.training.checkpoints import PRETRAINED_NOTE, eval_transform, load_model
+from breakhis.training.engine import predict
+from breakhis.training.fit import STATE, fit
+from breakhis.training.flags import SOURCES
+from breakhis.training.options import differences, expand, parse_args, recorded
 from torch.utils.data import DataLoader
 
 import kfde_layers  # registers the kfde_* models with timm
 
 logger = logging.getLogger("breakhis")
 
+CONFIG, DIVISION, METRICS = "config.yaml", "split.csv", "metrics.json"
+
 
 def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Path, list[Record]]:
-    """Finds the images, fetching or drawing them first if asked to, and leaves out files that cannot be used.
+    """Find the images, and leave out files that cannot be used. Fetch or draw the images first if a flag says so.
 
     Returns:
         The data directory, and the records.
 
     Raises:
-        ValueError: There is no image; or, with `--strict`, one that is misnamed or cannot be read.
+        ValueError: There is no image; or, with `--strict`, an image is misnamed or cannot be read.
     """
     data_dir = args.output_dir / "synthetic" if args.synthetic else args.data_dir
     if accelerator.is_main_process:
         if args.download:
             download(data_dir)
         if args.synthetic:
-            wanted = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
-            logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=wanted), data_dir)
+            magnifications = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
+            logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=magnifications), data_dir)
     accelerator.wait_for_everyone()
     records, misnamed = SOURCES[args.dataset].find(data_dir)
     faults = find_faults([record.path for record in records]) if accelerator.is_main_process else {}
@@ -72,19 +74,19 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
     for path, reason in {**misnamed, **faults}.items():
         logger.warning("left out %s: %s", path, reason)
     if misnamed or faults:
-        found = f"{len(misnamed)} misnamed files, and {len(faults)} of {len(records)} images that cannot be read"
+        unusable = f"{len(misnamed)} misnamed files, and {len(faults)} of {len(records)} images that cannot be read"
         if args.strict:
-            raise ValueError(f"data_dir must hold usable images alone with --strict, got {found}, named above")
-        logger.warning("WARNING: left out %s", found)
+            raise ValueError(f"data_dir must hold usable images alone with --strict, got {unusable}, named above")
+        logger.warning("WARNING: left out %s", unusable)
     return data_dir, [record for record in records if record.path not in faults]
 
 
 def make_split(args: argparse.Namespace, records: Sequence[Record]) -> Split:
-    """Splits the images of a run's magnification by its protocol; a part to score must not be empty."""
+    """Split the images of a run's magnification by its protocol, and refuse an empty part to score."""
     chosen = [record for record in records if args.magnification in ("pooled", record.magnification)]
     if not chosen:
-        there = ", ".join(sorted({record.magnification for record in records}))
-        raise ValueError(f"--magnification must be one that the images have, {there}, got {args.magnification}")
+        existing = ", ".join(sorted({record.magnification for record in records}))
+        raise ValueError(f"--magnification must be one that the images have, {existing}, got {args.magnification}")
     if args.protocol == "official":
         fold_file = args.fold_dir / f"dsfold{args.fold + 1}.txt"
         split = official_split(chosen, args.task, args.group_by, fold_file, args.split_seed)
@@ -97,7 +99,7 @@ def make_split(args: argparse.Namespace, records: Sequence[Record]) -> Split:
 
 
 def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Split) -> dict[str, Any]:
-    """What `metrics.json` says besides the scores."""
+    """Make the content of `metrics.json` without the scores."""
     classes, parts = SOURCES[args.dataset].classes[args.task], split.parts()
     return {
         "dataset": args.dataset,
@@ -131,39 +133,24 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Spli
 
 
 def run_once(args: argparse.Namespace, accelerator: Accelerator, data_dir: Path, split: Split) -> dict[str, Any]:
-    """Trains, tests and writes one run, or what is left of it; returns its `metrics.json`.
+    """Train, test and write one run, or its missing part; return its `metrics.json`.
 
     Raises:
-        ValueError: The run would go on with other flags, or with images divided otherwise, than it was started with.
+        ValueError: The run would go on with other flags, or another division of the images, than it was started with.
     """
     out, classes = args.output_dir, SOURCES[args.dataset].classes[args.task]
-    config, division, finished = out / "config.yaml", out / "split.csv", out / "metrics.json"
-    if args.resume and config.is_file():
-        if changed := differences(yaml.safe_load(config.read_text()), recorded(args)):
-            raise ValueError(f"--resume must go on with the flags that {out} was started with: {'; '.join(changed)}")
-        if division.is_file() and read_csv(division) != split_rows(split, data_dir):
-            # Else patients that were trained on could now be tested.
-            raise ValueError(f"--resume must find the images that {out} was started with, as {division} lists them")
-        if finished.is_file():
-            logger.info("%s is finished", out)
-            return json.loads(finished.read_text())
+    if args.resume and (metrics := resume(args, data_dir, split)) is not None:
+        return metrics
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            for stale in (finished, out / STATE, division):
-                stale.unlink(missing_ok=True)
-            for stale in ("best", "last"):
-                shutil.rmtree(out / stale, ignore_errors=True)
-        write_atomically(config, lambda part: part.write_text(yaml.safe_dump(recorded(args), sort_keys=False)))
-        write_csv(division, split_rows(split, data_dir))
+        begin(args, data_dir, split)
     accelerator.wait_for_everyone()
 
     log_split(split, args.task, classes)
     history, best_epoch = fit(args, accelerator, split, classes)
 
-    # The test set is looked at here, for the first and only time, through the checkpoint as it was written, and in
-    # float32 whatever the training ran in, so that whoever loads the checkpoint gets the same numbers.
+    # The test images are used here, for the first and only time. The model is the saved checkpoint, in float32 with any
+    # training precision, so that everybody who loads the checkpoint gets the same numbers.
     model = load_model(out / "best").to(accelerator.device)
     scored = split.parts()[args.score_on]
     data = ImageDataset(scored, args.task, classes, eval_transform(model))
@@ -173,14 +160,10 @@ def run_once(args: argparse.Namespace, accelerator: Accelerator, data_dir: Path,
     metrics = describe_run(args, accelerator, split) | {"best_epoch": best_epoch, "history": history}
     metrics |= score(data.targets, probabilities, [record.patient_id for record in scored])
     if accelerator.is_main_process:
-        title = describe_protocol(metrics)
         write_csv(out / "predictions.csv", prediction_rows(scored, probabilities, args.task, classes, data_dir))
-        draw_confusion_matrix(metrics["confusion_matrix"], classes, title, out / "confusion_matrix.png")
-        draw_curves(history, best_epoch, title, out / "curves.png")
-        draw_roc(data.targets, probabilities, classes, title, out / "roc.png")
-        draw_calibration(data.targets, probabilities, title, out / "calibration.png")
-        # Last, because it is what says that the run is finished.
-        write_atomically(finished, lambda part: part.write_text(json.dumps(metrics, indent=2) + "\n"))
+        draw_figures(metrics, data.targets, probabilities, out)
+        # Last, because this file marks the run as finished.
+        write_atomically(out / METRICS, lambda part: part.write_text(json.dumps(metrics, indent=2) + "\n"))
         (out / STATE).unlink(missing_ok=True)
         print(summarise(metrics))
     accelerator.wait_for_everyone()
@@ -188,14 +171,55 @@ def run_once(args: argparse.Namespace, accelerator: Accelerator, data_dir: Path,
     return metrics
 
 
+def resume(args: argparse.Namespace, data_dir: Path, split: Split) -> dict[str, Any] | None:
+    """Check that a run may go on; return its `metrics.json` if it is finished."""
+    out = args.output_dir
+    if not (out / CONFIG).is_file():
+        return None
+    if changed := differences(yaml.safe_load((out / CONFIG).read_text()), recorded(args)):
+        raise ValueError(f"--resume must go on with the flags that {out} was started with: {'; '.join(changed)}")
+    division = out / DIVISION
+    if division.is_file() and read_csv(division) != split_rows(split, data_dir):
+        # With another division, patients that were trained on could now be tested.
+        raise ValueError(f"--resume must find the images that {out} was started with, as {division} lists them")
+    if (out / METRICS).is_file():
+        logger.info("%s is finished", out)
+        return json.loads((out / METRICS).read_text())
+    return None
+
+
+def begin(args: argparse.Namespace, data_dir: Path, split: Split) -> None:
+    """Write the flags and the division of the images; without `--resume`, first remove results of an earlier run."""
+    out = args.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        for name in (METRICS, STATE, DIVISION):
+            (out / name).unlink(missing_ok=True)
+        for name in ("best", "last"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    write_atomically(out / CONFIG, lambda part: part.write_text(yaml.safe_dump(recorded(args), sort_keys=False)))
+    write_csv(out / DIVISION, split_rows(split, data_dir))
+
+
+def draw_figures(
+    metrics: dict[str, Any], targets: Sequence[int], probabilities: Sequence[Sequence[float]], out: Path
+) -> None:
+    """Draw the confusion matrix, the curves of training, ROC curves and calibration."""
+    classes, title = metrics["classes"], describe_protocol(metrics)
+    draw_confusion_matrix(metrics["confusion_matrix"], classes, title, out / "confusion_matrix.png")
+    draw_curves(metrics["history"], metrics["best_epoch"], title, out / "curves.png")
+    draw_roc(targets, probabilities, classes, title, out / "roc.png")
+    draw_calibration(targets, probabilities, title, out / "calibration.png")
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Runs the example and returns what each of its runs wrote to `metrics.json`."""
+    """Run the script; return the `metrics.json` of each run."""
     args = parse_args(argv)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.grad_accum_steps,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # so that a batch is one, however many share it
-        # The others wait while one process downloads and checks the images.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # the processes share each batch
+        # The other processes wait while one process downloads and checks the images.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -211,10 +235,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         scaler = copy.deepcopy(accelerator.scaler)
         data_dir, records = find_records(args, accelerator)
         runs = expand(args)
-        splits = [make_split(run, records) for run in runs]  # all of them now, so that none fails after hours
+        splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
         results = []
         for run, split in zip(runs, splits, strict=True):
-            accelerator.scaler = copy.deepcopy(scaler)  # of fp16; a run must not depend on those before it
+            accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
             results.append(run_once(run, accelerator, data_dir, split))
         if len(runs) > 1 and accelerator.is_main_process:
             print(write_study(args.output_dir, [run.output_dir for run in runs]))

@@ -46,6 +46,16 @@ ALLOWED = {
 }
 
 
+# room of examples/breakhis -> what it may import of its neighbours
+BREAKHIS = {
+    "data": ("breakhis.data", "breakhis.files"),
+    "results": ("breakhis.results", "breakhis.data", "breakhis.files"),
+    "training": ("breakhis.training", "breakhis.data", "breakhis.results.metrics", "breakhis.files"),
+    "files.py": (),
+    "__init__.py": (),
+}
+
+
 def imports(path: Path, within: Callable[[ast.Module], Iterable[ast.AST]] = ast.walk) -> set[str]:
     names = set()
     for node in within(ast.parse(path.read_text())):
@@ -61,8 +71,10 @@ def within_functions(module: ast.Module) -> Iterable[ast.AST]:
     return (node for part in ast.walk(module) if isinstance(part, ast.FunctionDef) for node in ast.walk(part))
 
 
-def strangers(path: Path, allowed: tuple[str, ...]) -> set[str]:
-    governed = {name for name in imports(path) if name.split(".")[0] in ("kfde_layers", "timm", "triton")}
+def strangers(
+    path: Path, allowed: tuple[str, ...], packages: tuple[str, ...] = ("kfde_layers", "timm", "triton")
+) -> set[str]:
+    governed = {name for name in imports(path) if name.split(".")[0] in packages}
     return {name for name in governed if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)}
 
 
@@ -145,6 +157,13 @@ def test_examples_and_benchmarks_use_public_names_only(folder):
         assert not private, path
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/breakhis").rglob("*.py")), ids=lambda path: path.name)
+def test_the_breakhis_example_keeps_to_its_rooms(path):
+    room = path.relative_to(ROOT / "examples/breakhis").parts[0]
+    assert room in BREAKHIS, f"{room} has no rule"
+    assert not strangers(path, BREAKHIS[room], ("breakhis",))
+
+
 def imports_of_test_files(path: Path) -> set[str]:
     """Return the imported names that lead through a test file or a conftest file."""
     return {name for name in imports(path) if any(re.match(r"test_|conftest$", part) for part in name.split("."))}
@@ -184,3 +203,5 @@ def test_a_forbidden_import_is_seen(tmp_path):
     (tmp_path / "layer.py").write_text("import torch\nfrom timm.layers import Mlp\nfrom kfde_layers import models\n")
     forbidden = strangers(tmp_path / "layer.py", ALLOWED["kfde_layers/layers"])
     assert forbidden == {"timm.layers.Mlp", "kfde_layers.models"}
+    (tmp_path / "data.py").write_text("from breakhis.training import fit\nfrom breakhis.data.records import Record\n")
+    assert strangers(tmp_path / "data.py", BREAKHIS["data"], ("breakhis",)) == {"breakhis.training.fit"}

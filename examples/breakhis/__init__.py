@@ -1,9 +1,10 @@
-"""Parts of the BreakHis example, one idea each.
+"""Parts of the BreakHis example, in three rooms.
 
-Data: `records` says what is known of an image, `naming` and `idc` read two data sets, `images` opens any file,
-`download` fetches the archive, `tissue` and `synthetic` draw images where there are none, `splits` keeps patients
-apart. Training: `options` reads the flags, `checkpoints` builds, saves and loads models, `recipe` and `stain` say how
-they are trained, `engine` trains an epoch and predicts, `training` goes through all epochs, `state` keeps what a killed
-run needs. Results: `metrics` scores, `report`, `figures` and `explain` show one run, `study`, `intervals` and `paper`
-compare many.
+- `data`: the images, and their division into training, validation and test.
+- `results`: scores, tables and figures of finished runs.
+- `training`: flags, models and the training itself.
+
+`files` writes files safely; every room uses it. `data` imports no other room, `results` imports `data`, and `training`
+imports `data` and one module of `results`, the `metrics` by which it chooses the checkpoint. The scripts one folder up
+import everything.
 """

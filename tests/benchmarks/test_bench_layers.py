@@ -1,21 +1,19 @@
 import sys
 
-import bench_layers
-import candidates
-import common
 import pytest
-import schema
-import textbook
 import torch
-from checks import agree, far_share, same_parameters
 from torch import nn
+
+from benchmarks import bench_layers, candidates, common, schema, textbook
+from benchmarks.agreement import agree, far_share
+from benchmarks.calls import copy_parameters
 
 SETTINGS = common.Settings("cpu", torch.float32, 3, 1, 1e-4, 0, False)
 SHAPE = (2, 32, 5, 5)
 
 
-class Wrong(nn.Module):
-    """A layer that is right but for one thing."""
+class FaultySFE(nn.Module):
+    """SFE with a factor on its output or its gradient."""
 
     def __init__(self, channels, impl="auto", output=1.0, gradient=1.0):
         super().__init__()
@@ -28,28 +26,34 @@ class Wrong(nn.Module):
 
 
 @pytest.fixture
-def plant(monkeypatch):
+def replace_sfe(monkeypatch):
+    """Replace the layer SFE among the candidates."""
+
     def replace(make):
         monkeypatch.setitem(candidates.LAYERS, "SFE", (make, textbook.SFE))
 
     return replace
 
 
+def is_sfe(candidate):
+    return candidate.subject == "SFE"
+
+
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["bench_layers.py", "--threads", "1", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["bench_layers", "--threads", "1", *map(str, arguments)])
     bench_layers.main()
 
 
-def measured(work, **kwargs):
+def measure(work, **kwargs):
     problems = common.Problems()
     rows = list(bench_layers.measure(SHAPE, "contiguous", work, SETTINGS, problems, **kwargs))
     return rows, problems
 
 
-def test_the_textbook_forms_are_what_the_layers_compute():
+def test_the_textbook_implementations_compute_the_layers():
     for make, make_plain in candidates.LAYERS.values():
         layer, plain = make(32), make_plain(32)
-        same_parameters(layer, plain)
+        copy_parameters(layer, plain)
         x = torch.randn(2, 32, 9, 7)
         assert agree(plain(x), layer(x))
         assert not agree(1.01 * plain(x), layer(x))
@@ -66,38 +70,40 @@ def test_agreement_allows_a_few_gates_and_no_nan():
     assert not agree(expected[:1], expected)
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_rows(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "--quick", "--no-compile", "--targets", "--output", tmp_path / "a/b.json")
     result = schema.load(tmp_path / "a/b.json")
     assert result["suite"] == "layers"
     assert not result["failures"]
-    pieces = {(row["layout"], row["work"]) for row in result["rows"]}
-    assert pieces == {(layout, work) for layout in common.LAYOUTS for work in bench_layers.WORK}
-    said = capsys.readouterr().out
-    for layout, work in sorted(pieces):
+    works = {(row["layout"], row["work"]) for row in result["rows"]}
+    assert works == {(layout, work) for layout in common.LAYOUTS for work in bench_layers.WORK}
+    printed = capsys.readouterr().out
+    for layout, work in sorted(works):
         rows = [row for row in result["rows"] if (row["layout"], row["work"]) == (layout, work)]
         names = {(row["subject"], row["candidate"]) for row in rows}
-        assert names >= {(layer, form) for layer in candidates.LAYERS for form in ("auto", "reference", "textbook")}
+        assert names >= {(layer, name) for layer in candidates.LAYERS for name in ("auto", "reference", "textbook")}
         assert names >= {("peer", peer) for peer in candidates.PEERS} | {("floor", "copy"), ("floor", "sigmoid")}
-        assert f"{bench_layers.QUICK_SHAPE} {layout} {work}" in said
+        assert f"{bench_layers.QUICK_SHAPE} {layout} {work}" in printed
         for row in rows:
             assert "copy" in row["over"]
             assert ("textbook" in row["over"]) == (row["subject"] in candidates.LAYERS)
             assert ("depthwise 7x7" in row["over"]) == (row["subject"] == "MFDF")
             assert (row["saved_bytes"] is not None) == (work != "forward" and row["subject"] != "floor")
-    assert "| CSFE forward / textbook |" in said
+    assert "| CSFE forward / textbook |" in printed
 
 
-def test_compiled_forms_are_timed_too():
+@pytest.mark.slow
+def test_compiled_modules_are_timed_too():
     problems = common.Problems()
     settings = common.Settings("cpu", torch.float32, 3, 2, 1e-4, 0, True)
     rows = bench_layers.measure(
         SHAPE, "contiguous", "forward", settings, problems, lambda candidate: candidate.subject == "CSFE"
     )
-    by_name = {row["candidate"]: row for row in rows}
+    row_of = {row["candidate"]: row for row in rows}
     assert not problems.failures
-    assert by_name.keys() >= {"auto", "auto compiled", "textbook compiled"}
-    assert len(by_name["auto"]["over"]["textbook compiled"]) == settings.repeats
+    assert row_of.keys() >= {"auto", "auto compiled", "textbook compiled"}
+    assert len(row_of["auto"]["over"]["textbook compiled"]) == settings.repeats
 
 
 def test_a_sweep_varies_one_thing_alone(monkeypatch, tmp_path):
@@ -106,7 +112,7 @@ def test_a_sweep_varies_one_thing_alone(monkeypatch, tmp_path):
         batch, channels, side, width = shape
         assert side == width
         base = bench_layers.SWEEP_BASE[:3]
-        assert sum(a != b for a, b in zip((batch, channels, side), base, strict=True)) <= 1
+        assert sum(size != base_size for size, base_size in zip((batch, channels, side), base, strict=True)) <= 1
     assert {shape[0] for shape in shapes} == set(bench_layers.SWEEP_BATCHES)
     assert {shape[1] for shape in shapes} == set(bench_layers.SWEEP_CHANNELS)
     assert {shape[2] for shape in shapes} == set(bench_layers.SWEEP_SIDES)
@@ -116,45 +122,46 @@ def test_a_sweep_varies_one_thing_alone(monkeypatch, tmp_path):
     assert {row["candidate"] for row in result["rows"]} == {"auto", "textbook", "copy", "sigmoid"}
 
 
-def test_a_wrong_layer_gets_no_number_and_fails_the_run(plant, monkeypatch, tmp_path, capsys):
-    plant(lambda channels, impl: Wrong(channels, output=1.01))
+@pytest.mark.slow
+def test_a_wrong_layer_gets_no_number_and_fails_the_run(replace_sfe, monkeypatch, tmp_path, capsys):
+    replace_sfe(lambda channels, impl: FaultySFE(channels, output=1.01))
     with pytest.raises(SystemExit, match="1"):
         run(monkeypatch, "--quick", "--no-compile", "--output", tmp_path / "a.json")
     result = schema.load(tmp_path / "a.json")
-    forms = {row["candidate"] for row in result["rows"] if row["subject"] == "SFE"}
-    assert forms == {"textbook"}
+    names = {row["candidate"] for row in result["rows"] if row["subject"] == "SFE"}
+    assert names == {"textbook"}
     assert any(row["subject"] == "CSFE" for row in result["rows"])
     assert len(result["failures"]) == len(candidates.IMPLS) * 4
     assert result["failures"][0] in capsys.readouterr().out
     assert "WRONG" in result["failures"][0]
 
 
-def test_a_wrong_gradient_gets_no_number(plant):
-    plant(lambda channels, impl: Wrong(channels, gradient=1.01))
-    rows, problems = measured("forward", wanted=lambda candidate: candidate.subject == "SFE")
+def test_a_wrong_gradient_gets_no_number(replace_sfe):
+    replace_sfe(lambda channels, impl: FaultySFE(channels, gradient=1.01))
+    rows, problems = measure("forward", chosen=is_sfe)
     assert not problems.failures
-    rows, problems = measured("forward+backward", wanted=lambda candidate: candidate.subject == "SFE")
+    rows, problems = measure("forward+backward", chosen=is_sfe)
     assert len(problems.failures) == len(candidates.IMPLS)
     assert {row["candidate"] for row in rows if row["subject"] == "SFE"} == {"textbook"}
 
 
 @pytest.mark.parametrize(("error", "list_of"), [(NotImplementedError, "skipped"), (RuntimeError, "failures")])
-def test_what_cannot_run_is_named_and_costs_no_other_its_number(plant, error, list_of):
-    class Refusing(Wrong):
+def test_a_candidate_that_cannot_run_is_named_and_costs_the_others_nothing(replace_sfe, error, list_of):
+    class Refusing(FaultySFE):
         def forward(self, x):
             raise error("not on a Tuesday\nnor on any other day")
 
-    plant(lambda channels, impl: Refusing(channels) if impl == "fused" else Wrong(channels))
-    rows, problems = measured("forward", wanted=lambda candidate: candidate.subject == "SFE")
-    said = [f"SFE fused, {SHAPE} contiguous forward: not on a Tuesday"]
-    assert vars(problems) == {"skipped": [], "failures": []} | {list_of: said}
+    replace_sfe(lambda channels, impl: Refusing(channels) if impl == "fused" else FaultySFE(channels))
+    rows, problems = measure("forward", chosen=is_sfe)
+    messages = [f"SFE fused, {SHAPE} contiguous forward: not on a Tuesday"]
+    assert vars(problems) == {"skipped": [], "failures": []} | {list_of: messages}
     assert {row["candidate"] for row in rows if row["subject"] == "SFE"} == {"textbook", "auto", "reference"}
 
 
-def test_in_16_bits_ours_is_still_checked(plant):
+def test_in_16_bits_layers_are_still_compared(replace_sfe):
     problems = common.Problems()
     settings = common.Settings("cpu", torch.bfloat16, 3, 1, 1e-4, 0, False)
-    plant(lambda channels, impl: Wrong(channels, output=1.1))
+    replace_sfe(lambda channels, impl: FaultySFE(channels, output=1.1))
     rows = list(bench_layers.measure(SHAPE, "channels_last", "forward", settings, problems))
     assert {failure.split(",")[0] for failure in problems.failures} == {f"SFE {impl}" for impl in candidates.IMPLS}
     assert {row["candidate"] for row in rows if row["subject"] == "CSFE"} >= {"auto", "reference", "textbook"}

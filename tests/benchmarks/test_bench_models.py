@@ -1,26 +1,25 @@
 import sys
 
-import bench_models
-import common
 import pytest
-import schema
 import torch
 
 import kfde_layers
+from benchmarks import bench_models, common, schema
 
 SHAPE = (2, 3, 32, 32)
 
 
-def measured(work, dtype=torch.float32, compiled=False):
+def measure(work, dtype=torch.float32, compiled=False):
     problems = common.Problems()
     settings = common.Settings("cpu", dtype, 3, 1, 1e-4, 0, compiled)
     return list(bench_models.measure("atto", SHAPE, "channels_last", work, settings, problems)), problems
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_models, "QUICK_SHAPES", {"atto": SHAPE})
     monkeypatch.setattr(
-        sys, "argv", ["bench_models.py", "--quick", "--threads", "1", "--targets", "--output", str(tmp_path / "m.json")]
+        sys, "argv", ["bench_models", "--quick", "--threads", "1", "--targets", "--output", str(tmp_path / "m.json")]
     )
     bench_models.main()
     result = schema.load(tmp_path / "m.json")
@@ -29,28 +28,29 @@ def test_a_quick_run_writes_its_rows(monkeypatch, tmp_path, capsys):
     rows = {(row["candidate"], row["layout"], row["work"]): row for row in result["rows"]}
     assert len(rows) == len(result["rows"]) == 2 * 2 * 3
     assert all("backbone" in row["over"] for row in result["rows"])
-    kept = rows["kfde", "contiguous", "training"]["peak_bytes"]
-    assert rows["kfde", "contiguous", "inference"]["peak_bytes"] < kept
-    assert rows["kfde", "contiguous", "checkpointed training"]["peak_bytes"] < kept
+    of_training = rows["kfde", "contiguous", "training"]["peak_bytes"]
+    assert rows["kfde", "contiguous", "inference"]["peak_bytes"] < of_training
+    assert rows["kfde", "contiguous", "checkpointed training"]["peak_bytes"] < of_training
     assert "atto inference, throughput / backbone" in capsys.readouterr().out
 
 
-def test_half_formats_run_under_autocast():
-    rows, problems = measured("training", torch.bfloat16)
+@pytest.mark.slow
+def test_16_bit_dtypes_run_under_autocast():
+    rows, problems = measure("training", torch.bfloat16)
     assert {row["candidate"] for row in rows} == {"kfde", "backbone"}
     assert not problems.failures
 
 
 def test_a_wrong_model_gets_no_number(monkeypatch):
-    right = kfde_layers.MFDF.forward
-    monkeypatch.setattr(kfde_layers.MFDF, "forward", lambda self, x: 1.01 * right(self, x))
-    rows, problems = measured("inference")
+    forward = kfde_layers.MFDF.forward
+    monkeypatch.setattr(kfde_layers.MFDF, "forward", lambda self, x: 1.01 * forward(self, x))
+    rows, problems = measure("inference")
     assert [row["candidate"] for row in rows] == ["backbone"]
     assert len(problems.failures) == 1
     assert "WRONG" in problems.failures[0]
 
 
-def test_training_leaves_the_model_as_it_was():
+def test_training_does_not_change_the_model():
     model = torch.nn.Linear(4, 1000)
     before = model.weight.clone()
     step = bench_models.training(model, lambda: model(torch.ones(2, 4)), torch.tensor([0, 1]))
@@ -60,11 +60,11 @@ def test_training_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("work", bench_models.WORK)
-def test_the_work_is_what_it_says(work, monkeypatch):
-    seen = []
+def test_only_checkpointed_training_checkpoints_and_only_training_counts_saved_memory(work, monkeypatch):
+    enabled = []
     monkeypatch.setattr(
-        "timm.models.convnext.ConvNeXt.set_grad_checkpointing", lambda self, enable=True: seen.append(enable)
+        "timm.models.convnext.ConvNeXt.set_grad_checkpointing", lambda self, enable=True: enabled.append(enable)
     )
-    rows, _ = measured(work)
-    assert seen == [work == "checkpointed training"] * 2
+    rows, _ = measure(work)
+    assert enabled == [work == "checkpointed training"] * 2
     assert (rows[0]["saved_bytes"] is not None) == (work == "training")

@@ -1,8 +1,10 @@
+import sys
 from types import SimpleNamespace
 
-import memory
 import torch
 from torch import nn
+
+from benchmarks import candidates, memory
 
 KIB = torch.zeros(256)  # of float32
 
@@ -12,9 +14,9 @@ def test_the_peak_counts_what_lives_at_once():
         two = torch.cat((KIB, KIB))
         three = torch.cat((KIB, KIB, KIB))  # now 5 KiB
         del two
-        one = KIB.clone()  # 4
+        result = KIB.clone()  # 4
         del three
-        return (one,)  # which stays, and is not counted
+        return (result,)  # stays in memory, and is not counted
 
     assert memory.peak_bytes(call, "cpu") == 4 * 1024
 
@@ -34,7 +36,7 @@ def test_saved_for_backward_are_distinct_storages_without_parameters():
     assert memory.saved_bytes(lambda: x + weight, [weight]) == 0
 
 
-def test_what_a_custom_function_saves_is_seen():
+def test_tensors_saved_by_a_custom_function_are_counted():
     class Cube(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -49,7 +51,7 @@ def test_what_a_custom_function_saves_is_seen():
     assert memory.saved_bytes(lambda: Cube.apply(x), []) == 2048
 
 
-def test_the_peak_on_gpu_is_beyond_what_stood_there_and_what_is_returned(monkeypatch):
+def test_the_peak_on_gpu_counts_neither_earlier_memory_nor_the_results(monkeypatch):
     cuda = SimpleNamespace(
         synchronize=lambda: None,
         reset_peak_memory_stats=lambda: None,
@@ -58,3 +60,25 @@ def test_the_peak_on_gpu_is_beyond_what_stood_there_and_what_is_returned(monkeyp
     )
     monkeypatch.setattr(memory.torch, "cuda", cuda)
     assert memory.peak_bytes(lambda: (KIB.clone(),), "cuda") == 2048
+
+
+def test_the_command_prints_the_memory_of_every_layer_and_peer(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory", "--shape", "2", "32", "7", "5"])
+    memory.main()
+    header, _, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert header == ["layer", "candidate", "peak / input", "saved / input"]
+    table = {(layer, candidate): (float(peak), float(saved)) for layer, candidate, peak, saved in lines}
+    assert {layer for layer, _ in table} == {*candidates.LAYERS, "peer"}
+    assert table["CFE", "fused"][1] < table["CFE", "textbook"][1]  # the fused one saves its input only
+
+
+def test_the_command_leaves_out_candidates_that_cannot_run(monkeypatch, capsys):
+    class Refusing(nn.Module):
+        def forward(self, x):
+            raise NotImplementedError("not here")
+
+    refusing = candidates.Candidate("SFE", "fused", Refusing(), None)
+    monkeypatch.setattr(memory, "candidates", lambda *args, **kwargs: [refusing])
+    monkeypatch.setattr(sys, "argv", ["memory"])
+    memory.main()
+    assert "fused" not in capsys.readouterr().out

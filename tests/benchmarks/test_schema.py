@@ -2,12 +2,13 @@ import copy
 import json
 
 import pytest
-import schema
+
+from benchmarks import schema
 
 
-def test_a_result_is_valid(row, result):
-    whole = result(row(over={"copy": 3}), row(saved_bytes=7), suite="sweep")
-    assert schema.validate(whole) is whole
+def test_a_result_is_valid(make_row, make_result):
+    result = make_result(make_row(over={"copy": 3}), make_row(saved_bytes=7), suite="sweep")
+    assert schema.validate(result) is result
 
 
 @pytest.mark.parametrize(
@@ -28,31 +29,31 @@ def test_a_result_is_valid(row, result):
         (["rows", 0, "over", "copy", 0], {}, r"over\['copy'\]\[0\]: missing keys \['median', 'q1', 'q3'\]"),
     ],
 )
-def test_what_is_wrong_is_named(row, result, path, value, message):
-    broken = copy.deepcopy(result(row(over={"copy": 3})))
-    *way, last = path
-    place = broken
-    for step in way:
-        place = place[step]
-    place[last] = value
+def test_a_wrong_value_is_named_with_its_place(make_row, make_result, path, value, message):
+    broken = copy.deepcopy(make_result(make_row(over={"copy": 3})))
+    *parents, last = path
+    parent = broken
+    for key in parents:
+        parent = parent[key]
+    parent[last] = value
     with pytest.raises(ValueError, match=message):
         schema.validate(broken)
 
 
-def test_a_missing_key_is_named(result):
-    broken = result()
+def test_a_missing_key_is_named(make_result):
+    broken = make_result()
     del broken["seed"]
     with pytest.raises(ValueError, match=r"result: missing keys \['seed'\], unknown keys \[\]"):
         schema.validate(broken)
 
 
-def test_a_file_is_named_where_it_is_no_result(tmp_path, row, result):
-    (tmp_path / "good.json").write_text(json.dumps(result(row())))
+def test_a_file_that_is_not_a_result_is_named(tmp_path, make_row, make_result):
+    (tmp_path / "good.json").write_text(json.dumps(make_result(make_row())))
     (tmp_path / "bad.json").write_text("[]")
     assert schema.load(tmp_path / "good.json")["rows"][0]["subject"] == "CSFE"
     with pytest.raises(ValueError, match=r"bad\.json: result: wanted dict, got \[\]"):
         schema.load(tmp_path / "bad.json")
 
 
-def test_the_best_repetition_has_the_lowest_median(spreads):
-    assert schema.best([spreads(3.0), spreads(2.0), spreads(4.0)]) == spreads(2.0)
+def test_the_best_repetition_has_the_lowest_median(make_spread):
+    assert schema.best([make_spread(3.0), make_spread(2.0), make_spread(4.0)]) == make_spread(2.0)

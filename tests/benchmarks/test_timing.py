@@ -2,11 +2,12 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
-import timing
+
+from benchmarks import timing
 
 
-class Script:
-    """A clock that reads out numbers."""
+class FakeClock:
+    """A clock with given times."""
 
     method = "timer"
 
@@ -18,30 +19,30 @@ class Script:
 
 
 def test_ratios_are_taken_within_a_round():
-    ours, other = ("CSFE", "auto"), ("floor", "copy")
-    # The machine slows down threefold from round to round: the times say nothing, the ratios are 2 in each round.
-    clocks = {ours: Script([2, 6, 18, 4, 4, 4]), other: Script([1, 3, 9, 1, 1, 1])}
-    timed = timing.interleaved(clocks, {ours: {"copy": other}, other: {}}, rounds=3, repeats=2)
-    assert timed[ours].method == "timer"
-    assert timed[ours].ms[0] == {"median": 6000, "q1": 4000, "q3": 12000}
-    assert timed[ours].over == {"copy": [dict.fromkeys(("median", "q1", "q3"), ratio) for ratio in (2, 4)]}
-    assert timed[other].over == {}
+    layer, copy = ("CSFE", "auto"), ("floor", "copy")
+    # The machine becomes three times slower in each round: the times are useless, the ratio is 2 in each round.
+    clocks = {layer: FakeClock([2, 6, 18, 4, 4, 4]), copy: FakeClock([1, 3, 9, 1, 1, 1])}
+    timed = timing.interleaved(clocks, {layer: {"copy": copy}, copy: {}}, rounds=3, repeats=2)
+    assert timed[layer].method == "timer"
+    assert timed[layer].ms[0] == {"median": 6000, "q1": 4000, "q3": 12000}
+    assert timed[layer].over == {"copy": [dict.fromkeys(("median", "q1", "q3"), ratio) for ratio in (2, 4)]}
+    assert timed[copy].over == {}
 
 
 def test_rounds_are_interleaved():
-    seen = []
+    visits = []
     keys = [("a", ""), ("b", "")]
 
-    class Recorder(Script):
+    class Recorder(FakeClock):
         def __init__(self, key):
             self.key = key
 
         def seconds(self):
-            seen.append(self.key)
+            visits.append(self.key)
             return 1.0
 
     timing.interleaved({key: Recorder(key) for key in keys}, {key: {} for key in keys}, rounds=2, repeats=1)
-    assert seen == keys * 2
+    assert visits == keys * 2
 
 
 def test_the_clock_on_cpu_repeats_a_short_call():
@@ -52,7 +53,7 @@ def test_the_clock_on_cpu_repeats_a_short_call():
     assert len(calls) > 10
 
 
-def test_a_spread_is_median_and_quartiles():
+def test_a_spread_has_median_and_quartiles():
     assert timing.spread([5, 1, 4, 2, 3]) == {"median": 3, "q1": 2, "q3": 4}
     assert timing.spread([1 / 3] * 3)["median"] == pytest.approx(1 / 3, rel=1e-4)
 
@@ -62,7 +63,7 @@ class FakeCuda:
 
     def __init__(self, capturing=True):
         self.capturing, self.clock, self.launched = capturing, 0.0, 0
-        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda stream: None)
         self.stream = lambda stream: nullcontext()
         self.graph_pool_handle = object
         self.synchronize = lambda: None

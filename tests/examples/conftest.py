@@ -1,15 +1,18 @@
-"""What the tests of the example share: a checker that is no part of the example, and a drawn data set."""
+"""Fixtures of the tests of the examples."""
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from breakhis.synthetic import draw_tree
+from breakhis.data.synthetic import draw_tree
+from breakhis.results import study
+from breakhis.results.intervals import bootstrap
 
 
 def leaking_patients(rows: Iterable[tuple[str, str]]) -> set[str]:
-    """Patients that (patient, split) rows put into more than one split; knows nothing of the code under test."""
+    """Return the patients that (patient, split) rows put into more than one split; uses no code of the example."""
     splits = defaultdict(set)
     for patient, split in rows:
         splits[patient].add(split)
@@ -23,12 +26,34 @@ def leak_checker():
 
 @pytest.fixture(scope="session")
 def synthetic_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 drawn images: 3 patients of each of the 8 subtypes, 2 images each, at 100X."""
+    """Draw 48 images: 3 patients of each of the 8 subtypes, 2 images each, at 100X."""
     root = tmp_path_factory.mktemp("synthetic")
     draw_tree(root, seed=0, magnifications=("100X",), patients_per_subtype=3, images_per_patient=2)
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_resamples():
+    """Resample few worlds: a study would spend most of its time on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "bootstrap", partial(bootstrap, resamples=50))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_sync():
+    """Do not wait for the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("breakhis.files.fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Train without drawing figures, in tests that look at other results."""
+    monkeypatch.setattr("train_breakhis.draw_figures", lambda *args: None)

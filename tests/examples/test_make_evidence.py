@@ -1,4 +1,4 @@
-"""The script that makes the evidence, and what it has kept."""
+"""The script that makes the evidence, and the results that it has kept."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,17 @@ import make_evidence
 import numpy as np
 import pytest
 import yaml
-from breakhis.metrics import auc, balanced_accuracy, image_accuracy
-from breakhis.study import markdown
-from breakhis.tables import read_csv
+from breakhis.files import read_csv
+from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
+from breakhis.results.study import markdown
 
 from tests.support.hub import needs_local_dir
 
-KEPT = sorted(path.parent for path in make_evidence.STUDIES.glob("*/results.json"))
+STUDY_FOLDERS = sorted(path.parent for path in make_evidence.STUDIES.glob("*/results.json"))
 
 
-def assert_kept(folder: Path) -> None:
-    """Scores of single runs, computed again from the predictions, are those of the results."""
+def assert_predictions_match_scores(folder: Path) -> None:
+    """Compute the scores of single runs from the predictions, and compare them with the results."""
     classes = json.loads((folder / "results.json").read_text())["classes"]
     predictions, runs = read_csv(folder / "predictions.csv"), read_csv(folder / "results.csv")
     assert runs
@@ -28,35 +28,36 @@ def assert_kept(folder: Path) -> None:
         targets = [classes.index(row["target"]) for row in rows]
         column = f"{run['variant']} seed {run['seed']}"
         probabilities = np.array([[float(row[f"{column} prob_{name}"]) for name in classes] for row in rows])
-        # Four digits may turn a tie or two, and no more than that.
+        # Rounding to four digits may change the result of one or two ties, but not more.
         smallest = min(targets.count(target) for target in set(targets))
         assert image_accuracy(targets, probabilities) == pytest.approx(float(run["image_accuracy"]), abs=2 / len(rows))
-        wanted = pytest.approx(float(run["balanced_accuracy"]), abs=2 / smallest / len(set(targets)))
-        assert balanced_accuracy(targets, probabilities) == wanted
+        expected = pytest.approx(float(run["balanced_accuracy"]), abs=2 / smallest / len(set(targets)))
+        assert balanced_accuracy(targets, probabilities) == expected
         if run["auc"]:
             assert auc(targets, probabilities) == pytest.approx(float(run["auc"]), abs=0.01)
 
 
+@pytest.mark.slow
 @needs_local_dir
-def test_a_study_is_run_and_kept(synthetic_tree, tmp_path, monkeypatch):
+def test_a_study_is_run_and_kept(synthetic_tree, tmp_path, monkeypatch, no_figures):
     flags = {"img_size": 32, "epochs": 1, "num_folds": 3, "folds": [0, 1], "seeds": [0, 1], "num_workers": 0}
-    flags |= {"variants": {"plain": {"csfe": False}, "whole": {}}}
+    flags |= {"variants": {"plain": {"csfe": False}, "kfde": {}}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(flags))
     monkeypatch.setattr(make_evidence, "STUDIES", tmp_path)
     make_evidence.main(["small", "--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path / "runs")])
-    kept = tmp_path / "small"
-    assert sorted(path.name for path in kept.iterdir()) == [
+    folder = tmp_path / "small"
+    assert sorted(path.name for path in folder.iterdir()) == [
         "predictions.csv",
         "results.csv",
         "results.json",
         "results.md",
     ]
-    assert_kept(kept)
+    assert_predictions_match_scores(folder)
 
 
-@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
-def test_what_is_kept_agrees_with_itself_and_with_its_flags(folder):
-    assert_kept(folder)
+@pytest.mark.parametrize("folder", STUDY_FOLDERS, ids=lambda folder: folder.name)
+def test_the_kept_results_agree_with_each_other_and_with_the_flags(folder):
+    assert_predictions_match_scores(folder)
     assert (folder / "results.md").read_text() == markdown(json.loads((folder / "results.json").read_text())) + "\n"
     flags = yaml.safe_load(folder.with_suffix(".yaml").read_text())
     runs = read_csv(folder / "results.csv")

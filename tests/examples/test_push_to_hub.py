@@ -1,7 +1,6 @@
-"""The model of a real run, published: to a folder, and to a folder that stands in for the Hub."""
+"""The model of a real run, written to a folder, and pushed to a folder in the place of the Hub."""
 
 import ast
-import csv
 import json
 import re
 from pathlib import Path
@@ -10,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from breakhis.checkpoints import load_model
+from breakhis.training.checkpoints import load_model
 from huggingface_hub import ModelCard
 from push_to_hub import main, write_card
 from train_breakhis import main as train
 
 from tests.support.hub import hub_in_folder, needs_local_dir
+from tests.support.runs import SMALL, read_rows
 
 pytestmark = needs_local_dir
-SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
 REPO_ID = "someone/kfde"
 FILES = {"README.md", "config.json", "model.safetensors"}
 
@@ -45,7 +44,7 @@ def written(run, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder in place of the repository on the Hub, and what was asked of that."""
+    """A folder in the place of the repository on the Hub, and the calls to the Hub."""
     calls = hub_in_folder(tmp_path, monkeypatch, "push_to_hub")
     return SimpleNamespace(folder=tmp_path / REPO_ID, calls=calls)
 
@@ -59,16 +58,16 @@ def test_the_written_folder_is_the_checkpoint_with_its_card(run, written):
     assert contents(written).keys() == FILES
     assert (written / "model.safetensors").read_bytes() == (run / "best/model.safetensors").read_bytes()
     config, trained = (json.loads((folder / "config.json").read_text()) for folder in (written, run / "best"))
-    assert config["pretrained_cfg"].pop("label_names") == trained["label_names"]  # timm says them twice now
+    assert config["pretrained_cfg"].pop("label_names") == trained["label_names"]  # timm writes them twice now
     assert config == trained
     x = torch.randn(2, 3, 64, 64)
-    again = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
-    assert torch.equal(again(x), load_model(run / "best")(x))
+    loaded = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
+    assert torch.equal(loaded(x), load_model(run / "best")(x))
 
 
 @pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
-def test_what_is_pushed_is_what_was_written(run, written, hub):
-    for private in (["--private"], []):  # the second time there is a card
+def test_the_pushed_files_are_the_written_ones(run, written, hub):
+    for private in (["--private"], []):  # the second time a card exists
         assert main(["--run", str(run), "--repo-id", REPO_ID, *private]) == 0
         assert contents(hub.folder) == contents(written)
         (hub.folder / "README.md").write_text("of an earlier run")
@@ -93,7 +92,7 @@ def cells(card: str) -> list[list[str]]:
 
 
 @pytest.mark.cell("Hub and files", "model card", "models")
-def test_the_card_gives_the_figures_of_the_run_and_how_they_came_about(written, metrics):
+def test_the_card_gives_the_scores_of_the_run_and_its_protocol(written, metrics):
     card = (written / "README.md").read_text()
     assert "Protocol: patient protocol, fold 0 of 3, breakhis 100X, binary." in card
     images, patients = metrics["n_images"]["test"], metrics["n_patients"]["test"]
@@ -115,7 +114,7 @@ def test_the_card_gives_the_figures_of_the_run_and_how_they_came_about(written, 
     assert rows["input"] == ["RGB, 64 x 64 px"]
     assert rows["started from"] == ["random weights"]
     assert rows["licence"] == ["apache-2.0"]
-    assert "after epoch 1 of 1, chosen on validation, seed 0" in card
+    assert "from epoch 1 of 1, chosen on validation, seed 0" in card
     assert "Not a medical device" in card
 
 
@@ -123,8 +122,7 @@ def test_the_card_gives_the_figures_of_the_run_and_how_they_came_about(written, 
 def test_the_card_shows_how_to_load_the_model(run, hub, synthetic_tree, capsys):
     main(["--run", str(run), "--repo-id", REPO_ID])
     (block,) = re.findall(r"^```python\n(.*?)^```", (hub.folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    with (run / "predictions.csv").open(newline="") as file:
-        row = next(csv.DictReader(file))
+    row = read_rows(run / "predictions.csv")[0]
     capsys.readouterr()
     exec(block, {"file": synthetic_tree / row["file"]})
     printed = ast.literal_eval(capsys.readouterr().out)
@@ -140,19 +138,19 @@ def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_
     card = (tmp_path / "card/README.md").read_text()
     assert ModelCard(card).data.license == "cc-by-nc-4.0"
     rows = {row[0]: row[1:] for row in cells(card)}
-    assert rows["licence"] == ["cc-by-nc-4.0: not for commercial use, as the weights that training started from"]
+    assert rows["licence"] == ["cc-by-nc-4.0: not for commercial use, like the weights that training started from"]
     assert rows["started from"] == ["a checkpoint"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "sentence"),
     [
-        ({"synthetic": True}, "The images are drawn: the figures say that the program works"),
-        ({"synthetic": True}, "Images: drawn by a program in the manner of BreakHis."),
-        ({"protocol": "image"}, "Images of one patient stand in both training and test, which inflates every figure."),
-        ({"scored_on": "val"}, "The figures are of the images that the checkpoint was chosen on"),
+        ({"synthetic": True}, "The images are drawn: the scores show that the program works"),
+        ({"synthetic": True}, "Images: drawn by a program, similar to BreakHis."),
+        ({"protocol": "image"}, "Images of one patient are in both training and test, which inflates every score."),
+        ({"scored_on": "val"}, "The scores are of the images that the checkpoint was chosen on"),
         ({"scored_on": "val"}, "validation images of "),
-        ({"n_images": {"train": 9, "val": 0, "test": 9}}, "chosen on nothing but being the last"),
+        ({"n_images": {"train": 9, "val": 0, "test": 9}}, "chosen on no criterion: it is the last one"),
         ({"auc": None}, "| area under the ROC curve | undefined |"),
         ({"dataset": "idc"}, "Images: patches of invasive ductal carcinoma"),
         (
@@ -162,10 +160,10 @@ def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_
     ],
 )
 @pytest.mark.cell("Hub and files", "model card", "models")
-def test_the_card_says_what_limits_a_run(run, metrics, changes, said):
+def test_the_card_names_the_limits_of_a_run(run, metrics, changes, sentence):
     model = load_model(run / "best")
-    assert said in write_card(REPO_ID, model, metrics | changes)
-    assert said not in write_card(REPO_ID, model, metrics)
+    assert sentence in write_card(REPO_ID, model, metrics | changes)
+    assert sentence not in write_card(REPO_ID, model, metrics)
 
 
 @pytest.mark.parametrize(

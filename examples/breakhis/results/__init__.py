@@ -1,0 +1,5 @@
+"""Scores, tables and figures of finished runs.
+
+`metrics` computes scores; `report`, `figures` and `explain` show one run; `study`, `intervals` and `paper` compare
+many runs.
+"""

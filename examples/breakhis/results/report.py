@@ -1,0 +1,92 @@
+"""Tables and sentences about a run. Every sentence with a score names the protocol."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from breakhis.data.records import Record, patients
+from breakhis.data.splits import Split, absent_classes
+
+logger = logging.getLogger(__name__)
+
+
+def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
+    """Log the size of each part of a split, and the classes that it lacks."""
+    for name, records in split.parts().items():
+        logger.info("%s: %d images of %d patients", name, len(records), len(patients(records)))
+        absent = absent_classes(records, task, classes)
+        if records and absent:
+            logger.warning("WARNING: %s has no image of %s", name, ", ".join(absent))
+        if records and len(classes) - len(absent) == 1:
+            only = "no model can learn to tell classes apart" if name == "train" else "balanced accuracy is its recall"
+            logger.warning("WARNING: %s has one class only: %s", name, only)
+    if not split.val:
+        logger.warning("WARNING: too few patients or images for a validation set, so best = last epoch")
+
+
+def split_rows(split: Split, data_dir: Path) -> list[dict[str, str]]:
+    """Make the rows of `split.csv`: `file` (relative to `data_dir`), `patient`, `case`, `split` for each image."""
+    return [
+        {
+            "file": record.path.relative_to(data_dir).as_posix(),
+            "patient": record.patient_id,
+            "case": record.case_id,
+            "split": name,
+        }
+        for name, records in split.parts().items()
+        for record in records
+    ]
+
+
+def prediction_rows(
+    records: Sequence[Record],
+    probabilities: Sequence[Sequence[float]],
+    task: str,
+    classes: Sequence[str],
+    data_dir: Path,
+) -> list[dict[str, str]]:
+    """Make the rows of `predictions.csv`: `file`, `patient`, `target`, `prediction`, `prob_<class>` for each image.
+
+    Args:
+        records: The predicted images.
+        probabilities: A row for each image, a column for each class.
+        task: The task whose labels are the targets.
+        classes: Names of the classes, in the order of the columns.
+        data_dir: Directory that `file` is relative to.
+    """
+    return [
+        {
+            "file": record.path.relative_to(data_dir).as_posix(),
+            "patient": record.patient_id,
+            "target": record.labels[task],
+            "prediction": classes[max(range(len(classes)), key=row.__getitem__)],
+            **{
+                f"prob_{name}": f"{value:.9g}" for name, value in zip(classes, row, strict=True)
+            },  # 9 digits restore a float32
+        }
+        for record, row in zip(records, probabilities, strict=True)
+    ]
+
+
+def name_source(results: dict[str, Any]) -> str:
+    """Name the source of the images, from the metrics of a run or the results of a study."""
+    return "synthetic images" if results["synthetic"] else results["dataset"]
+
+
+def describe_protocol(metrics: dict[str, Any]) -> str:
+    """Describe the images and the protocol of a run, such as "patient protocol, fold 0 of 5, breakhis 100X, binary"."""
+    magnification = "" if metrics["magnification"] == "pooled" else f" {metrics['magnification']}"
+    source = f"{name_source(metrics)}{magnification}"
+    return f"{metrics['protocol_in_words']}, {metrics['fold_in_words']}, {source}, {metrics['task']}"
+
+
+def summarise(metrics: dict[str, Any]) -> str:
+    """Write one sentence with the protocol, the scores, and the numbers of images and patients."""
+    part = metrics["scored_on"]
+    return (
+        f"{describe_protocol(metrics)}: image accuracy {metrics['image_accuracy']:.3f}, "
+        f"patient recognition rate {metrics['patient_recognition_rate']:.3f}, "
+        f"balanced accuracy {metrics['balanced_accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f} "
+        f"on {metrics['n_images'][part]} images of {metrics['n_patients'][part]} patients"
+    )

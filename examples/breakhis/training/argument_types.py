@@ -1,0 +1,54 @@
+"""Types of command-line arguments for argparse: each turns a text into a value, or says what it must be."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import yaml
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """Make the type of a finite number from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {value}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse prints it, as in "invalid int value"
+    return parse
+
+
+def positive(text: str) -> float:
+    """Parse a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {value}")
+    return value
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """Parse a mapping in YAML, such as "{output_stride: 16, csfe: false}"."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r}")
+    return value
+
+
+def fold(text: str) -> int | str:
+    """Parse the number of a fold, or "all"."""
+    return text if text == "all" else number(int, 0)(text)
+
+
+def torch_device(text: str) -> torch.device:
+    """Parse the name of a device of this machine; "auto" is its accelerator if it has one, else the CPU."""
+    if text == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:  # an AssertionError where PyTorch lacks the backend
+        raise argparse.ArgumentTypeError(f"must be 'auto' or a device of this machine, got {text!r}") from error

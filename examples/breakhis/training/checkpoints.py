@@ -1,0 +1,127 @@
+"""Build a timm model for histology, and save it so that timm alone can load it again."""
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_state_dict, save_for_hf
+from torch import Tensor, nn
+
+from breakhis.files import write_atomically
+from breakhis.training.stain import StainJitter
+
+PRETRAINED_NOTE = "ImageNet weights of ConvNeXt V2 are licensed CC BY-NC 4.0: not for commercial use."
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Create a model whose `pretrained_cfg` describes the input images.
+
+    A KFDE model that starts from weights has its new blocks blended out (`identity_start`), so that training starts
+    from the function of these weights.
+
+    Args:
+        args: Flags of a run: `model`, `model_kwargs`, `drop_path`, `pretrained`, `checkpoint_path`, `img_size`.
+        num_classes: Number of classes.
+
+    Returns:
+        The model, and the arguments that build it again together with its name.
+
+    Raises:
+        ValueError: The model does not accept the arguments, or the weights do not fit it.
+    """
+    model_args = dict(args.model_kwargs)
+    has_blocks = model_args.get("csfe", True) is not False or model_args.get("mfdf", True) is not False
+    loads = args.pretrained or args.checkpoint_path is not None
+    if loads and args.model.startswith("kfde_") and has_blocks:
+        keys = [] if args.checkpoint_path is None else load_state_dict(str(args.checkpoint_path), device="cpu")
+        kfde_keys = [key for key in keys if ".kfde." in key]  # a KFDE checkpoint keeps its own choice
+        model_args.setdefault("identity_start", not kfde_keys or any(key.endswith(".blend") for key in kfde_keys))
+    if args.drop_path is not None:
+        model_args["drop_path_rate"] = args.drop_path
+    if timm.models.get_pretrained_cfg(args.model).fixed_input_size:
+        model_args["img_size"] = args.img_size
+    source = None if args.checkpoint_path is None else {"file": str(args.checkpoint_path)}
+    try:
+        model = timm.create_model(
+            args.model, pretrained=loads, pretrained_cfg_overlay=source, num_classes=num_classes, **model_args
+        )
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model {args.model} with arguments {model_args} cannot be built: {error}") from error
+    # Use the complete height of the field instead of timm's usual 7/8: a diagnosis may depend on the border.
+    data_config = {"img_size": args.img_size, "crop_pct": 1.0, "crop_mode": "center"}
+    # Drop config entries that describe ImageNet testing, and the origin and licence of weights that were not loaded.
+    # Weights from a file may come from ImageNet's, so the licence stays.
+    wrong = ["file", "test_input_size", "test_crop_pct"]
+    if not args.pretrained:
+        wrong += ["tag", "origin_url", "paper_name", "paper_ids"]
+    if not loads:
+        wrong.append("license")
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        **resolve_data_config(data_config, model=model),
+        **dict.fromkeys(wrong),
+    }
+    return model, model_args
+
+
+def train_transform(args: argparse.Namespace, model: nn.Module, example: Image.Image) -> Callable[..., Tensor]:
+    """Make the augmentation for histology, from an RGB image to a normalised (3, H, W) tensor.
+
+    Tissue has no direction, so images are flipped both ways. Colour jitter imitates other lamps and cameras, stain
+    jitter other laboratories. The crop zooms in by at most 1.4 from the largest square, because at one magnification
+    the size of a nucleus matters for the diagnosis.
+
+    Args:
+        args: Flags of a run: `color_jitter`, `stain_jitter`.
+        model: A model from `build_model`.
+        example: Any of the images; its shape is that of a field.
+    """
+    square = min(example.size) / max(example.size)  # share of a field that the largest square covers
+    jitter = args.color_jitter
+    transform = create_transform(
+        **resolve_data_config(model=model),
+        is_training=True,
+        scale=(square / 2, square),
+        ratio=(0.9, 1 / 0.9),
+        hflip=0.5,
+        vflip=0.5,
+        color_jitter=(jitter, jitter, jitter, jitter / 5) if jitter else None,
+    )
+    if args.stain_jitter:
+        transform.transforms.insert(1, StainJitter(args.stain_jitter))  # after the crop, when the image is small
+    return transform
+
+
+def eval_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
+    """Make the deterministic transform that the model's configuration describes."""
+    return create_transform(**resolve_data_config(model=model), is_training=False)
+
+
+def save_model(model: nn.Module, folder: Path, classes: Sequence[str], model_args: dict[str, Any]) -> None:
+    """Write `model.safetensors` and `config.json`, for `timm.create_model(f"local-dir:{folder}", pretrained=True)`.
+
+    Each file is replaced in one step, so that after a kill there is the old or the new one.
+
+    Args:
+        model: A model from `build_model`, not wrapped.
+        folder: Folder for the files; made if needed.
+        classes: Class names in the order of the outputs.
+        model_args: The arguments that `build_model` returned.
+    """
+    part = folder / "part"
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
+    config = {"label_names": list(classes)}
+    save_for_hf(model, str(part), model_config=config, model_args=model_args, safe_serialization=True)
+    for file in part.iterdir():
+        write_atomically(folder / file.name, file.replace)
+    part.rmdir()
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Load a model that `save_model` wrote, with its weights, in evaluation mode."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -1,0 +1,178 @@
+"""The command line of the trainer."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
+from breakhis.data.idc import IDC
+from breakhis.data.naming import BREAKHIS
+from breakhis.data.splits import PROTOCOLS
+from breakhis.training.argument_types import fold, mapping, number, positive
+
+SOURCES = {"breakhis": BREAKHIS, "idc": IDC}
+ABLATION: dict[str, dict[str, Any]] = {
+    "baseline": {"csfe": False, "mfdf": False},
+    "CSFE": {"mfdf": False},
+    "MFDF": {"csfe": False},
+    "KFDE": {},
+}
+SWITCH = argparse.BooleanOptionalAction  # the command line can switch off what a file switches on
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of every flag."""
+    parser = argparse.ArgumentParser(
+        prog="train_breakhis.py",
+        description="Train timm models on breast-cancer histopathology and score them on unseen patients.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # an abbreviation in a file of flags could mean another flag in the next version
+    )
+    for add_flags in (_add_run_flags, _add_data_flags, _add_protocol_flags, _add_model_flags, _add_recipe_flags):
+        add_flags(parser)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the run itself."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", type=Path, default=None, help="YAML file of flags; the command line goes before it")
+    group.add_argument(
+        "--output-dir", type=Path, required=True, default=argparse.SUPPRESS, help="directory for all results"
+    )
+    group.add_argument(
+        "--resume", action=SWITCH, default=False, help="go on where a run into this directory was cut off, or start"
+    )
+    group.add_argument(
+        "--num-workers", type=number(int, 0), default=2, help="processes that load images; 0: the main process does"
+    )
+    group.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16", "fp16"),
+        default=None,
+        help="precision of the forward pass; unset leaves it to `accelerate launch`",
+    )
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the images."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=sorted(SOURCES), default="breakhis", help="data set in DATA_DIR")
+    group.add_argument("--data-dir", type=Path, default=None, help="directory with the images at any depth")
+    group.add_argument("--download", action=SWITCH, default=False, help="fetch BreakHis, 4 GB, into DATA_DIR first")
+    group.add_argument(
+        "--synthetic",
+        action=SWITCH,
+        default=False,
+        help="draw a small BreakHis under OUTPUT_DIR/synthetic and train on that",
+    )
+    group.add_argument(
+        "--strict",
+        action=SWITCH,
+        default=False,
+        help="refuse a data set with unusable files instead of leaving them out",
+    )
+    group.add_argument(
+        "--task", choices=("binary", "subtype"), default="binary", help="two classes, or BreakHis' eight"
+    )
+    group.add_argument(
+        "--magnification",
+        nargs="+",
+        choices=(*BREAKHIS.magnifications, "all", "pooled"),
+        default=None,
+        help="one run for each; all: the four; pooled: one run on all images; unset: 100X of BreakHis",
+    )
+
+
+def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the division into training, validation and test."""
+    group = parser.add_argument_group("protocol")
+    group.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="patient",
+        help="patient: no patient on two sides; official: the authors' lists; image: at random, leaks patients",
+    )
+    group.add_argument(
+        "--group-by",
+        choices=("patient", "case"),
+        default="patient",
+        help="images that stay on one side together; case is stricter",
+    )
+    group.add_argument("--num-folds", type=number(int, 2), default=5, help="number of folds; official has five")
+    group.add_argument("--folds", nargs="+", type=fold, default=[0], help="test folds from 0, one run for each; or all")
+    group.add_argument(
+        "--fold-dir", type=Path, default=None, help="directory with the authors' lists, dsfold1.txt to dsfold5.txt"
+    )
+    group.add_argument(
+        "--score-on",
+        choices=("test", "val"),
+        default="test",
+        help="images that are scored; val: while you choose settings",
+    )
+    group.add_argument("--split-seed", type=number(int, 0), default=0, help="shuffles patients before they are split")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the model."""
+    group = parser.add_argument_group("model")
+    share = number(float, 0, 1)
+    group.add_argument("--model", default="kfde_convnextv2_atto", help="a timm model")
+    group.add_argument(
+        "--model-kwargs", type=mapping, default={}, help="further arguments of the model, a YAML mapping"
+    )
+    group.add_argument(
+        "--ablation", action=SWITCH, default=False, help=f"one run for each of {', '.join(ABLATION)} (a kfde_* model)"
+    )
+    group.add_argument(
+        "--variants", type=mapping, default={}, help="one run for each: a YAML mapping from names to model arguments"
+    )
+    group.add_argument("--pretrained", action=SWITCH, default=False, help="start from timm's weights (needs a network)")
+    group.add_argument(
+        "--checkpoint-path",
+        type=Path,
+        default=None,
+        help="start from the weights in this file, except those of the classifier",
+    )
+    group.add_argument(
+        "--freeze-backbone", action=SWITCH, default=False, help="train only the KFDE blocks and the classifier"
+    )
+    group.add_argument("--drop-path", type=share, default=None, help="stochastic depth; unset leaves it to the model")
+    group.add_argument("--img-size", type=number(int, 32), default=224, help="height and width of the input, px")
+
+
+def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the training."""
+    group = parser.add_argument_group("recipe")
+    count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
+    group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
+    group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
+    group.add_argument("--grad-accum-steps", type=count, default=1, help="batches per update")
+    group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
+    group.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")
+    group.add_argument("--weight-decay", type=rate, default=0.05, help="weight decay of AdamW")
+    group.add_argument(
+        "--layer-decay",
+        type=number(float, 0.01, 1),
+        default=1,
+        help="factor on the rate, layer by layer from the head",
+    )
+    group.add_argument(
+        "--ema-decay",
+        type=share,
+        default=0,
+        help="decay of the average of the weights, which is scored and saved instead of them",
+    )
+    group.add_argument("--mixup", type=rate, default=0, help="alpha of mixup; 0: none")
+    group.add_argument("--cutmix", type=rate, default=0, help="alpha of cutmix; 0: none")
+    group.add_argument("--smoothing", type=share, default=0, help="label smoothing")
+    group.add_argument(
+        "--color-jitter", type=rate, default=0.2, help="random change of brightness, contrast and saturation"
+    )
+    group.add_argument(
+        "--stain-jitter", type=rate, default=0, help="random change of the amounts of haematoxylin and eosin"
+    )
+    group.add_argument("--class-weights", action=SWITCH, default=False, help="weigh classes by their inverse frequency")
+    group.add_argument(
+        "--seeds", nargs="+", type=number(int, 0), default=[0], help="seeds of training; one run for each"
+    )

@@ -1,0 +1,179 @@
+"""The flags of the trainer, on the command line or in a YAML file, and the runs that they ask for."""
+
+import argparse
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+from breakhis.data.naming import BREAKHIS
+from breakhis.training.flags import ABLATION, SOURCES, make_parser
+
+# Flags that a resumed run may change: they affect no result. Its division of the images is compared separately.
+_FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download")
+_VARIANT = re.compile(r"[\w.+-]+")  # a variant is the name of a folder
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and the YAML file that it may name.
+
+    Args:
+        argv: The command line; None: that of the process.
+
+    Returns:
+        The flags, with "all" resolved.
+
+    Raises:
+        SystemExit: A flag is wrong; the message says which one and why.
+    """
+    parser = make_parser()
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", type=Path)
+    known, rest = config_parser.parse_known_args(argv)
+    if known.config is not None:
+        try:
+            config = yaml.safe_load(known.config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"argument --config: must be a YAML file that can be read, got {error}")
+        if not isinstance(config, dict) or "config" in config:
+            parser.error(f"argument --config: must be a mapping from flags to values without config, got {config!r}")
+        rest = ["--config", str(known.config), *_as_argv(config), *rest]
+    args = parser.parse_args(rest)
+    _check(parser, args)
+    if args.magnification is None:
+        args.magnification = ["100X"] if SOURCES[args.dataset].magnifications else ["pooled"]
+    if args.magnification == ["all"]:
+        args.magnification = list(BREAKHIS.magnifications)
+    if args.folds == ["all"]:
+        args.folds = list(range(args.num_folds))
+    return args
+
+
+def _as_argv(config: dict[str, Any]) -> list[str]:
+    """Turn a YAML mapping into a command line, so that its flags are checked in the same way."""
+    argv = []
+    for key, value in config.items():
+        name = str(key).replace("_", "-")
+        match value:
+            case None:  # saved for a flag that was not set
+                continue
+            case False if name == "mixed-precision":  # YAML reads a bare "no" as false
+                argv += [f"--{name}", "no"]
+            case bool():
+                argv.append(f"--{name}" if value else f"--no-{name}")
+            case dict():
+                argv += [f"--{name}", yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)]
+            case list():
+                argv += [f"--{name}", *map(str, value)]
+            case _:
+                argv += [f"--{name}", str(value)]
+    return argv
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse contradicting flags."""
+    _check_data(parser, args)
+    _check_protocol(parser, args)
+    _check_model(parser, args)
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f"argument --batch-size: must be even with --mixup or --cutmix, got {args.batch_size}")
+
+
+def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.data_dir is None) == (not args.synthetic):
+        parser.error("one of the arguments --data-dir and --synthetic is required, and not both")
+    if args.data_dir is not None and not args.download and not args.data_dir.is_dir():
+        parser.error(f"argument --data-dir: must be a directory, got {str(args.data_dir)!r}")
+    if (args.download or args.synthetic) and args.dataset != "breakhis":
+        parser.error(f"argument --dataset: must be 'breakhis' to be downloaded or drawn, got {args.dataset!r}")
+    if args.download and args.synthetic:
+        parser.error("argument --download: not allowed with argument --synthetic")
+    if args.task not in SOURCES[args.dataset].classes:
+        parser.error(f"argument --task: must be {', '.join(SOURCES[args.dataset].classes)}, got {args.task!r}")
+    if args.magnification not in (None, ["pooled"]) and not SOURCES[args.dataset].magnifications:
+        parser.error(
+            f"argument --magnification: must be pooled with --dataset {args.dataset}, got {args.magnification}"
+        )
+    if args.data_dir is not None and args.output_dir.resolve().is_relative_to(args.data_dir.resolve()):
+        parser.error(
+            "argument --output-dir: must not lie in --data-dir, where its figures would be taken for images, "
+            f"got {str(args.output_dir)!r}"
+        )
+
+
+def _check_protocol(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for flag in ("magnification", "folds", "seeds"):
+        values = getattr(args, flag) or []
+        if len(set(values)) < len(values) or (len(values) > 1 and {"all", "pooled"} & set(values)):
+            parser.error(f"argument --{flag}: must name each once, and all or pooled alone, got {values}")
+    if args.protocol == "image" and args.group_by != "patient":
+        parser.error(f"argument --group-by: not allowed with --protocol image, got {args.group_by!r}")
+    if args.protocol == "official":
+        if args.num_folds != 5:
+            parser.error(f"argument --num-folds: must be 5 with --protocol official, got {args.num_folds}")
+        if args.dataset != "breakhis" or args.synthetic:
+            parser.error("argument --protocol: 'official' lists the images of BreakHis alone")
+        if args.fold_dir is None or not args.fold_dir.is_dir():
+            parser.error(f"argument --fold-dir: must be a directory with dsfold1.txt, got {str(args.fold_dir)!r}")
+    for fold in args.folds:
+        if fold != "all" and fold >= args.num_folds:
+            parser.error(f"argument --folds: must be below --num-folds {args.num_folds}, got {fold}")
+
+
+def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not timm.is_model(args.model):
+        parser.error(f"argument --model: must be a model that timm knows, got {args.model!r}")
+    if args.ablation and not args.model.startswith("kfde_"):
+        parser.error(f"argument --ablation: needs a model that starts with kfde_, got --model {args.model}")
+    if args.ablation and args.variants:
+        parser.error("argument --variants: not allowed with argument --ablation, which is four variants")
+    for name, kwargs in args.variants.items():
+        if not isinstance(name, str) or not _VARIANT.fullmatch(name) or not isinstance(kwargs, dict | None):
+            parser.error(
+                "argument --variants: must map names of letters, digits and .+-_ to mappings of model arguments, "
+                f"got {name!r}: {kwargs!r}"
+            )
+    if args.pretrained and args.checkpoint_path is not None:
+        parser.error("argument --checkpoint-path: not allowed with argument --pretrained")
+    if args.checkpoint_path is not None and not args.checkpoint_path.is_file():
+        parser.error(f"argument --checkpoint-path: must be a file, got {str(args.checkpoint_path)!r}")
+
+
+def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """List the runs that the flags ask for: every variant at every magnification, on every fold, from every seed.
+
+    A run has all flags, but with `variant`, `fold` and `seed` instead of the lists, one magnification, and its own
+    directory below `output_dir`. A single run writes into `output_dir` itself.
+    """
+    variants = ABLATION if args.ablation else args.variants or {args.model: {}}
+    points = list(itertools.product(variants, args.magnification, args.folds, args.seeds))
+    runs = []
+    for variant, magnification, fold, seed in points:
+        run = argparse.Namespace(**vars(args))
+        for plural in ("folds", "seeds", "variants", "ablation"):
+            delattr(run, plural)
+        run.variant, run.magnification, run.fold, run.seed = variant, magnification, fold, seed
+        run.model_kwargs = {**args.model_kwargs, **(variants[variant] or {})}
+        if len(points) > 1:
+            run.output_dir = args.output_dir / "runs" / f"{variant}-{magnification}-fold{fold}-seed{seed}"
+        runs.append(run)
+    return runs
+
+
+def recorded(run: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of a run as a mapping from which `--config` repeats it."""
+    flags = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in vars(run).items()}
+    del flags["config"], flags["output_dir"], flags["resume"], flags["variant"]
+    flags["folds"], flags["seeds"] = [flags.pop("fold")], [flags.pop("seed")]
+    return flags | {"magnification": [run.magnification]}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the changed flags that could change the results of a resumed run, such as "lr was 0.1, now 0.2"."""
+    keys = [key for key in {**before, **now} if key not in _FREE_FLAGS]
+    return [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]

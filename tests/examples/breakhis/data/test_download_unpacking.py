@@ -1,0 +1,125 @@
+import copy
+import gzip
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+from breakhis.data.download import download
+
+from tests.support.archives import ARCHIVE, IMAGES, TREE, WHOLE, assert_unpacked, make_member, names_in, pack
+
+
+def unpack(directory: Path, archive: bytes, num_images: int = 3, max_bytes: int = 10**9) -> Path:
+    """Unpack an archive that is already in the directory; no server is used."""
+    (directory / ARCHIVE).write_bytes(archive)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("breakhis.data.download.ARCHIVE_URL", "http://127.0.0.1:9")
+        patch.setattr("breakhis.data.download.NUM_IMAGES", num_images)
+        patch.setattr("breakhis.data.download.MAX_BYTES", max_bytes)
+        return download(directory)
+
+
+@pytest.mark.parametrize(
+    ("evil", "name"),
+    [
+        (make_member("../evil"), "member '../evil'"),
+        (make_member("BreaKHis_v1/../../evil"), "member 'BreaKHis_v1/../../evil'"),
+        (make_member("BreaKHis_v1/../inside"), "member 'BreaKHis_v1/../inside'"),
+        (make_member("/{outside}/evil"), "member '/{outside}/evil'"),
+        (make_member("link", tarfile.SYMTYPE, "BreaKHis_v1"), "symbolic link 'link'"),
+        (make_member("link", tarfile.SYMTYPE, "/"), "symbolic link 'link'"),
+        (make_member("link", tarfile.LNKTYPE, "BreaKHis_v1/slides/0.png"), "hard link 'link'"),
+        (make_member("null", tarfile.CHRTYPE), "member 'null'"),
+        (make_member("disk", tarfile.BLKTYPE), "member 'disk'"),
+        (make_member("pipe", tarfile.FIFOTYPE), "member 'pipe'"),
+    ],
+)
+def test_dangerous_members_are_refused_by_name(tmp_path, evil, name):
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside.mkdir()
+    inside.mkdir()
+    folder = str(outside).strip("/")
+    evil = copy.copy(evil)
+    evil.name = evil.name.format(outside=folder)
+    name = re.escape(name.format(outside=folder))
+    with pytest.raises(ValueError, match=rf"must hold only files and folders of its own, got the {name}$"):
+        unpack(inside, pack(IMAGES, evil))
+    assert names_in(inside) == {ARCHIVE}
+    assert names_in(tmp_path) == {"inside", "outside"}
+    assert names_in(outside) == set()
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        {"bomb.png": bytes(2_000_000)},
+        {f"{i}.png": b"" for i in range(2000)},
+    ],
+    ids=["one large", "many empty"],
+)
+def test_a_bomb_is_refused(tmp_path, bomb):
+    archive = pack(bomb)
+    assert len(archive) < 50_000
+    with pytest.raises(ValueError, match="must unpack to at most 1000000 bytes, got more"):
+        unpack(tmp_path, archive, max_bytes=1_000_000, num_images=len(bomb))
+    assert names_in(tmp_path) == {ARCHIVE}
+    unpack(tmp_path, archive, num_images=len(bomb))
+    assert names_in(tmp_path) == {ARCHIVE, TREE}
+
+
+def damaged(index: int) -> bytes:
+    """Flip one bit of the archive."""
+    return WHOLE[:index] + bytes([WHOLE[index] ^ 1]) + WHOLE[index + 1 :]
+
+
+def with_an_invalid_block() -> bytes:
+    """Pack the archive as two gzip streams; the second one begins with deflate's reserved block type."""
+    tar = gzip.decompress(WHOLE)
+    first, second = (gzip.compress(half, mtime=0) for half in (tar[:100_000], tar[100_000:]))
+    return first + second[:10] + b"\x07" + second[11:]
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [
+        WHOLE[:-1],
+        WHOLE[:-8],
+        WHOLE[: len(WHOLE) // 2],
+        WHOLE[:20],
+        damaged(len(WHOLE) - 8),
+        damaged(len(WHOLE) - 4),
+        damaged(len(WHOLE) // 2),
+        with_an_invalid_block(),
+        WHOLE + b"more",
+        gzip.compress(b"no tar"),
+        b"\x1f\x8b",
+        b"no gzip",
+        b"",
+    ],
+    ids=["-1", "-8", "half", "20", "CRC", "length", "middle", "block", "more", "no tar", "magic", "no gzip", "empty"],
+)
+def test_damaged_archives_are_refused(tmp_path, archive):
+    with pytest.raises(
+        ValueError, match=r"BreaKHis_v1\.tar\.gz must be a whole archive, got: .+; delete it to fetch it"
+    ):
+        unpack(tmp_path, archive)
+    assert names_in(tmp_path) == {ARCHIVE}
+
+
+def test_too_few_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=rf"{ARCHIVE} must hold 4 images, got 3; delete it to make it anew"):
+        unpack(tmp_path, WHOLE, num_images=4)
+    assert names_in(tmp_path) == {ARCHIVE}
+    unpack(tmp_path, WHOLE)
+    (tmp_path / TREE / next(iter(IMAGES))).unlink()
+    with pytest.raises(ValueError, match=rf"{TREE} must hold 3 images, got 2; delete it to make it anew"):
+        unpack(tmp_path, WHOLE)
+
+
+def test_files_unpacked_by_a_killed_run_are_dropped(tmp_path):
+    old = tmp_path / ".BreaKHis_v1.unpacking" / "BreaKHis_v1" / "old.png"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    unpack(tmp_path, WHOLE)
+    assert_unpacked(tmp_path)

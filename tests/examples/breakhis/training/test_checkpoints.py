@@ -1,0 +1,150 @@
+import json
+from argparse import Namespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from breakhis.training.checkpoints import build_model, eval_transform, load_model, save_model, train_transform
+from breakhis.training.stain import StainJitter
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+from tests.support.hub import needs_local_dir
+
+pytestmark = needs_local_dir
+CREATE = timm.create_model
+
+
+def make_flags(**changes: Any) -> Namespace:
+    """Make the flags of a run that concern the model."""
+    defaults = {"model": "kfde_convnextv2_atto", "model_kwargs": {}, "drop_path": None, "pretrained": False}
+    defaults |= {"checkpoint_path": None, "img_size": 96, "color_jitter": 0.2, "stain_jitter": 0.0}
+    return Namespace(**defaults | changes)
+
+
+@pytest.fixture
+def created(monkeypatch):
+    """Record the arguments of each created model; random weights take the place of a download."""
+    calls = []
+
+    def create_model(name, pretrained=False, **arguments):
+        calls.append({key: value for key, value in arguments.items() if value is not None} | {"pretrained": pretrained})
+        return CREATE(name, pretrained=pretrained and name.startswith("local-dir:"), **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    return calls
+
+
+def test_a_pretrained_kfde_model_starts_at_its_backbone_and_loads_again(created, tmp_path):
+    model, model_args = build_model(make_flags(pretrained=True), num_classes=2)
+    assert created == [{"pretrained": True, "num_classes": 2, "identity_start": True}]
+    (tmp_path / "part" / "left").mkdir(parents=True)  # as after a kill
+    save_model(model, tmp_path, ["benign", "malignant"], model_args)
+    loaded = load_model(tmp_path)
+    assert not loaded.training
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_other_models_are_not_changed_and_own_weights_have_no_licence(created, tmp_path):
+    build_model(make_flags(model="convnextv2_atto", pretrained=True), num_classes=8)
+    assert created == [{"pretrained": True, "num_classes": 8}]
+    model, model_args = build_model(make_flags(), num_classes=8)
+    assert model_args == {}
+    save_model(model, tmp_path, "abcdefgh", model_args)
+    config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert not {"license", "tag", "test_input_size", "test_crop_pct"} & config.keys()
+    assert config["input_size"] == [3, 96, 96]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"pretrained": True, "model_kwargs": {"csfe": False, "mfdf": False}}, {}),  # no block to blend
+        ({"pretrained": True, "model_kwargs": {"identity_start": False}}, {"identity_start": False}),
+        ({"drop_path": 0.0}, {"drop_path_rate": 0.0}),
+        ({"model": "vit_tiny_patch16_224"}, {"img_size": 96}),  # its positions have a fixed size
+    ],
+)
+def test_flags_become_arguments_of_the_model(created, changes, expected):
+    _, model_args = build_model(make_flags(**changes), num_classes=2)
+    assert {key: value for key, value in model_args.items() if key not in ("csfe", "mfdf")} == expected
+    assert {key: created[0].get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("donor", "kwargs", "blended"),
+    [
+        ("convnextv2_atto", {}, True),
+        ("kfde_convnextv2_atto", {"identity_start": True}, True),
+        ("kfde_convnextv2_atto", {}, False),  # as trained from random weights
+    ],
+)
+def test_weights_from_a_file_start_training_with_any_number_of_classes(tmp_path, donor, kwargs, blended):
+    source = timm.create_model(donor, num_classes=5, **kwargs)
+    path = tmp_path / "donor.pth"
+    torch.save(source.state_dict(), path)
+    model, model_args = build_model(make_flags(checkpoint_path=path), num_classes=2)
+    assert model_args == {"identity_start": blended}
+    assert model.pretrained_cfg["file"] is None  # loading the trained model must not look for it
+    assert model.pretrained_cfg["license"] == "cc-by-nc-4.0"  # the file's weights may come from ImageNet's
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(model.eval().forward_features(images), source.eval().forward_features(images))
+    assert model.get_classifier().out_features == 2
+
+
+def test_arguments_and_weights_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"model kfde_convnextv2_atto with arguments {'foo': 1} cannot be built: .*foo"
+    ):
+        build_model(make_flags(model_kwargs={"foo": 1}), num_classes=2)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"cannot be built: The checkpoint does not fit the model"):
+        build_model(make_flags(checkpoint_path=tmp_path / "other.pth"), num_classes=2)
+
+
+def test_evaluation_is_deterministic_and_sees_the_whole_height():
+    model, _ = build_model(make_flags(img_size=46), num_classes=2)
+    field = Image.new("RGB", (70, 46))
+    field.paste((255, 255, 255), (0, 0, 70, 1))  # a bright first row
+    field.paste((255, 255, 255), (0, 45, 70, 46))  # and last
+    first, second = (eval_transform(model)(field) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (3, 46, 46)
+    rows = first.mean(dim=(0, 2))
+    assert rows[0] == rows[-1] == rows.max()
+    assert rows[1:-1].max() < rows[0]
+
+
+@pytest.mark.parametrize("size", [(70, 46), (46, 46)])
+def test_augmentation_varies_and_zooms_little(size):
+    model, _ = build_model(make_flags(img_size=46), num_classes=2)
+    torch.manual_seed(0)
+    # A dot of 10 px in a field 46 px high: its share of the crop shows how far the crop zooms in.
+    field = Image.new("RGB", size)
+    field.paste((255, 255, 255), (size[0] // 2 - 5, 18, size[0] // 2 + 5, 28))
+    transform = train_transform(make_flags(), model, field)
+    shares = []
+    for _ in range(40):
+        crop = transform(field).mean(dim=0)
+        shares.append(((crop > 0).float().mean() * 46**2 / 100).item())
+    complete = [share for share in shares if share > 0.9]  # the border did not cut the dot
+    assert len(set(shares)) > 5
+    assert max(shares) < 2.3  # 1.4 squared, and a blurred edge
+    assert len(complete) > 20
+
+
+def test_jitter_is_off_without_its_flag():
+    model, _ = build_model(make_flags(), num_classes=2)
+    field = Image.new("RGB", (70, 46), (200, 120, 160))
+
+    def steps(**jitters: float) -> list[type[nn.Module]]:
+        kinds = [type(step) for step in train_transform(make_flags(**jitters), model, field).transforms]
+        return [kind for kind in kinds if kind in (StainJitter, transforms.ColorJitter)]
+
+    assert steps(color_jitter=0, stain_jitter=0) == []
+    assert steps(color_jitter=0.1, stain_jitter=0) == [transforms.ColorJitter]
+    assert steps(color_jitter=0.1, stain_jitter=0.1) == [StainJitter, transforms.ColorJitter]

@@ -1,0 +1,180 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from breakhis.training.options import differences, expand, parse_args, recorded
+
+
+def parse(tmp_path, *argv):
+    """Parse the flags of a run on drawn images."""
+    return parse_args(["--synthetic", "--output-dir", str(tmp_path / "out"), *argv])
+
+
+def test_a_single_run_writes_into_the_output_directory(tmp_path):
+    (run,) = expand(parse(tmp_path))
+    assert (run.variant, run.magnification, run.fold, run.seed) == ("kfde_convnextv2_atto", "100X", 0, 0)
+    assert run.output_dir == tmp_path / "out"
+
+
+def test_every_variant_magnification_fold_and_seed_is_a_run(tmp_path):
+    args = parse(
+        tmp_path, "--ablation", "--magnification", "all", "--folds", "all", "--num-folds", "3", "--seeds", "1", "2"
+    )
+    runs = expand(args)
+    assert len(runs) == 4 * 4 * 3 * 2
+    assert len({run.output_dir for run in runs}) == len(runs)
+    assert {run.variant: run.model_kwargs for run in runs} == {
+        "baseline": {"csfe": False, "mfdf": False},
+        "CSFE": {"mfdf": False},
+        "MFDF": {"csfe": False},
+        "KFDE": {},
+    }
+    assert {run.magnification for run in runs} == {"40X", "100X", "200X", "400X"}
+    assert {run.fold for run in runs} == {0, 1, 2}
+    assert {run.seed for run in runs} == {1, 2}
+    assert str(runs[0].output_dir.relative_to(tmp_path)) == "out/runs/baseline-40X-fold0-seed1"
+
+
+def test_variants_add_to_the_models_arguments(tmp_path):
+    args = parse(
+        tmp_path,
+        *("--model-kwargs", "{output_stride: 16, csfe: true}"),
+        *("--variants", "{plain: {csfe: false}, dense: {mfdf: {groups: 1, kernel_sizes: [1, 3]}}, same: }"),
+    )
+    assert {run.variant: run.model_kwargs for run in expand(args)} == {
+        "plain": {"output_stride": 16, "csfe": False},
+        "dense": {"output_stride": 16, "csfe": True, "mfdf": {"groups": 1, "kernel_sizes": [1, 3]}},
+        "same": {"output_stride": 16, "csfe": True},
+    }
+
+
+def test_a_file_of_flags_is_read_like_the_command_line_which_overrides_it(tmp_path):
+    flags = {"synthetic": True, "lr": 0.01, "epochs": 3, "class_weights": True, "strict": False, "seeds": [4, 5]}
+    flags |= {
+        "model_kwargs": {"output_stride": 8},
+        "checkpoint_path": None,
+        "variants": {"z": {}, "a": {"csfe": False}},
+    }
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags, sort_keys=False) + "mixed_precision: no\n")
+    argv = [
+        "--config",
+        str(tmp_path / "flags.yaml"),
+        "--output-dir",
+        str(tmp_path),
+        "--epochs",
+        "7",
+        "--no-class-weights",
+    ]
+    args = parse_args(argv)
+    assert list(args.variants) == ["z", "a"]  # the others are compared with the first
+    assert (args.synthetic, args.lr, args.epochs, args.class_weights) == (True, 0.01, 7, False)
+    assert args.mixed_precision == "no"  # YAML reads it as false
+    assert (args.seeds, args.model_kwargs, args.checkpoint_path) == ([4, 5], {"output_stride": 8}, None)
+
+
+def test_the_recorded_flags_repeat_a_run(tmp_path):
+    arguments = [
+        "--lr",
+        "3e-4",
+        "--seeds",
+        "1",
+        "2",
+        "--ablation",
+        "--img-size",
+        "64",
+        "--drop-path",
+        "0.1",
+        "--strict",
+    ]
+    for run in expand(parse(tmp_path, *arguments)):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded(run)))
+        argv = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(run.output_dir)]
+        (repeated,) = expand(parse_args(argv))
+        assert differences(recorded(run), recorded(repeated)) == []
+        assert repeated.model_kwargs == run.model_kwargs
+
+
+def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
+    (before,), (now,) = (
+        expand(parse(tmp_path, "--lr", "0.1")),
+        expand(parse(tmp_path, "--lr", "0.2", "--num-workers", "0")),
+    )
+    not_recorded = {
+        "output_dir",
+        "config",
+        "resume",
+        "variant",
+        "fold",
+        "seed",
+    }  # in the name of the folder, or in the plural flag
+    assert vars(before).keys() - not_recorded < recorded(before).keys()
+    assert differences(recorded(before), recorded(now)) == ["lr was 0.1, now 0.2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-dir", "x"], "one of the arguments --data-dir and --synthetic is required, and not both"),
+        (["--folds", "5"], "argument --folds: must be below --num-folds 5, got 5"),
+        (["--folds", "some"], "argument --folds: invalid"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--lr", "nan"], "argument --lr: must be a positive number, got nan"),
+        (["--smoothing", "2"], "argument --smoothing: must be from 0 to 1, got 2.0"),
+        (["--mixup", "nan"], "argument --mixup: must be at least 0, got nan"),
+        (["--model", "nonesuch"], "a model that timm knows, got 'nonesuch'"),
+        (["--model-kwargs", "7"], "argument --model-kwargs: must be a mapping in YAML, got '7'"),
+        (["--model", "resnet18", "--ablation"], "argument --ablation: needs a model that starts with kfde_"),
+        (["--ablation", "--variants", "{a: {}}"], "argument --variants: not allowed with argument --ablation"),
+        (["--dataset", "idc"], "argument --dataset: must be 'breakhis' to be downloaded or drawn, got 'idc'"),
+        (["--protocol", "official"], "'official' lists the images of BreakHis alone"),
+        (
+            ["--protocol", "official", "--num-folds", "3"],
+            "argument --num-folds: must be 5 with --protocol official, got 3",
+        ),
+        (["--protocol", "image", "--group-by", "case"], "argument --group-by: not allowed with --protocol image"),
+        (["--seeds", "0", "0"], "argument --seeds: must name each once, and all or pooled alone, got [0, 0]"),
+        (["--folds", "1", "all"], "argument --folds: must name each once, and all or pooled alone, got [1, 'all']"),
+        (["--magnification", "all", "pooled"], "argument --magnification: must name each once"),
+        (["--variants", "{1: {}}"], "argument --variants: must map names of letters, digits and .+-_ to mappings"),
+        (["--variants", "{../x: {}}"], "got '../x': {}"),
+        (["--variants", "{a: 3}"], "got 'a': 3"),
+        (["--layer-decay", "0"], "argument --layer-decay: must be from 0.01 to 1, got 0.0"),
+        (["--checkpoint-path", "none.safetensors"], "argument --checkpoint-path: must be a file"),
+        (
+            ["--mixup", "0.2", "--batch-size", "3"],
+            "argument --batch-size: must be even with --mixup or --cutmix, got 3",
+        ),
+        (["--config", "none.yaml"], "argument --config: must be a YAML file that can be read"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    ],
+)
+def test_wrong_flags_are_named_with_their_values(tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, *arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-dir", "none"], "argument --data-dir: must be a directory, got 'none'"),
+        (["--data-dir", "docs", "--protocol", "official"], "argument --fold-dir: must be a directory with dsfold1.txt"),
+        (["--data-dir", ".."], "argument --output-dir: must not lie in --data-dir, where its figures"),
+        (["--data-dir", "docs", "--dataset", "idc", "--task", "subtype"], "argument --task: must be binary, got"),
+        (["--data-dir", "docs", "--dataset", "idc", "--magnification", "40X"], "must be pooled with --dataset idc"),
+        ([], "one of the arguments --data-dir and --synthetic is required"),
+    ],
+)
+def test_wrong_data_are_named_with_their_values(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[4])
+    with pytest.raises(SystemExit):
+        parse_args(["--output-dir", "out", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_with_an_unknown_flag_is_refused(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text("learning_rate: 1\n")
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--config", str(tmp_path / "flags.yaml"))
+    assert "unrecognized arguments: --learning-rate 1" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""Runs of the BreakHis example: small flags, and reading results without the code of the example."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
+BINARY, SUBTYPES = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load_with_timm(folder: Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+    """Load a saved model and its transform with timm alone."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+
+def load_input(transform: Callable[[Image.Image], Tensor], path: Path) -> Tensor:
+    """Load an image as the input of a model, (1, 3, H, W)."""
+    with Image.open(path) as file:
+        return transform(file.convert("RGB"))[None]
+
+
+def predict_with_timm(folder: Path, path: Path) -> Tensor:
+    """Compute the probabilities of an image with timm alone."""
+    model, transform = load_with_timm(folder)
+    with torch.inference_mode():
+        return model(load_input(transform, path)).softmax(1)[0]
