@@ -85,11 +85,13 @@ def csfe(
     check_sfe("csfe: ", lambd, beta, correction)
     check_csfe("csfe: ", arrangement, fusion)
     if select(impl, unsupported(x), auto_impl(x, with_cfe=True)) is Impl.FUSED:
-        scale = 0.5 if fusion == "mean" else 1.0
-        options = CsfeOptions(num_groups, threshold, lambd, beta, correction, eps, with_sfe=True, scale=scale)
         if arrangement == "parallel":
+            scale = 0.5 if fusion == "mean" else 1.0
+            options = CsfeOptions(num_groups, threshold, lambd, beta, correction, eps, with_sfe=True, scale=scale)
             return fused(x, weight, bias, options)
-        return _one_after_the_other(x, weight, bias, options, arrangement)
+        cfe_options = CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps)
+        sfe_options = CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True)
+        return _one_after_the_other(x, weight, bias, cfe_options, sfe_options, arrangement)
 
     def cfe_branch(x: Tensor) -> Tensor:
         return cfe_equations(x, weight, bias, num_groups, threshold, eps)
@@ -122,10 +124,9 @@ def combine(
     return y / 2 if fusion == "mean" else y
 
 
-def _one_after_the_other(x: Tensor, weight: Tensor, bias: Tensor, options: CsfeOptions, arrangement: str) -> Tensor:
-    cfe_options = options._replace(with_sfe=False, scale=1.0)
-    sfe_options = options._replace(scale=1.0)
-
+def _one_after_the_other(
+    x: Tensor, weight: Tensor, bias: Tensor, cfe_options: CsfeOptions, sfe_options: CsfeOptions, arrangement: str
+) -> Tensor:
     def chain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         h = upcast(x)
         if arrangement == "cfe_sfe":

@@ -48,18 +48,26 @@ class Cells:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.cells: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self.cell_of_test: dict[str, tuple[str, str, str]] = {}
+        self.first_test: dict[tuple[str, str, str], int] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
+        for index, item in enumerate(session.items):
             if (cell := cell_of(item)) is not None:
-                self.cell_of_test[item.nodeid] = cell
-                self.cells.setdefault(cell, {"passed": 0, "failed": 0, "skipped": 0, "notes": [], "limits": []})
+                item.user_properties.append(
+                    ("cell", (*cell, index))
+                )  # travels in the reports of pytest-xdist's workers
+                self._place(cell, index)
+
+    def _place(self, cell: tuple[str, str, str], index: int) -> dict[str, Any]:
+        self.first_test[cell] = min(index, self.first_test.get(cell, index))
+        return self.cells.setdefault(cell, {"passed": 0, "failed": 0, "skipped": 0, "notes": [], "limits": []})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.nodeid not in self.cell_of_test or (report.when != "call" and report.passed):
+        place = dict(report.user_properties).get("cell")
+        if place is None or (report.when != "call" and report.passed):
             return
-        cell = self.cells[self.cell_of_test[report.nodeid]]
+        *names, index = place
+        cell = self._place(tuple(names), index)
         cell[report.outcome] += 1
         remarks = [(f"{name}s", str(value)) for name, value in report.user_properties if name in ("note", "limit")]
         if report.skipped and isinstance(report.longrepr, tuple):
@@ -71,7 +79,8 @@ class Cells:
     def pytest_sessionfinish(self) -> None:
         if self.path is not None:
             names = ("table", "row", "column")
-            cells = [dict(zip(names, place, strict=True)) | results for place, results in self.cells.items()]
+            ordered = sorted(self.cells, key=self.first_test.__getitem__)  # workers finish in any order
+            cells = [dict(zip(names, cell, strict=True)) | self.cells[cell] for cell in ordered]
             text = json.dumps({"versions": versions(), "cells": cells}, indent=1)
             self.path.write_text(text + "\n", encoding="utf-8")
 
