@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +23,12 @@ from PIL import Image
 from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
+from tests.support.pages import python_blocks, run_block
 from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
 ROOT = Path(__file__).parents[2]
+README = ROOT / "examples/README.md"
 TWO_EPOCHS = [*SMALL, "--epochs", "2"]
 
 
@@ -135,12 +136,12 @@ def test_timm_alone_reproduces_the_predictions(run, synthetic_tree):
 
 
 def test_the_readme_shows_how_to_load_a_checkpoint(run, synthetic_tree, tmp_path, monkeypatch, capsys):
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "examples/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = python_blocks(README)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/synthetic").symlink_to(run)
     monkeypatch.chdir(tmp_path)
     row = read_rows(run / "predictions.csv")[0]
-    exec(block, {"file": synthetic_tree / row["file"]})
+    run_block(block, README, {"file": synthetic_tree / row["file"]})
     printed = ast.literal_eval(capsys.readouterr().out)
     assert printed == pytest.approx({name: float(row[f"prob_{name}"]) for name in printed}, abs=1e-5)
     assert len(printed) == 8
