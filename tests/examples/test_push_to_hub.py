@@ -15,6 +15,7 @@ from push_to_hub import main, write_card
 from train_breakhis import main as train
 
 from tests.support.hub import hub_in_folder, needs_local_dir
+from tests.support.pages import python_blocks, run_block
 from tests.support.runs import SMALL, read_rows
 
 pytestmark = needs_local_dir
@@ -121,14 +122,16 @@ def test_the_card_gives_the_scores_of_the_run_and_its_protocol(written, metrics)
 @pytest.mark.cell("Hub and files", "model card", "models")
 def test_the_card_shows_how_to_load_the_model(run, hub, synthetic_tree, capsys):
     main(["--run", str(run), "--repo-id", REPO_ID])
-    (block,) = re.findall(r"^```python\n(.*?)^```", (hub.folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    card = hub.folder / "README.md"
+    (block,) = python_blocks(card)
     row = read_rows(run / "predictions.csv")[0]
     capsys.readouterr()
-    exec(block, {"file": synthetic_tree / row["file"]})
+    run_block(block, card, {"file": synthetic_tree / row["file"]})
     printed = ast.literal_eval(capsys.readouterr().out)
     assert printed == pytest.approx({name: float(row[f"prob_{name}"]) for name in ("benign", "malignant")}, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.cell("Hub and files", "model card", "models")
 def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_path):
     torch.save(timm.create_model("convnextv2_atto").state_dict(), tmp_path / "imagenet.pth")

@@ -78,6 +78,7 @@ def test_patches_of_carcinoma_are_found_by_their_folders():
     assert all(f"class{r.path.parent.name}" in r.path.name for r in records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

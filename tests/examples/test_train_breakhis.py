@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +23,12 @@ from PIL import Image
 from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
+from tests.support.pages import python_blocks, run_block
 from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
 
-pytestmark = needs_local_dir
+pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
 ROOT = Path(__file__).parents[2]
+README = ROOT / "examples/README.md"
 TWO_EPOCHS = [*SMALL, "--epochs", "2"]
 
 
@@ -135,12 +136,12 @@ def test_timm_alone_reproduces_the_predictions(run, synthetic_tree):
 
 
 def test_the_readme_shows_how_to_load_a_checkpoint(run, synthetic_tree, tmp_path, monkeypatch, capsys):
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "examples/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = python_blocks(README)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/synthetic").symlink_to(run)
     monkeypatch.chdir(tmp_path)
     row = read_rows(run / "predictions.csv")[0]
-    exec(block, {"file": synthetic_tree / row["file"]})
+    run_block(block, README, {"file": synthetic_tree / row["file"]})
     printed = ast.literal_eval(capsys.readouterr().out)
     assert printed == pytest.approx({name: float(row[f"prob_{name}"]) for name in printed}, abs=1e-5)
     assert len(printed) == 8
@@ -233,7 +234,6 @@ def launch(out: Path, processes: int, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.slow
 def test_two_processes_do_the_same_as_one(
     synthetic_tree, tmp_path, leak_checker, monkeypatch, capsys, another_accelerator
 ):
@@ -266,7 +266,6 @@ def test_two_processes_do_the_same_as_one(
         assert float(before["prob_benign"]) == pytest.approx(float(after["prob_benign"]), abs=1e-3)
 
 
-@pytest.mark.slow
 def test_accumulated_batches_equal_one_batch(synthetic_tree, tmp_path, another_accelerator, no_figures):
     arguments = ["--data-dir", str(synthetic_tree), *TWO_EPOCHS, "--output-dir"]
     (one_batch,) = main([*arguments, str(tmp_path / "whole"), "--batch-size", "8"])
@@ -321,7 +320,6 @@ def test_bad_files_are_named_counted_and_left_out(synthetic_tree, tmp_path, capl
         main([*arguments, "--strict"])
 
 
-@pytest.mark.slow
 def test_shuffled_labels_give_chance(synthetic_tree, tmp_path, no_figures):
     """With patients' labels drawn at random, nothing that a model learns helps with new patients."""
     rng, scores = random.Random(0), []
@@ -344,7 +342,6 @@ def test_shuffled_labels_give_chance(synthetic_tree, tmp_path, no_figures):
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.2)
 
 
-@pytest.mark.slow
 def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, capsys, no_figures):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *TWO_EPOCHS, "--img-size", "32"]
     arguments += ["--ablation", "--folds", "0", "1", "--epochs", "1", "--resume"]

@@ -12,12 +12,8 @@ from tqdm import tqdm
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MIN_SIDE = 32  # px; the networks halve height and width five times
 
-_FORMATS = (
-    "BMP",
-    "JPEG",
-    "PNG",
-    "TIFF",
-)  # judged by content; of other formats, PIL would give PostScript to an interpreter
+# Judged by content. PIL reads other formats too, and would give PostScript to an interpreter.
+_FORMATS = ("BMP", "JPEG", "PNG", "TIFF")
 _THREADS = 8  # this many decoded images are in memory at once
 
 
@@ -40,8 +36,7 @@ def image_files(directory: Path) -> list[Path]:
     names = [
         path.relative_to(directory)
         for path in directory.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.is_dir()  # a broken link is kept, because it is a fault to report
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()  # keep a broken link: it is a fault to report
     ]
     visible = [name for name in names if not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)]
     return [directory / name for name in sorted(visible, key=Path.as_posix)]

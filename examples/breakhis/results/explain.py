@@ -78,9 +78,7 @@ def grad_cam(model: nn.Module, inputs: Tensor, targets: Iterable[int]) -> np.nda
     module = model.get_submodule(name)
     cam = GradCAM(model, [module], reshape_transform=partial(_channels_first, model, layout))
     module.register_forward_hook(lambda module, args, output: output.clone())  # later modules may overwrite the map
-    inputs = (
-        inputs.detach().to(_device(model)).requires_grad_()
-    )  # the weights are frozen, so the inputs must start the graph
+    inputs = inputs.detach().to(_device(model)).requires_grad_()  # with frozen weights, the inputs start the graph
     return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets])
 
 

@@ -61,9 +61,8 @@ def prediction_rows(
             "patient": record.patient_id,
             "target": record.labels[task],
             "prediction": classes[max(range(len(classes)), key=row.__getitem__)],
-            **{
-                f"prob_{name}": f"{value:.9g}" for name, value in zip(classes, row, strict=True)
-            },  # 9 digits restore a float32
+            # 9 digits restore a float32
+            **{f"prob_{name}": f"{value:.9g}" for name, value in zip(classes, row, strict=True)},
         }
         for record, row in zip(records, probabilities, strict=True)
     ]

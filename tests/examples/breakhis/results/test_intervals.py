@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 
 
 def predictions(targets, patient_ids, seeds: int, classes: int, draw: int) -> Predictions:
-    """Draw the predictions of a model that is mostly right, other ones for each `draw`."""
+    """Draw the predictions of a model that is mostly right; each `draw` gives different ones."""
     logits = np.random.default_rng(draw).normal(size=(seeds, len(targets), classes)) + 0.5 * np.eye(classes)[targets]
     return Predictions(np.array(targets), np.array(patient_ids), np.exp(logits) / np.exp(logits).sum(2, keepdims=True))
 

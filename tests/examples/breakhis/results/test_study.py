@@ -205,7 +205,7 @@ def test_variants_that_predict_different_images_are_refused(write_run, tmp_path)
         write_study(tmp_path, folders)
 
 
-def test_leaking_patients_are_named_beside_the_numbers(write_run, tmp_path):
+def test_leaking_patients_are_named_with_the_scores(write_run, tmp_path):
     named = {"protocol_in_words": "image protocol (patients leak)"}
     tables = write_study(tmp_path, [write_run(name, "yyy", **named) for name in ("baseline", "KFDE")])
     _, _, *rows = table(tables, "Image accuracy")
