@@ -19,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Cells(config.getoption("--cells")))
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist
+    config.pluginmanager.register(Cells(None if is_worker else config.getoption("--cells")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
