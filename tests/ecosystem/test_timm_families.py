@@ -22,12 +22,12 @@ NARROW = {"depth": 3, "embed_dim": 96, "num_heads": 3}  # options of a vision tr
 # family -> the smallest model, and the options that make it smaller and let it take an image of SIDE
 FAMILIES = {
     "beit": ("beit_base_patch16_224", {"img_size": SIDE, **NARROW}),
-    "byoanet": ("halonet_h1", {}),
+    "byoanet": ("lambda_resnet26t", {}),
     "byobnet": ("test_byobnet", {}),
     "cait": ("cait_xxs24_224", {"img_size": SIDE, "depth": 3}),
     "coat": ("coat_tiny", {"img_size": SIDE}),
     "convit": ("convit_tiny", {"img_size": SIDE}),
-    "convmixer": ("convmixer_768_32", {}),
+    "convmixer": ("convmixer_1024_20_ks9_p14", {}),
     "convnext": ("test_convnext", {}),
     "cpubone": ("cpubone_nano", {}),
     "crossvit": ("crossvit_tiny_240", {}),
@@ -121,7 +121,6 @@ FAMILIES = {
     "xcit": ("xcit_nano_12_p8_224", {"depth": 3}),
 }
 LARGER = {  # px, where the model takes no less or where less would round its reductions away
-    "byoanet": 256,
     "crossvit": 240,
     "deepseek_vit": 224,
     "efficientformer": 224,
