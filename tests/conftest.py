@@ -1,8 +1,10 @@
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from hypothesis import settings
 
 from tests.support.cells import Cells
@@ -12,6 +14,7 @@ settings.register_profile("kfde", deadline=None, max_examples=50, derandomize=bo
 settings.load_profile("kfde")
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only slow them down
+torch._inductor.config.compile_threads = 1  # more would be processes that each load PyTorch, for every worker
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,8 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    on_worker = hasattr(config, "workerinput")  # of pytest-xdist; its controller gets all reports and writes the file
-    config.pluginmanager.register(Cells(None if on_worker else config.getoption("--cells")))
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist
+    config.pluginmanager.register(Cells(None if is_worker else config.getoption("--cells")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make named tuples plain: a worker of pytest-xdist can send no others."""
+    report = yield
+    if hasattr(item.config, "workerinput"):
+        properties = report.user_properties
+        report.user_properties = [(name, tuple(v) if isinstance(v, tuple) else v) for name, v in properties]
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -75,7 +75,7 @@ def insert(
         if not has_effect[insertion.module]:
             warnings.warn(
                 f"the model's output does not depend on the feature map at {insertion.name!r}: the block there will "
-                "not change the output, and gets no gradient from it",
+                "not change it, and gets no gradient from it",
                 stacklevel=2,
             )
     for insertion in insertions:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tests.support.agreement import relative_error
 from tests.support.cases import (
@@ -11,37 +12,70 @@ from tests.support.cases import (
     SHALLOW,
     TABLE,
     TOLERANCE,
-    each_case,
     input_of_case,
     module_and_reference,
 )
 
-LAYERS = {name: case for name, case in DEFAULTS.items() if case is not MODEL}
+CASES = {name: SHALLOW if case is MODEL else case for name, case in DEFAULTS.items()}
 
 pytestmark = pytest.mark.cell(TABLE, "AOTInductor package")
 
 
-def check(case, device, path):
-    module, reference = module_and_reference(case)
-    program = torch.export.export(
-        module.to(device), (torch.zeros(case.shapes[0], device=device),), dynamic_shapes=DYNAMIC
-    )
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    loaded = torch._inductor.aoti_load_package(str(path))
-    for shape in case.shapes:
-        x = input_of_case(reference, shape)
-        assert relative_error(loaded(x.to(device)).cpu(), reference(x.double())) < TOLERANCE
+class SideBySide(nn.Module):
+    """Run each module on an input of its own."""
+
+    def __init__(self, modules):
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, inputs):
+        return [part(x) for part, x in zip(self.parts, inputs, strict=True)]
+
+
+def package(cases, device, path):
+    """Return the loaded package of all cases, and the reference of each.
+
+    One package, since each takes many seconds to compile. The inputs have sizes of their own, so that no part of the
+    code serves two modules.
+    """
+    modules, references = zip(*map(module_and_reference, cases.values()), strict=True)
+    inputs = [torch.zeros(case.shapes[0], device=device) for case in cases.values()]
+    with torch.no_grad():
+        whole = SideBySide(modules).to(device)
+        program = torch.export.export(whole, (inputs,), dynamic_shapes=(list(DYNAMIC) * len(cases),))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return torch._inductor.aoti_load_package(str(path)), dict(zip(cases, references, strict=True))
 
 
 @torch.no_grad()
-@each_case(LAYERS | {"models": SHALLOW})
-def test_the_numbers_of_the_reference(case, tmp_path):
-    check(case, "cpu", tmp_path / "package.pt2")
+def check(packaged, name, cases, device):
+    """Compare one module, on each of its shapes, while the others get shapes of theirs."""
+    loaded, references = packaged
+    for index in range(3):
+        inputs = [input_of_case(references[other], case.shapes[index]) for other, case in cases.items()]
+        outputs = loaded([x.to(device) for x in inputs])
+        position = list(cases).index(name)
+        expected = references[name](inputs[position].double())
+        assert relative_error(outputs[position].cpu(), expected) < TOLERANCE
 
 
-@torch.no_grad()
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    return package(CASES, "cpu", tmp_path_factory.mktemp("aot") / "package.pt2")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_numbers_of_the_reference(name, packaged):
+    check(packaged, name, CASES, "cpu")
+
+
+@pytest.fixture(scope="module")
+def packaged_for_cuda(tmp_path_factory):
+    return package(DEFAULTS, "cuda", tmp_path_factory.mktemp("aot") / "package.pt2")
+
+
 @pytest.mark.gpu
-@each_case(DEFAULTS)
-def test_the_numbers_of_the_reference_on_cuda(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_numbers_of_the_reference_on_cuda(name, packaged_for_cuda, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    check(case, "cuda", tmp_path / "package.pt2")
+    check(packaged_for_cuda, name, DEFAULTS, "cuda")

@@ -1,10 +1,15 @@
 """One compilation for all batches and sizes gives the right numbers for each of them."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tests.support.agreement import relative_error
 from tests.support.cases import (
+    AUTO_OF_FUSED,
     OPTIONS,
     SHALLOW,
     TABLE,
@@ -17,20 +22,67 @@ from tests.support.cases import (
     output_and_gradients,
 )
 
-pytestmark = pytest.mark.cell(TABLE, "torch.compile, dynamic batch and size")
+DYNAMIC_CELL = pytest.mark.cell(TABLE, "torch.compile, dynamic batch and size")
 
 
-@each_case(OPTIONS | {"models": SHALLOW})
-def test_forward_and_backward(case):
+class Step(NamedTuple):
+    """A forward and a backward pass of a compiled module."""
+
+    actual: dict[str, Tensor]
+    """Output and gradients."""
+    expected: dict[str, Tensor]
+    """Output and gradients of the reference."""
+    compilations: int
+    """Number of compilations up to then."""
+
+
+@pytest.fixture(scope="module")
+def steps(request):
+    """Compile a case once, and run it on each of its shapes."""
+    case = request.param
     module, reference = module_and_reference(case)
     compiled = compile_whole(module, backend="aot_eager", dynamic=True)
+    counters["stats"].clear()
+    steps = []
     for shape in case.shapes:
         x = input_of_case(reference, shape)
+        actual = output_and_gradients(compiled, module, x)
         expected = output_and_gradients(reference, reference, x.double())
-        assert_within_tolerance(output_and_gradients(compiled, module, x), expected)
+        steps.append(Step(actual, expected, counters["stats"]["unique_graphs"]))
+    return steps
+
+
+CASES = {name: case for name, case in (OPTIONS | {"models": SHALLOW}).items() if name not in AUTO_OF_FUSED}
+each_compiled_case = pytest.mark.parametrize("steps", CASES.values(), ids=CASES.keys(), indirect=True)
+
+
+@each_compiled_case
+@DYNAMIC_CELL
+def test_forward_and_backward(steps):
+    for step in steps:
+        assert_within_tolerance(step.actual, step.expected)
+
+
+@each_compiled_case
+@pytest.mark.cell(TABLE, "no recompile on a second batch size")
+def test_it_is_compiled_once(steps):
+    assert [step.compilations for step in steps] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("fused", "auto"), AUTO_OF_FUSED.items(), ids=AUTO_OF_FUSED.keys())
+@DYNAMIC_CELL
+def test_fused_is_the_same_graph_as_auto(fused, auto):
+    graphs = []
+    for name in (fused, auto):
+        module, _ = module_and_reference(OPTIONS[name])
+        compiled = compile_whole(module, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=True)
+        compiled(torch.zeros(OPTIONS[name].shapes[0]))
+    assert len(graphs) == 2
+    assert graphs[0].code == graphs[1].code
 
 
 @torch.no_grad()
+@DYNAMIC_CELL
 @each_case({name: OPTIONS[name] for name in ("CFE", "SFE", "CSFE", "MFDF")})
 def test_by_inductor(case):
     module, reference = module_and_reference(case)

@@ -5,7 +5,6 @@ import torch
 
 from tests.support.agreement import relative_error
 from tests.support.cases import (
-    CASES,
     DEFAULTS,
     OPTIONS,
     TABLE,
@@ -43,11 +42,6 @@ def graphs_after_each(case, shapes, *, grad=True, marked=(), memory_format=torch
             assert relative_error(compiled(x), reference(x.double())) < TOLERANCE
         graphs.append(backend.graphs)
     return graphs
-
-
-@each_case(CASES)
-def test_compiled_as_dynamic_it_is_compiled_once(case):
-    assert graphs_after_each(case, case.shapes, dynamic=True) == [1, 1, 1]
 
 
 @each_case(DEFAULTS)

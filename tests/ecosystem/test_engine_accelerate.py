@@ -10,7 +10,6 @@ import torch
 from tests.support.pages import ROOT
 from tests.support.training import MODELS, SMALL, batch, build, exact_training, train
 
-accelerate = pytest.importorskip("accelerate")
 each_network = pytest.mark.parametrize("name", [*SMALL, *MODELS])
 CELL = pytest.mark.cell("Training engines", "Accelerate")
 
@@ -18,6 +17,7 @@ CELL = pytest.mark.cell("Training engines", "Accelerate")
 @pytest.fixture
 def accelerator():
     """Make an accelerator. Accelerate keeps its settings as long as the process runs, so reset them."""
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
     from tests.support.accelerate_worker import make_accelerator
 
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -39,6 +39,7 @@ def test_one_process_trains_like_the_plain_loop_to_the_last_bit(name, accelerato
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
     folder = tmp_path_factory.mktemp("accelerate")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--module", "tests.support.accelerate_worker", str(folder)]

@@ -1,5 +1,7 @@
 """The LightningModule of the page on training, against the plain loop."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -9,47 +11,46 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.support.pages import DOCS, python_blocks, run_block
 from tests.support.training import CLASSES, MODELS, SMALL, STEPS, batch, build, build_reference, optimize
 
-lightning = pytest.importorskip("lightning")
-pytestmark = [
-    # Lightning 2.6 inspects data loaders with functions that PyTorch has deprecated.
-    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-    # Its advice on speed depends on the number of cores, and on whether there is an unused GPU.
-    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-]
+# Lightning 2.6 inspects data loaders with functions that PyTorch has deprecated.
+pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 PAGE = DOCS / "training.md"
 
 
 @pytest.fixture(scope="module")
 def classifier_class() -> type[nn.Module]:
     """Run the class of the page, and return it."""
+    pytest.importorskip("lightning", reason="Lightning is not installed")
     (block,) = (block for block in python_blocks(PAGE) if "import lightning" in block)
     definition, training = block.split("\nquiet = ")
     assert "trainer.fit" in training
     return run_block(definition, PAGE, {"torch": torch, "F": F})["Classifier"]
 
 
-class Recorder(lightning.Callback):
-    def __init__(self) -> None:
-        self.losses = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(outputs["loss"].detach())
-
-
 def fit(classifier: nn.Module, name: str, dtype: torch.dtype, precision: str) -> torch.Tensor:
-    recorder = Recorder()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=STEPS,
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[recorder],
-    )
-    trainer.fit(classifier, DataLoader(TensorDataset(*batch(name, dtype)), batch_size=CLASSES))
-    return torch.stack(recorder.losses)
+    import lightning
+    from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+    losses = []
+
+    class Recorder(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].detach())
+
+    with warnings.catch_warnings():
+        # Advice on speed, which depends on the number of cores and on whether there is an unused GPU.
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=STEPS,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Recorder()],
+        )
+        trainer.fit(classifier, DataLoader(TensorDataset(*batch(name, dtype)), batch_size=CLASSES))
+    return torch.stack(losses)
 
 
 def train_plainly(classifier: nn.Module, name: str, model: nn.Module) -> torch.Tensor:

@@ -19,22 +19,22 @@ TABLE = "Other libraries"
 
 
 def torchvision(name, **kwargs):
-    models = pytest.importorskip("torchvision.models")
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
     return getattr(models, name)(num_classes=5, **kwargs)
 
 
 def segmentation(encoder):
-    smp = pytest.importorskip("segmentation_models_pytorch")
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
     return smp.Unet(encoder, encoder_weights=None, classes=2)
 
 
 def transformers(model, config, **kwargs):
-    library = pytest.importorskip("transformers")
+    library = pytest.importorskip("transformers", reason="transformers is not installed")
     return getattr(library, model)(getattr(library, config)(**kwargs))
 
 
 def monai(name, **kwargs):
-    nets = pytest.importorskip("monai.networks.nets")
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
     return getattr(nets, name)(spatial_dims=2, **kwargs)
 
 
@@ -51,14 +51,31 @@ HOSTS = {
         {"features.4": Point(80, 16, "NCHW"), "features.7": Point(320, 32, "NCHW")},
     ),
     "torchvision: Swin": (
-        functools.partial(torchvision, "swin_t"),
-        {"features.3": Point(192, 8, "NHWC"), "features.7": Point(768, 32, "NHWC")},
+        functools.partial(
+            torchvision,
+            "SwinTransformer",
+            patch_size=[4, 4],
+            embed_dim=24,
+            depths=[2, 2, 2, 2],
+            num_heads=[1, 2, 3, 6],
+            window_size=[7, 7],
+        ),
+        {"features.3": Point(48, 8, "NHWC"), "features.7": Point(192, 32, "NHWC")},
     ),
     "torchvision: ViT": (
-        functools.partial(torchvision, "vit_b_32", image_size=SIDE),
+        functools.partial(
+            torchvision,
+            "VisionTransformer",
+            image_size=SIDE,
+            patch_size=32,
+            num_layers=3,
+            num_heads=2,
+            hidden_dim=32,
+            mlp_dim=64,
+        ),
         {
-            "encoder.layers.encoder_layer_3": Point(768, 32, "NLC", 1),
-            "encoder.layers.encoder_layer_8": Point(768, 32, "NLC", 1),
+            "encoder.layers.encoder_layer_0": Point(32, 32, "NLC", 1),
+            "encoder.layers.encoder_layer_1": Point(32, 32, "NLC", 1),
         },
     ),
     "segmentation-models-pytorch: U-Net on ResNet": (

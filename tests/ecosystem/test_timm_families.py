@@ -1,6 +1,7 @@
-"""`insert` in the smallest model of each of timm's families, with the smallest image that it takes."""
+"""`insert` in the smallest model of each of timm's families, with few blocks and the smallest image that it takes."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -9,21 +10,24 @@ import torch
 from einops import rearrange
 
 from kfde_layers import CSFE, SFE, insert, insertion_points, remove
+from kfde_layers.layers import Blend
 from kfde_layers.testing import scatter_parameters
 from tests.support.inputs import draw
 from tests.support.networks import fill_zero_weights
 
 SIDE = 64  # px
 
-# family -> the smallest model and what makes it take an image of SIDE
+NARROW = {"depth": 3, "embed_dim": 96, "num_heads": 3}  # options of a vision transformer
+
+# family -> the smallest model, and the options that make it smaller and let it take an image of SIDE
 FAMILIES = {
-    "beit": ("beit_base_patch16_224", {"img_size": SIDE}),
-    "byoanet": ("halonet_h1", {}),
+    "beit": ("beit_base_patch16_224", {"img_size": SIDE, **NARROW}),
+    "byoanet": ("lambda_resnet26t", {}),
     "byobnet": ("test_byobnet", {}),
-    "cait": ("cait_xxs24_224", {"img_size": SIDE}),
+    "cait": ("cait_xxs24_224", {"img_size": SIDE, "depth": 3}),
     "coat": ("coat_tiny", {"img_size": SIDE}),
     "convit": ("convit_tiny", {"img_size": SIDE}),
-    "convmixer": ("convmixer_768_32", {}),
+    "convmixer": ("convmixer_1024_20_ks9_p14", {}),
     "convnext": ("test_convnext", {}),
     "cpubone": ("cpubone_nano", {}),
     "crossvit": ("crossvit_tiny_240", {}),
@@ -31,7 +35,7 @@ FAMILIES = {
     "cspnet": ("cs3darknet_focus_s", {}),
     "cspnext": ("cspnext_tiny", {}),
     "davit": ("davit_tiny", {}),
-    "deepseek_vit": ("deepseek_vit_412m", {"depth": 3}),
+    "deepseek_vit": ("deepseek_vit_412m", NARROW),
     "deit": ("deit_tiny_patch16_224", {"img_size": SIDE}),
     "densenet": ("densenet121", {}),
     "dla": ("dla46x_c", {}),
@@ -71,7 +75,7 @@ FAMILIES = {
     "mobilenetv5": ("mobilenetv5_base", {}),
     "mobilevit": ("mobilevit_xxs", {}),
     "mvitv2": ("mvitv2_tiny", {}),
-    "naflexvit": ("naflexvit_base_patch16_parfac_gap", {}),
+    "naflexvit": ("naflexvit_base_patch16_parfac_gap", NARROW),
     "nasnet": ("nasnetalarge", {}),
     "nest": ("nest_tiny", {"img_size": SIDE}),
     "nextvit": ("nextvit_small", {}),
@@ -79,19 +83,19 @@ FAMILIES = {
     "pit": ("pit_ti_224", {}),
     "pnasnet": ("pnasnet5large", {}),
     "pvt_v2": ("pvt_v2_b0", {}),
-    "qwen3_vit": ("qwen3_vit_88m", {}),
+    "qwen3_vit": ("qwen3_vit_88m", {"depth": 3}),
     "rdnet": ("rdnet_tiny", {}),
     "regnet": ("regnetx_002", {}),
     "repghost": ("repghostnet_050", {}),
     "repvit": ("repvit_m1", {}),
-    "res2net": ("res2next50", {}),
+    "res2net": ("res2next50", {"layers": (1, 1, 1, 1)}),
     "resnest": ("resnest14d", {}),
     "resnet": ("test_resnet", {}),
     "resnetv2": ("resnetv2_18", {}),
     "rexnet": ("rexnet_100", {}),
     "selecsls": ("selecsls42", {}),
     "senet": ("legacy_seresnet18", {}),
-    "sequencer": ("sequencer2d_s", {}),
+    "sequencer": ("sequencer2d_s", {"layers": (1, 1, 1, 1)}),
     "shvit": ("shvit_s1", {}),
     "sknet": ("skresnet18", {}),
     "starnet": ("starnet_s050", {}),
@@ -100,24 +104,23 @@ FAMILIES = {
     "swin_transformer_v2": ("swinv2_tiny_window8_256", {"img_size": SIDE}),
     "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", {"img_size": SIDE}),
     "tiny_vit": ("tiny_vit_5m_224", {}),
-    "tnt": ("tnt_s_legacy_patch16_224", {"img_size": SIDE}),
+    "tnt": ("tnt_s_legacy_patch16_224", {"img_size": SIDE, "depth": 3}),
     "tresnet": ("tresnet_m", {}),
     "twins": ("twins_svt_small", {}),
-    "vgg": ("vgg11", {}),
+    "vgg": ("vgg11", {"mlp_ratio": 1 / 32}),
     "visformer": ("visformer_tiny", {"img_size": SIDE}),
     "vision_transformer": ("test_vit", {}),
     "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": SIDE}),
     "vision_transformer_relpos": ("test_vit_relpos", {"img_size": SIDE}),
-    "vision_transformer_sam": ("samvit_base_patch16_224", {"img_size": SIDE}),
-    "vitamin": ("vitamin_small_224", {"img_size": SIDE}),
+    "vision_transformer_sam": ("samvit_base_patch16_224", {"img_size": SIDE, "global_attn_indexes": (2,), **NARROW}),
+    "vitamin": ("vitamin_small_224", {"img_size": SIDE, "depth": 3}),
     "volo": ("volo_d1_224", {"img_size": SIDE}),
     "vovnet": ("ese_vovnet19b_slim_dw", {}),
     "xception": ("legacy_xception", {}),
     "xception_aligned": ("xception41p", {}),
-    "xcit": ("xcit_nano_12_p8_224", {}),
+    "xcit": ("xcit_nano_12_p8_224", {"depth": 3}),
 }
 LARGER = {  # px, where the model takes no less or where less would round its reductions away
-    "byoanet": 256,
     "crossvit": 240,
     "deepseek_vit": 224,
     "efficientformer": 224,
@@ -163,10 +166,17 @@ class Host:
         with torch.no_grad():
             self.expected = self.bare(self.x)
 
-    def inserted(self, blocks, **kwargs):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the model's output does not depend")
-            return insert(copy.deepcopy(self.bare), blocks, example_input=self.x, **kwargs)
+    @functools.cached_property
+    def full(self):
+        """The model with a CSFE at every point, each of which starts as the identity, and the warnings of `insert`.
+
+        It takes many forward passes to make, so the tests share it: they change copies only.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            blocks = dict.fromkeys(self.names, CSFE)
+            model = insert(copy.deepcopy(self.bare), blocks, example_input=self.x, identity_start=True)
+        return model, " ".join(str(warning.message) for warning in caught)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +220,7 @@ def test_points_are_what_timm_declares(host, record_property):
 @torch.no_grad()
 def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_back(host):
     keys = list(host.bare.state_dict())
-    model = host.inserted(dict.fromkeys(host.names, CSFE), identity_start=True)
+    model = copy.deepcopy(host.full[0])
     assert torch.equal(model(host.x), host.expected)
     added = set(model.state_dict()) - set(keys)
     assert all(any(key.startswith(f"{name}.kfde.") for name in host.names) for key in added)
@@ -230,12 +240,7 @@ def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_bac
 
 @cell("trains")
 def test_blocks_train_wherever_the_output_depends_on_their_map(host, record_property):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = insert(
-            copy.deepcopy(host.bare), dict.fromkeys(host.names, CSFE), example_input=host.x, identity_start=True
-        )
-    warned = " ".join(str(warning.message) for warning in caught)
+    model, warned = copy.deepcopy(host.full[0]), host.full[1]
     without_effect = [name for name in host.names if f"{name!r}: the block there will not change it" in warned]
     cotangent = draw(*host.expected.shape, seed=1, dtype=torch.float32)
     added = {name: parameter for name, parameter in model.named_parameters() if ".kfde." in name}
@@ -284,7 +289,11 @@ ELSEWHERE = {
 @torch.no_grad()
 def test_intermediates_come_with_the_block(host, record_property):
     name, index = middle(host) if host.family != "hiera" else (host.names[0], 0)
-    model = host.inserted({name: SFE})
+    model = copy.deepcopy(host.full[0])
+    for part in model.get_submodule(f"{name}.kfde").modules():
+        if isinstance(part, Blend):  # at a weight of 1 it is its block, and all the others are still the identity
+            part.block = SFE()
+            part.blend.fill_(1)
     before, after = (m.forward_intermediates(host.x, intermediates_only=True) for m in (host.bare, model))
     if host.family in ELSEWHERE:
         record_property("limit", ELSEWHERE[host.family])

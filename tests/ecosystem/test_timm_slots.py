@@ -21,11 +21,19 @@ from tests.support.networks import fill_zero_weights
 LAYERS = {"CFE": CFE, "SFE": SFE, "CSFE": CSFE, "MFDF": MFDF}
 TABLE = "timm's own slots"
 
+ONE_BLOCK_PER_STAGE = {"layers": (1, 1, 1, 1)}
+
 # name of the option -> a model that has it, and the arguments that put a class into it
 SLOTS = {
     "ResNet, `block_args`": ("test_resnet", lambda layer: {"block_args": {"attn_layer": layer}}),
-    "Res2Net, `block_args`": ("res2net50_48w_2s", lambda layer: {"block_args": {"attn_layer": layer}}),
-    "SKNet, `block_args`": ("skresnet18", lambda layer: {"block_args": {"attn_layer": layer}}),
+    "Res2Net, `block_args`": (
+        "res2net50_48w_2s",
+        lambda layer: {"block_args": {"attn_layer": layer}, **ONE_BLOCK_PER_STAGE},
+    ),
+    "SKNet, `block_args`": (
+        "skresnet18",
+        lambda layer: {"block_args": {"attn_layer": layer}, **ONE_BLOCK_PER_STAGE},
+    ),
     "ByobNet, `attn_layer`": ("test_byobnet", lambda layer: {"attn_layer": layer, "attn_kwargs": {}}),
     "NFNet, `attn_layer`": ("test_nfnet", lambda layer: {"attn_layer": layer, "attn_kwargs": {}}),
     "VoVNet, `attn`": ("ese_vovnet19b_slim_dw", lambda layer: {"attn": layer}),

@@ -10,7 +10,7 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -24,8 +24,6 @@ PACKAGES = (
     "onnxruntime",
     "accelerate",
     "lightning",
-    "peft",
-    "torchao",
 )
 
 
@@ -42,47 +40,64 @@ def cell_of(item: pytest.Item) -> tuple[str, str, str] | None:
     return (*mark.args, word[1])
 
 
+class Result(NamedTuple):
+    """A test of a cell, or one of its reports."""
+
+    position: int
+    """Position of the test among all collected tests."""
+    cell: tuple[str, ...]
+    """Table, row and column."""
+    outcome: str | None
+    """Outcome "passed", "failed" or "skipped"; None for a test that was collected."""
+    remarks: list[tuple[str, str]]
+    """Kind and text of each remark; the kinds are "notes" and "limits"."""
+
+
 class Cells:
-    """A plugin that gathers the outcomes of marked tests and writes them to a file."""
+    """A plugin that gathers the outcomes of marked tests and writes them to a file.
+
+    Under pytest-xdist, workers collect and run the tests, and the process that writes the file sees only their reports.
+    Each report therefore carries the cell of its test, and the test's position, which gives the order in the file.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.cells: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self.first_test: dict[tuple[str, str, str], int] = {}
+        self.results: list[Result] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for index, item in enumerate(session.items):
+        for position, item in enumerate(session.items):
             if (cell := cell_of(item)) is not None:
-                item.user_properties.append(
-                    ("cell", (*cell, index))
-                )  # travels in the reports of pytest-xdist's workers
-                self._place(cell, index)
-
-    def _place(self, cell: tuple[str, str, str], index: int) -> dict[str, Any]:
-        self.first_test[cell] = min(index, self.first_test.get(cell, index))
-        return self.cells.setdefault(cell, {"passed": 0, "failed": 0, "skipped": 0, "notes": [], "limits": []})
+                item.user_properties.append(("cell", (position, *cell)))
+                self.results.append(Result(position, cell, None, []))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        place = dict(report.user_properties).get("cell")
-        if place is None or (report.when != "call" and report.passed):
+        properties = dict(report.user_properties)
+        if "cell" not in properties or (report.when != "call" and report.passed):
             return
-        *names, index = place
-        cell = self._place(tuple(names), index)
-        cell[report.outcome] += 1
+        position, *cell = properties["cell"]
         remarks = [(f"{name}s", str(value)) for name, value in report.user_properties if name in ("note", "limit")]
         if report.skipped and isinstance(report.longrepr, tuple):
             remarks.append(("notes", report.longrepr[2].removeprefix("Skipped: ")))
-        for kind, text in remarks:
-            if text not in cell[kind]:
-                cell[kind].append(text)
+        self.results.append(Result(position, tuple(cell), report.outcome, remarks))
 
     def pytest_sessionfinish(self) -> None:
         if self.path is not None:
-            names = ("table", "row", "column")
-            ordered = sorted(self.cells, key=self.first_test.__getitem__)  # workers finish in any order
-            cells = [dict(zip(names, cell, strict=True)) | self.cells[cell] for cell in ordered]
-            text = json.dumps({"versions": versions(), "cells": cells}, indent=1)
+            text = json.dumps({"versions": versions(), "cells": summary(self.results)}, indent=1)
             self.path.write_text(text + "\n", encoding="utf-8")
+
+
+def summary(results: list[Result]) -> list[dict[str, Any]]:
+    """Return the cells in the order of their first tests, each with the counts of outcomes and the remarks."""
+    cells: dict[tuple[str, ...], dict[str, Any]] = {}
+    for result in sorted(results, key=lambda result: result.position):
+        empty = {"passed": 0, "failed": 0, "skipped": 0, "notes": [], "limits": []}
+        cell = cells.setdefault(result.cell, empty)
+        if result.outcome is not None:
+            cell[result.outcome] += 1
+        for kind, text in result.remarks:
+            if text not in cell[kind]:
+                cell[kind].append(text)
+    return [dict(zip(("table", "row", "column"), place, strict=True)) | cell for place, cell in cells.items()]
 
 
 def versions() -> dict[str, str]:
