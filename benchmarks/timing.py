@@ -28,7 +28,7 @@ class Timed(NamedTuple):
 
 
 class Clock(Protocol):
-    """Times one call. There is one clock per call, and making it warms the call up."""
+    """Time one call. There is one clock per call, and making it warms the call up."""
 
     method: str
 
@@ -38,7 +38,7 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Times the call by repeating it for about `run_time` s."""
+    """Time the call by repeating it for about `run_time` s."""
 
     method = "timer"
 
@@ -52,7 +52,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """Times a CUDA graph of the call, or the call itself if it cannot be captured, between two CUDA events."""
+    """Time a CUDA graph of the call, or the call itself if it cannot be captured, between two CUDA events."""
 
     def __init__(self, call: Call, run_time: float, pool: object | None) -> None:
         self.run, self.calls, self.method = call, 1, "cuda events"

@@ -36,8 +36,8 @@ def check_real(name: str, value: object, above: float = -_INF, below: float = _I
 def check_sequence(name: str, value: object, entries: str) -> None:
     """Refuse anything but a list, a tuple or the like; the message names its `entries`."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name} must be a sequence of {entries}, got {given} of type {type(value).__name__}")
+        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a sequence of {entries}, got {shown} of type {type(value).__name__}")
 
 
 def check_mapping(name: str, value: object, entries: str) -> None:
@@ -91,6 +91,6 @@ def check_map(name: str, tensor: object, channels: int | None = None) -> None:
 
 def check_shape(name: str, tensor: object, shape: tuple[int, ...]) -> None:
     """Refuse anything but a floating-point tensor of `shape`."""
-    given = tuple(check_floating(name, tensor).shape)
-    if given != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {given}")
+    actual = tuple(check_floating(name, tensor).shape)
+    if actual != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {actual}")

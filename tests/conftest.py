@@ -1,5 +1,6 @@
 import os
 from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,22 @@ settings.load_profile("kfde")
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only slow them down
 torch._inductor.config.compile_threads = 1  # more would be processes that each load PyTorch, for every worker
+
+
+# Files and folders of tests that cannot even be collected without these libraries.
+_NEEDED = {
+    "examples": ("accelerate", "matplotlib", "pytorch_grad_cam", "skimage", "sklearn", "torchmetrics", "tqdm", "yaml"),
+    "benchmarks": ("matplotlib",),
+    "test_docs.py": ("latex2mathml", "matplotlib", "mkdocs"),
+}
+_MISSING = {
+    path: absent for path, names in _NEEDED.items() if (absent := [name for name in names if find_spec(name) is None])
+}
+collect_ignore = list(_MISSING)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out: tests/{path}, because {', '.join(names)} is not installed" for path, names in _MISSING.items()]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

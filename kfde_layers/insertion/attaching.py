@@ -70,7 +70,7 @@ def insert(
     check_bool("identity_start", identity_start)
     example = example_for(model, example_input)
     insertions = _prepare(model, blocks, example, identity_start)
-    has_effect = effects(model, example, {each.module: _adapted(Noise(), each.seen) for each in insertions})
+    has_effect = effects(model, example, {joined.module: _adapted(Noise(), joined.seen) for joined in insertions})
     for insertion in insertions:
         if not has_effect[insertion.module]:
             warnings.warn(

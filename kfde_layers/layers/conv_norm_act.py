@@ -6,12 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfde_layers.layers.parts import (
-    watched_everywhere,
-    why_not_plain,
-    why_not_plain_conv,
-    why_not_readable,
-)
+from kfde_layers.layers.parts import conv_settings, watched_everywhere, why_not_plain, why_not_readable
 
 
 class ConvNormAct(nn.Module):
@@ -54,8 +49,11 @@ class ConvNormAct(nn.Module):
             return f"has a part norm that {reason}"
         if norm.training:
             return "has a batch norm in training"
-        if norm._parameters.get("weight", norm) is None or norm._buffers["running_mean"] is None:
-            return "has a batch norm without affine parameters or without running statistics"
+        parameters, buffers = norm._parameters, norm._buffers  # a parametrized one is no entry
+        if parameters.get("weight", norm) is None or parameters.get("bias", norm) is None:
+            return "has a batch norm without affine parameters"
+        if buffers["running_mean"] is None or buffers["running_var"] is None:
+            return "has a batch norm without running statistics"
         return None
 
     def why_not_one_convolution(self, settings: tuple[object, ...]) -> str | None:
@@ -63,8 +61,8 @@ class ConvNormAct(nn.Module):
         if reason := self.why_not_foldable():
             return reason
         parts = self._modules
-        if reason := why_not_plain_conv(cast(nn.Module, parts["conv"]), settings):
-            return f"has a part conv that {reason}"
+        if conv_settings(cast(nn.Conv2d, parts["conv"])) != settings:
+            return "has a part conv with other settings than the layer gave it"
         if reason := why_not_plain(cast(nn.Module, parts["act"]), nn.Identity):
             return f"has a part act that {reason}"
         return None

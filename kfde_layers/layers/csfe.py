@@ -113,8 +113,6 @@ class CSFE(nn.Module):
             if isinstance(gamma_and_beta, str):
                 select(self.impl, gamma_and_beta)  # refuses impl="fused"
                 return self._call_parts(x)
-            if watched_everywhere() and self.impl != Impl.FUSED:
-                return self._call_parts(x)
             return csfe(
                 x,
                 *gamma_and_beta,
@@ -144,6 +142,8 @@ class CSFE(nn.Module):
             return f"cfe {reason}"
         if reason := why_not_plain(sfe, SFE):
             return f"sfe {reason}"
+        if self.impl != Impl.FUSED and watched_everywhere():
+            return "a hook on all modules of the process must see cfe and sfe"
         weight, bias = cfe.weight, cfe.bias
         if not isinstance(x, torch.fx.Proxy):
             device = x.device
@@ -153,7 +153,7 @@ class CSFE(nn.Module):
 
     @property
     def parts_are_plain(self) -> bool:
-        """Whether TorchScript may read the parts' parameters; it takes the value when it compiles the layer."""
+        """Whether the parts' parameters may be read. TorchScript asks when it compiles the layer."""
         return why_not_plain(self.cfe, CFE) is None and why_not_plain(self.sfe, SFE) is None
 
     def extra_repr(self) -> str:

@@ -172,9 +172,8 @@ class MFDF(nn.Module):
             kernels = self._kernels(x)
             if isinstance(kernels, str):
                 select(self.impl, kernels)  # refuses impl="fused"
-            elif not watched_everywhere() or self.impl == Impl.FUSED:
-                return mfdf_from_kernels(x, *kernels, self._scores, self.dilation, self.groups, self.impl)
-            return mfdf_from_maps(x, [branch(x) for branch in self.branches], self._scores)
+                return mfdf_from_maps(x, [branch(x) for branch in self.branches], self._scores)
+            return mfdf_from_kernels(x, *kernels, self._scores, self.dilation, self.groups, self.impl)
 
     def branch_weights(self, x: Tensor) -> Tensor:
         """Compute the weights that the layer gives its branches for `x`.
@@ -194,33 +193,37 @@ class MFDF(nn.Module):
         """Return the branches' kernels and biases, to be merged, or why the branches must be called."""
         if not (self.plain_branches or self.mergeable_in_eval):
             return "a branch has an activation, or a norm after a convolution that is not depthwise"
-        weights: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        device = x.device
         for k, branch in enumerate(self.branches):
-            kernel = self._kernel(branch, self._settings[k])
-            reason = kernel if isinstance(kernel, str) else why_not_readable(kernel[0], device)
-            if reason is not None:
+            if reason := self._why_not_one_convolution(branch, self._settings[k]):
                 return f"branches[{k}] {reason}"
-            weight, bias = cast("tuple[Tensor, Tensor | None]", kernel)
+        if self.impl != Impl.FUSED and watched_everywhere():
+            return "a hook on all modules of the process must see the branches"
+        # Read only now: a parametrization, such as spectral_norm, may change each time that its weight is read.
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for branch in self.branches:
+            weight, bias = self._kernel(branch)
             weights.append(weight)
-            biases.append(bias)
-        with_bias = [bias for bias in biases if bias is not None]
-        if len(with_bias) not in (0, len(biases)):
-            return "some branches have a bias and others have none"
-        check_branches(self.channels, self.groups, weights, with_bias or None)
-        return weights, with_bias or None
+            if bias is not None:
+                biases.append(bias)
+        device = x.device
+        for k, weight in enumerate(weights):
+            if reason := why_not_readable(weight, device):
+                return f"branches[{k}] {reason}"
+        check_branches(self.channels, self.groups, weights, biases or None)
+        return weights, biases or None
 
-    def _kernel(self, branch: nn.Module, settings: tuple[object, ...]) -> tuple[Tensor, Tensor | None] | str:
-        """Return kernel and bias of the convolution that the branch equals now, or why it must be called."""
+    def _kernel(self, branch: nn.Module) -> tuple[Tensor, Tensor | None]:
         if self.plain_branches:
             conv = cast(nn.Conv2d, branch)
-            return why_not_plain_conv(conv, settings) or (conv.weight, conv.bias)
-        reason = why_not_plain(branch, ConvNormAct)
-        if reason is not None:
-            return reason
-        branch = cast(ConvNormAct, branch)
-        return branch.why_not_one_convolution(settings) or branch.folded()
+            return conv.weight, conv.bias
+        return cast(ConvNormAct, branch).folded()
+
+    def _why_not_one_convolution(self, branch: nn.Module, settings: tuple[object, ...]) -> str | None:
+        """Return why the branch does not equal one convolution as the layer made it, or None if it does."""
+        if self.plain_branches:
+            return why_not_plain_conv(branch, settings)
+        return why_not_plain(branch, ConvNormAct) or cast(ConvNormAct, branch).why_not_one_convolution(settings)
 
     def _scores(self, p: Tensor) -> Tensor:
         """Return the scores of eq. (13), (N, K C), from p, (N, C)."""
@@ -274,12 +277,9 @@ class MFDF(nn.Module):
 
     @property
     def all_parts_are_plain(self) -> bool:
-        """Whether all parameters may be read; TorchScript takes the value at which it compiles the layer."""
-        if not (self.plain_branches and self.fc_are_plain):
-            return False
+        """Whether all parameters may be read. TorchScript asks when it compiles the layer."""
         branches = zip(self.branches, self._settings, strict=True)
-        with_bias = {getattr(branch, "bias", None) is not None for branch in self.branches}
-        return len(with_bias) == 1 and not any(why_not_plain_conv(*branch) for branch in branches)
+        return self.plain_branches and self.fc_are_plain and not any(why_not_plain_conv(*branch) for branch in branches)
 
     @property
     def fc_are_plain(self) -> bool:

@@ -5,9 +5,9 @@ it, replace it, or keep its weights elsewhere until it is called. So a layer cal
 merged instead, which means that the layer reads its parameters and computes the same in another way.
 """
 
-import functools
+import weakref
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,10 @@ def why_not_plain(part: nn.Module, made: type[nn.Module]) -> str | None:
 
 
 def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
-    """Return the settings that a convolution must keep to be merged."""
+    """Return the settings that a convolution must keep to be merged, and whether it has a bias."""
     attributes = conv.__dict__
     return (
+        attributes["_parameters"].get("bias", conv) is not None,  # a parametrized bias is no entry
         attributes["kernel_size"],
         attributes["stride"],
         attributes["padding"],
@@ -59,7 +60,7 @@ def why_not_plain_conv(conv: nn.Module, settings: tuple[object, ...]) -> str | N
     if reason := why_not_plain(conv, nn.Conv2d):
         return reason
     if conv_settings(cast(nn.Conv2d, conv)) != settings:
-        return "has another kernel size, stride, padding, dilation, groups or padding mode than the layer gave it"
+        return "has another kernel size, stride, padding, padding mode, dilation, groups or bias than the layer gave it"
     return None
 
 
@@ -79,8 +80,10 @@ def watched_everywhere() -> bool:
 
 def call_linear(fc: nn.Module, p: Tensor) -> Tensor:
     """Return fc(p) in the dtype of p, which is that of the statistics."""
-    attributes = fc.__dict__
-    weight: Tensor | None = attributes["_parameters"].get("weight", attributes.get("weight"))
+    attributes, parameters = fc.__dict__, fc.__dict__["_parameters"]
+    weight: Any = attributes.get("weight")  # where a hook makes it
+    if weight is None and isinstance(parameters, dict):  # not so in a scripted module
+        weight = cast("dict[str, Tensor | None]", parameters).get("weight")
     if weight is None or not weight.is_floating_point():  # in a wrapper, or quantised
         weight = next((parameter for parameter in fc.parameters() if parameter.is_floating_point()), p)
     if weight.dtype == p.dtype:
@@ -96,10 +99,26 @@ def start_with(part: Part, initialise: Callable[[Part], None]) -> Part:
     """Let `part.reset_parameters()` run `initialise(part)`, and return the part.
 
     The part keeps its type: tools that choose modules by their exact type (`quantize_dynamic`, `fuse_modules`, counters
-    of operations) must find PyTorch's own. A partial, not a closure, because it survives deepcopy and pickle.
+    of operations) must find PyTorch's own.
     """
-    part.__dict__["reset_parameters"] = functools.partial(initialise, part)
+    part.__dict__["reset_parameters"] = _Start(part, initialise)
     return part
+
+
+class _Start(Generic[Part]):
+    """Initialise a part. Copied and pickled with it; a weak reference, so that a deleted part is freed at once."""
+
+    def __init__(self, part: Part, initialise: Callable[[Part], None]) -> None:
+        self._part = weakref.ref(part)
+        self._initialise = initialise
+
+    def __call__(self) -> None:
+        part = self._part()
+        if part is not None:
+            self._initialise(part)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Start, (self._part(), self._initialise)
 
 
 def start_as_noise(part: nn.Conv2d | nn.Linear) -> None:

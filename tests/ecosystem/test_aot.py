@@ -18,7 +18,7 @@ from tests.support.cases import (
 
 CASES = {name: SHALLOW if case is MODEL else case for name, case in DEFAULTS.items()}
 
-pytestmark = pytest.mark.cell(TABLE, "AOTInductor package")
+pytestmark = [pytest.mark.slow, pytest.mark.cell(TABLE, "AOTInductor package")]
 
 
 class SideBySide(nn.Module):

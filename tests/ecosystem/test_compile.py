@@ -20,7 +20,7 @@ from tests.support.cases import (
     output_and_gradients,
 )
 
-pytestmark = pytest.mark.cell(TABLE, "torch.compile, fullgraph")
+pytestmark = [pytest.mark.slow, pytest.mark.cell(TABLE, "torch.compile, fullgraph")]
 
 
 def check(compiled, module, reference, x):

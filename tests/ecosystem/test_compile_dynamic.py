@@ -22,6 +22,8 @@ from tests.support.cases import (
     output_and_gradients,
 )
 
+pytestmark = pytest.mark.slow
+
 DYNAMIC_CELL = pytest.mark.cell(TABLE, "torch.compile, dynamic batch and size")
 
 

@@ -15,7 +15,7 @@ from tests.support.cases import (
     module_and_reference,
 )
 
-pytestmark = pytest.mark.cell(TABLE, "no recompile on a second batch size")
+pytestmark = [pytest.mark.slow, pytest.mark.cell(TABLE, "no recompile on a second batch size")]
 
 
 class CountingBackend:

@@ -7,6 +7,8 @@ from torch import multiprocessing
 from tests.support.distributed_worker import NAMES, PROCESSES, work
 from tests.support.training import build, exact_training
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

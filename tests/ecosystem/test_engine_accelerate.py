@@ -10,6 +10,8 @@ import torch
 from tests.support.pages import ROOT
 from tests.support.training import MODELS, SMALL, batch, build, exact_training, train
 
+pytestmark = pytest.mark.slow
+
 each_network = pytest.mark.parametrize("name", [*SMALL, *MODELS])
 CELL = pytest.mark.cell("Training engines", "Accelerate")
 

@@ -19,7 +19,7 @@ from tests.support.cases import (
     module_and_reference,
 )
 
-pytestmark = pytest.mark.cell(TABLE, "torch.export, dynamic batch and size")
+pytestmark = [pytest.mark.slow, pytest.mark.cell(TABLE, "torch.export, dynamic batch and size")]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ LAYERS = {name: case for name, case in DEFAULTS.items() if name != "models"}
 STEP = 1e-6  # of the central difference, in float64: its error is about STEP**2, plus 1e-16 / STEP by rounding
 TOLERANCE = 1e-8
 
-pytestmark = pytest.mark.cell(TABLE, "torch.func: jvp")
+pytestmark = [pytest.mark.slow, pytest.mark.cell(TABLE, "torch.func: jvp")]
 
 
 def jvp(call, x, dx):

@@ -14,6 +14,8 @@ from tests.support.inputs import images
 from tests.support.pages import DOCS, python_blocks, run_block
 from tests.support.training import INSERTED, MODELS, SMALL, WITH_BATCH_NORM, batch, build
 
+pytestmark = pytest.mark.slow
+
 PAGE = DOCS / "hub.md"
 REPO_ID = "me/model"
 SIDE = 64  # px

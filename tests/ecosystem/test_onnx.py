@@ -19,7 +19,11 @@ from tests.support.cases import (
 
 OPSET = 18
 
-pytestmark = [pytest.mark.cell(TABLE, "ONNX Runtime, dynamic batch and size"), pytest.mark.usefixtures("exporter")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.cell(TABLE, "ONNX Runtime, dynamic batch and size"),
+    pytest.mark.usefixtures("exporter"),
+]
 
 
 @pytest.fixture

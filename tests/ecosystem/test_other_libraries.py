@@ -14,6 +14,8 @@ from kfde_layers.testing import scatter_parameters
 from tests.support.inputs import draw
 from tests.support.networks import make_host
 
+pytestmark = pytest.mark.slow
+
 SIDE = 64  # px
 TABLE = "Other libraries"
 

@@ -13,7 +13,7 @@ from tests.support.cases import (
     output_and_gradients,
 )
 
-pytestmark = pytest.mark.cell(TABLE, "TorchScript")
+pytestmark = [pytest.mark.slow, pytest.mark.cell(TABLE, "TorchScript")]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

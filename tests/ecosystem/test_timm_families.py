@@ -15,6 +15,8 @@ from kfde_layers.testing import scatter_parameters
 from tests.support.inputs import draw
 from tests.support.networks import fill_zero_weights
 
+pytestmark = pytest.mark.slow
+
 SIDE = 64  # px
 
 NARROW = {"depth": 3, "embed_dim": 96, "num_heads": 3}  # options of a vision transformer
@@ -27,7 +29,7 @@ FAMILIES = {
     "cait": ("cait_xxs24_224", {"img_size": SIDE, "depth": 3}),
     "coat": ("coat_tiny", {"img_size": SIDE}),
     "convit": ("convit_tiny", {"img_size": SIDE}),
-    "convmixer": ("convmixer_1024_20_ks9_p14", {}),
+    "convmixer": ("convmixer_768_32", {}),
     "convnext": ("test_convnext", {}),
     "cpubone": ("cpubone_nano", {}),
     "crossvit": ("crossvit_tiny_240", {}),
@@ -278,7 +280,7 @@ def middle(host):
 ELSEWHERE = {
     "coat": "no module returns the maps that timm takes, which have run through several blocks in parallel",
     "hiera": REFUSED["hiera"],
-    "hrnet": "timm takes the maps behind modules that follow on those that it declares for them",
+    "hrnet": "timm takes the maps after modules that follow those that it declares for them",
     "nasnet": "timm takes the map before the module that it declares for it",
     "pnasnet": "timm takes the map before the module that it declares for it",
     "xception": "timm takes the map before the module that it declares for it",

@@ -18,6 +18,8 @@ from tests.support.agreement import relative_error
 from tests.support.inputs import draw
 from tests.support.networks import fill_zero_weights
 
+pytestmark = pytest.mark.slow
+
 LAYERS = {"CFE": CFE, "SFE": SFE, "CSFE": CSFE, "MFDF": MFDF}
 TABLE = "timm's own slots"
 

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import pickle
 import types
+import weakref
 
 import pytest
 import torch
@@ -198,7 +200,7 @@ BRANCHES = {
     "another dilation": (lambda: nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8), "another kernel size"),
     "other groups": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=2), "another kernel size"),
     "padding by name": (lambda: nn.Conv2d(8, 8, 5, padding="same", groups=8), "another kernel size"),
-    "no bias": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False), "some branches have a bias"),
+    "no bias": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False), "another kernel size"),
     "another type": (lambda: ScaledConv(8, 8, 5, padding=2, groups=8), "is of type ScaledConv instead of Conv2d"),
     "several modules": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU()), "is of type Sequential instead of"),
 }
@@ -426,7 +428,7 @@ def test_a_weight_on_another_device_is_not_read():
 
 
 class RandomMask(nn.Module):
-    """A parametrization that counts how often it runs."""
+    """A parametrization that counts its calls."""
 
     def __init__(self):
         super().__init__()
@@ -448,6 +450,49 @@ def test_a_parametrization_runs_once_a_call(name):
             mask.calls = 0
         layer.train(mode)(draw_map())
         assert [mask.calls for mask in masks] == [1] * len(masks)
+
+
+class CountedNoise(nn.Module):
+    """A parametrization that changes at each call, as spectral_norm does in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return (1 + 0.1 * self.calls) * weight
+
+
+@pytest.mark.parametrize("hooked", [0, 3])
+def test_a_parametrization_runs_once_when_another_branch_must_be_called(hooked):
+    layer, counters = make_layer("MFDF"), [CountedNoise() for _ in range(4)]
+    layer.branches[hooked].register_forward_hook(lambda *args: None)
+    for branch, counter in zip(layer.branches, counters, strict=True):
+        parametrize.register_parametrization(branch, "weight", counter, unsafe=True)
+        counter.calls = 0
+    layer(draw_map())
+    assert [counter.calls for counter in counters] == [1, 1, 1, 1]
+
+
+@each_mfdf
+def test_fc1_may_be_scripted(name):
+    layer, x = make_layer(name), draw_map()
+    expected = layer(x)
+    layer.fc1 = torch.jit.script(layer.fc1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@each_mfdf
+def test_a_deleted_layer_is_freed_at_once(name):
+    layer = make_layer(name)
+    parts = [weakref.ref(part) for part in layer.modules()]
+    gc.disable()
+    try:
+        del layer
+        assert not [part() for part in parts if part() is not None]
+    finally:
+        gc.enable()
 
 
 RESETS = {

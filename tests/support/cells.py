@@ -24,6 +24,8 @@ PACKAGES = (
     "onnxruntime",
     "accelerate",
     "lightning",
+    "peft",
+    "torchao",
 )
 
 

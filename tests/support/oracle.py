@@ -15,14 +15,14 @@ SMALLEST_GAMMA_SUM = 1e-6
 
 
 def _sigmoid(value: float) -> float:
-    """1 / (1 + exp(-value)), written so that exp never overflows."""
+    """Return 1 / (1 + exp(-value)), written so that exp never overflows."""
     if value >= 0.0:
         return 1.0 / (1.0 + math.exp(-value))
     return math.exp(value) / (1.0 + math.exp(value))
 
 
 def _logit(probability: float) -> float:
-    """The inverse of the sigmoid, with its limits at 0 and 1."""
+    """Return the inverse of the sigmoid, with its limits at 0 and 1."""
     if probability <= 0.0:
         return -math.inf
     if probability >= 1.0:
@@ -31,7 +31,7 @@ def _logit(probability: float) -> float:
 
 
 def group_norm(x: Array, weight: Array, bias: Array, num_groups: int, eps: float) -> Array:
-    """The affine GroupNorm ahead of eq. (1): biased moments over each group of channels and all positions."""
+    """Return the affine GroupNorm before eq. (1): biased moments over each group of channels and all positions."""
     batch, channels = x.shape[:2]
     size = channels // num_groups
     out = np.zeros(x.shape)
@@ -46,7 +46,7 @@ def group_norm(x: Array, weight: Array, bias: Array, num_groups: int, eps: float
 
 
 def cfe_logits(x: Array, weight: Array, bias: Array, num_groups: int, eps: float = 1e-5) -> Array:
-    """Eqs. (1)-(2) without the sigmoid: z = x_hat * w_gamma, with x_hat the affine GroupNorm output.
+    """Return eqs. (1)-(2) without the sigmoid: z = x_hat * w_gamma, with x_hat the affine GroupNorm output.
 
     A sum of gammas nearer to zero than 1e-6 is replaced by +-1e-6, zero counting as positive.
     """
@@ -62,7 +62,7 @@ def cfe_logits(x: Array, weight: Array, bias: Array, num_groups: int, eps: float
 
 
 def cfe(x: Array, weight: Array, bias: Array, num_groups: int, threshold: float = 0.5, eps: float = 1e-5) -> Array:
-    """Eqs. (1)-(5): the gate r, the masks w1 and w2 on the input x, and the cross fusion of contiguous halves."""
+    """Return eqs. (1)-(5): the gate r, the masks w1 and w2 on the input x, and the cross fusion of contiguous halves."""
     batch, channels, height, width = x.shape
     if channels % 2:
         raise ValueError(f"the partition of eq. (4) needs an even number of channels, got {channels}")
@@ -75,7 +75,7 @@ def cfe(x: Array, weight: Array, bias: Array, num_groups: int, threshold: float 
             for i in range(height):
                 for j in range(width):
                     r = _sigmoid(z[n, c, i, j])  # (2)
-                    if z[n, c, i, j] > cut:  # (3), r > T said of the logits
+                    if z[n, c, i, j] > cut:  # (3), r > T compared in logits
                         w1, w2 = 1.0, 0.0
                     else:
                         w1, w2 = r, r
@@ -88,7 +88,7 @@ def cfe(x: Array, weight: Array, bias: Array, num_groups: int, threshold: float 
 
 
 def sfe(x: Array, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0) -> Array:
-    """Eqs. (6)-(9): each value weighted by the sigmoid of its squared deviation over four variances, plus beta.
+    """Return eqs. (6)-(9): each value weighted by the sigmoid of its squared deviation over four variances, plus beta.
 
     The divisor of the variance is H * W - correction; eq. (7) has correction 0.
     """
@@ -119,7 +119,7 @@ def csfe(
     arrangement: str = "parallel",
     fusion: str = "sum",
 ) -> Array:
-    """Eqs. (1)-(9) together: both branches on x and their sum or mean, or one branch on the output of the other."""
+    """Return eqs. (1)-(9) together: both branches on x and their sum or mean, or one branch on the output of the other."""
     if arrangement == "cfe_sfe":
         return sfe(cfe(x, weight, bias, num_groups, threshold, eps), lambd, beta, correction)
     if arrangement == "sfe_cfe":
@@ -135,7 +135,7 @@ def csfe(
 
 
 def conv2d(x: Array, weight: Array, bias: Array | None, dilation: int, groups: int) -> Array:
-    """One convolution branch of eq. (10): cross-correlation, stride 1, zero padding of dilation * (k - 1) / 2.
+    """Return one convolution branch of eq. (10): cross-correlation, stride 1, zero padding of dilation * (k - 1) / 2.
 
     The weight has shape (C_out, C_in / groups, k, k), k odd; output channels are dealt to the groups in order.
     """
@@ -162,7 +162,7 @@ def conv2d(x: Array, weight: Array, bias: Array | None, dilation: int, groups: i
 def mfdf_branch_weights(
     branches: Sequence[Array], fc1_weight: Array, fc1_bias: Array, fc2_weight: Array, fc2_bias: Array
 ) -> Array:
-    """Eqs. (10)-(13): the attention alpha of shape (N, K, C), a softmax over the K branches for each channel.
+    """Return eqs. (10)-(13): the weights alpha of shape (N, K, C), a softmax over the K branches for each channel.
 
     Row k * C + c of fc2 belongs to branch k and channel c.
     """
@@ -201,7 +201,7 @@ def mfdf(
     groups: int,
     post: Sequence[Callable[[Array], Array]] | None = None,
 ) -> Array:
-    """Eqs. (10)-(14): F_c, the sum over k of alpha_kc * X_kc, with X_k the k-th convolution of x.
+    """Return eqs. (10)-(14): F_c, the sum over k of alpha_kc * X_kc, with X_k the k-th convolution of x.
 
     Where post is given, X_k is post[k] of the convolution (a norm or an activation; the paper has neither).
     """
@@ -220,7 +220,7 @@ def mfdf(
 
 
 def batch_norm(x: Array, mean: Array, var: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """Batch norm with given statistics per channel, as at inference (not in the paper)."""
+    """Return batch norm with the statistics per channel, as at inference (not in the paper)."""
     out = np.zeros(x.shape)
     for c in range(x.shape[1]):
         out[:, c] = (x[:, c] - mean[c]) / math.sqrt(var[c] + eps) * weight[c] + bias[c]
@@ -228,5 +228,5 @@ def batch_norm(x: Array, mean: Array, var: Array, weight: Array, bias: Array, ep
 
 
 def relu(x: Array) -> Array:
-    """The positive part of x (not in the paper)."""
+    """Return the positive part of x (not in the paper)."""
     return np.maximum(x, 0.0)

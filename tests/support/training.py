@@ -44,7 +44,7 @@ SMALL = {
     "CFE": lambda: small_network(CFE(CHANNELS, impl="fused")),
     "SFE": lambda: small_network(SFE(CHANNELS, impl="fused")),
     "CSFE": lambda: small_network(CSFE(CHANNELS, impl="fused")),
-    "CSFE, in turn": lambda: small_network(CSFE(CHANNELS, arrangement="cfe_sfe", impl="fused")),
+    "CSFE, one after the other": lambda: small_network(CSFE(CHANNELS, arrangement="cfe_sfe", impl="fused")),
     "MFDF": lambda: small_network(MFDF(CHANNELS, impl="fused")),
     "MFDF, dense, ReLU": lambda: small_network(MFDF(CHANNELS, groups=1, kernel_sizes=(1, 3), act_layer=nn.ReLU)),
 }

@@ -55,7 +55,7 @@ class Source(NamedTuple):
     magnifications: tuple[str, ...]
     """All magnifications; empty if the records have none."""
     find: Callable[[Path], Contents]
-    """Finds the images in a directory; raises ValueError if there is none."""
+    """Find the images in a directory; raise ValueError if there is none."""
 
 
 def report_copies(copies: Sequence[Path]) -> None:

@@ -65,7 +65,7 @@ def backward(
     values, upstreams, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
     gates = _Gates(moments, weight, bias, options)
     blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
-    z_sum, zu_sum, eu_sum, euu_sum = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # of dz, dz u, de u, de u^2
+    dz, dzu, deu, deuu = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # of dz, dz u, de u, de u^2
     for block, (u, keep, weak, is_open, upstream, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)
         x_block = _upcast(values[block], x_buffer)
@@ -79,9 +79,9 @@ def backward(
             gates.spatial(u, block, out=keep)
             torch.mul(x_block, dy_block, out=upstream)
             _sigmoid_backward(upstream, keep, grad_input=upstream).mul_(u)  # de u
-            eu_sum[channels] += upstream.sum(dim=3, keepdim=True)
+            deu[channels] += upstream.sum(dim=3, keepdim=True)
             dx_block.add_(torch.mul(upstream, gates.spatial_slope[channels], out=scratch), alpha=2)
-            euu_sum[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
+            deuu[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
         if weight is not None:
             gates.channel(u, block, is_open, out=weak)
             keep.add_(weak).add_(is_open)
@@ -90,14 +90,14 @@ def backward(
             _sigmoid_backward(
                 upstream, weak, grad_input=upstream
             )  # dz; where the gate is open, weak is 0, and so is dz
-            z_sum[channels] += upstream.sum(dim=3, keepdim=True)
+            dz[channels] += upstream.sum(dim=3, keepdim=True)
             dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
-            zu_sum[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
+            dzu[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
             dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
             dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
         dx_block.addcmul_(dy_block, keep)
 
-    u_slope, constant, dweight, dbias = _through_moments(z_sum, zu_sum, eu_sum, euu_sum, moments, weight, bias, options)
+    u_slope, constant, dweight, dbias = _through_moments(dz, dzu, deu, deuu, moments, weight, bias, options)
     u_slope, constant = gates.parted(u_slope), gates.parted(constant)
     for block, (u, x_buffer, *_) in blocks:
         channels = _channels(block)
@@ -107,10 +107,10 @@ def backward(
 
 
 def _through_moments(
-    z_sum: Tensor,
-    zu_sum: Tensor,
-    eu_sum: Tensor,
-    euu_sum: Tensor,
+    dz: Tensor,
+    dzu: Tensor,
+    deu: Tensor,
+    deuu: Tensor,
     moments: Moments,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -118,32 +118,32 @@ def _through_moments(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return slope and constant of the second pass, and the parameters' gradients, from the sums over each channel."""
     n = moments.n
-    z_sum, zu_sum, eu_sum, euu_sum = (total.view_as(moments.mean) for total in (z_sum, zu_sum, eu_sum, euu_sum))
-    u_slope, constant, dweight, dbias = torch.zeros_like(z_sum), torch.zeros_like(z_sum), None, None
+    dz, dzu, deu, deuu = (total.view_as(moments.mean) for total in (dz, dzu, deu, deuu))
+    u_slope, constant, dweight, dbias = torch.zeros_like(dz), torch.zeros_like(dz), None, None
     if options.with_sfe:
         slope = spatial_slope(moments, options)
-        u_slope -= 8 * slope.square() * euu_sum / max(n - options.correction, 1)
-        constant -= 2 * slope * eu_sum / n
+        u_slope -= 8 * slope.square() * deuu / max(n - options.correction, 1)
+        constant -= 2 * slope * deu / n
     if weight is not None and bias is not None:
-        gamma, beta = weight.to(z_sum.dtype), bias.to(z_sum.dtype)
+        gamma, beta = weight.to(dz.dtype), bias.to(dz.dtype)
         gate = channel_gate(moments, gamma, beta, options)
-        x_hat_sum = gate.inverse_std * (zu_sum + gate.mean_offset * z_sum)  # of dz x_hat
+        dzx = gate.inverse_std * (dzu + gate.mean_offset * dz)  # of dz x_hat
 
         def group_mean(total: Tensor) -> Tensor:
             """Return the mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
             grouped = (gamma * gate.w_gamma * total).unflatten(1, (options.num_groups, -1))
             return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1) / n
 
-        moment_slope = gate.inverse_std.square() * group_mean(x_hat_sum)
+        moment_slope = gate.inverse_std.square() * group_mean(dzx)
         u_slope -= moment_slope
-        constant -= gate.inverse_std * group_mean(z_sum) + moment_slope * gate.mean_offset
-        x_hat_total, z_total = x_hat_sum.sum(dim=0), z_sum.sum(dim=0)
-        dw_gamma = gamma * x_hat_total + beta * z_total
-        total = gamma.sum()
+        constant -= gate.inverse_std * group_mean(dz) + moment_slope * gate.mean_offset
+        dzx_total, dz_total = dzx.sum(dim=0), dz.sum(dim=0)
+        dw_gamma = gamma * dzx_total + beta * dz_total
+        gamma_sum = gamma.sum()
         safe_total = away_from_zero(total)
         dtotal = torch.where(safe_total == total, -(dw_gamma * gamma).sum() / safe_total.square(), 0.0)
-        dweight = (gate.w_gamma * x_hat_total + dw_gamma / safe_total + dtotal).to(weight.dtype)
-        dbias = (gate.w_gamma * z_total).to(bias.dtype)
+        dweight = (gate.w_gamma * dzx_total + dw_gamma / safe_total + dtotal).to(weight.dtype)
+        dbias = (gate.w_gamma * dz_total).to(bias.dtype)
     return u_slope, constant, dweight, dbias
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.gate import away_from_zero, logit
 
-_OPEN = 2.0  # marks an open gate, w1 = 1 and w2 = 0; no sigmoid comes near it
+_OPEN = 2.0  # marks an open gate, w1 = 1 and w2 = 0; every sigmoid is below 1
 
 
 class Moments(NamedTuple):

@@ -180,7 +180,7 @@ def csfe_backward_kernel(
 def csfe_parameters_kernel(
     weight_ptr, bias_ptr, dz_ptr, dzx_ptr, dweight_ptr, dbias_ptr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Find the gradients of gamma and beta; one program does it all, since w_gamma divides by the sum of gamma."""
+    """Find the gradients of gamma and beta; one program for all channels, since w_gamma depends on the sum of gamma."""
     total = sum_of(weight_ptr, C, BLOCK)
     gamma_sum = away_from_zero(total)
     through_sum = tl.zeros([BLOCK], tl.float32)

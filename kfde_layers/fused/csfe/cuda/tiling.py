@@ -22,6 +22,8 @@ class Tiling(NamedTuple):
     """Positions of a chunk."""
     chunks: int
     """Number of chunks."""
+    warps: int = WARPS
+    """Warps of a program."""
 
     def grid(self, batch: int, channels: int) -> tuple[int, int]:
         """Return the programs for a batch of maps of so many channels, or pairs of channels."""
@@ -29,7 +31,7 @@ class Tiling(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """Return the constants and the number of warps with which the kernel is compiled."""
-        return {"BLOCK_HW": self.block_hw, "BLOCK_C": self.block_c, "num_warps": WARPS}
+        return {"BLOCK_HW": self.block_hw, "BLOCK_C": self.block_c, "num_warps": self.warps}
 
 
 class Tilings(NamedTuple):
