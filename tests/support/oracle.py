@@ -62,7 +62,7 @@ def cfe_logits(x: Array, weight: Array, bias: Array, num_groups: int, eps: float
 
 
 def cfe(x: Array, weight: Array, bias: Array, num_groups: int, threshold: float = 0.5, eps: float = 1e-5) -> Array:
-    """Return eqs. (1)-(5): the gate r, the masks w1 and w2 on the input x, and the cross fusion of contiguous halves."""
+    """Return eqs. (1)-(5): the gate r, the masks w1 and w2 on x, and the cross fusion of contiguous halves."""
     batch, channels, height, width = x.shape
     if channels % 2:
         raise ValueError(f"the partition of eq. (4) needs an even number of channels, got {channels}")
@@ -119,7 +119,7 @@ def csfe(
     arrangement: str = "parallel",
     fusion: str = "sum",
 ) -> Array:
-    """Return eqs. (1)-(9) together: both branches on x and their sum or mean, or one branch on the output of the other."""
+    """Return eqs. (1)-(9): both branches on x and their sum or mean, or one branch on the output of the other."""
     if arrangement == "cfe_sfe":
         return sfe(cfe(x, weight, bias, num_groups, threshold, eps), lambd, beta, correction)
     if arrangement == "sfe_cfe":

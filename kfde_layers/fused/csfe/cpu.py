@@ -65,7 +65,7 @@ def backward(
     values, upstreams, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
     gates = _Gates(moments, weight, bias, options)
     blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
-    dz, dzu, deu, deuu = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # of dz, dz u, de u, de u^2
+    dz, dzu, deu, deuu = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # sums of dz, dz u, de u, de u^2
     for block, (u, keep, weak, is_open, upstream, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)
         x_block = _upcast(values[block], x_buffer)
@@ -127,7 +127,7 @@ def _through_moments(
     if weight is not None and bias is not None:
         gamma, beta = weight.to(dz.dtype), bias.to(dz.dtype)
         gate = channel_gate(moments, gamma, beta, options)
-        dzx = gate.inverse_std * (dzu + gate.mean_offset * dz)  # of dz x_hat
+        dzx = gate.inverse_std * (dzu + gate.mean_offset * dz)  # sum of dz x_hat
 
         def group_mean(total: Tensor) -> Tensor:
             """Return the mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
@@ -140,9 +140,9 @@ def _through_moments(
         dzx_total, dz_total = dzx.sum(dim=0), dz.sum(dim=0)
         dw_gamma = gamma * dzx_total + beta * dz_total
         gamma_sum = gamma.sum()
-        safe_total = away_from_zero(total)
-        dtotal = torch.where(safe_total == total, -(dw_gamma * gamma).sum() / safe_total.square(), 0.0)
-        dweight = (gate.w_gamma * dzx_total + dw_gamma / safe_total + dtotal).to(weight.dtype)
+        divisor = away_from_zero(gamma_sum)
+        dgamma_sum = torch.where(divisor == gamma_sum, -(dw_gamma * gamma).sum() / divisor.square(), 0.0)
+        dweight = (gate.w_gamma * dzx_total + dw_gamma / divisor + dgamma_sum).to(weight.dtype)
         dbias = (gate.w_gamma * dz_total).to(bias.dtype)
     return u_slope, constant, dweight, dbias
 
