@@ -57,8 +57,8 @@ class CSFE(nn.Module):
         torch.Size([2, 64, 7, 7])
     """
 
-    __constants__ = ("parts_are_plain",)
-    __jit_unused_properties__ = ("parts_are_plain",)
+    __constants__: tuple[str, ...] = ("parts_are_plain",)
+    __jit_unused_properties__: tuple[str, ...] = ("parts_are_plain",)
 
     def __init__(
         self,

@@ -90,8 +90,9 @@ class MFDF(nn.Module):
         (torch.Size([2, 64, 7, 7]), torch.Size([2, 4, 64]))
     """
 
-    __constants__ = ("all_parts_are_plain", "fc_are_plain")  # TorchScript compiles only the path that applies
-    __jit_unused_properties__ = ("all_parts_are_plain", "fc_are_plain")
+    # TorchScript compiles only the path that applies
+    __constants__: tuple[str, ...] = ("all_parts_are_plain", "fc_are_plain")
+    __jit_unused_properties__: tuple[str, ...] = ("all_parts_are_plain", "fc_are_plain")
 
     # declared here: TorchScript refuses such types in __init__, and takes a tuple of any length only as a constant
     kernel_sizes: Final[tuple[int, ...]]
@@ -126,9 +127,9 @@ class MFDF(nn.Module):
         self.dilation = list(resolve_dilations("dilation", dilation, len(self.kernel_sizes)))
         self.groups: int = resolve_groups("groups", channels, groups)
         self.impl = resolve_impl(impl).value
-        self.plain_branches = norm_layer is None and act_layer is None  # nothing but convolutions
+        self.plain_branches: bool = norm_layer is None and act_layer is None  # nothing but convolutions
         depthwise = self.groups == channels
-        self.mergeable_in_eval = depthwise and not self.plain_branches and act_layer is None
+        self.mergeable_in_eval: bool = depthwise and not self.plain_branches and act_layer is None
         if self.impl == Impl.FUSED and not (depthwise and self.plain_branches):
             raise NotImplementedError(
                 "impl='fused' needs depthwise branches without norm and activation, got "
