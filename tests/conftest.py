@@ -1,5 +1,4 @@
 import os
-from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,16 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")  # of pytest-xdist
     config.pluginmanager.register(Cells(None if is_worker else config.getoption("--cells")))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Make named tuples plain: a worker of pytest-xdist can send no others."""
-    report = yield
-    if hasattr(item.config, "workerinput"):
-        properties = report.user_properties
-        report.user_properties = [(name, tuple(v) if isinstance(v, tuple) else v) for name, v in properties]
-    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -120,12 +120,12 @@ def test_the_cost_table_is_right():
 
     dense = {"groups": 1, "norm_layer": nn.BatchNorm2d, "act_layer": nn.ReLU}
     for size, channels, *written in rows:
-        bare = timm.create_model(f"convnextv2_{size}", device="meta")
-        assert int(channels) == bare.num_features
-        counts = [count_parameters(bare)]
+        backbone = timm.create_model(f"convnextv2_{size}", device="meta")
+        assert int(channels) == backbone.num_features
+        counts = [count_parameters(backbone)]
         for mfdf in (True, {"groups": 32}, dense):
             kfde = timm.create_model(f"kfde_convnextv2_{size}", device="meta", mfdf=mfdf)
-            counts.append(count_parameters(kfde) - count_parameters(bare))
+            counts.append(count_parameters(kfde) - count_parameters(backbone))
         for number, count, digits in zip(written, counts, (1, 2, 2, 1), strict=True):
             assert number == f"{count / 1e6:.{digits}f}"
 
@@ -175,15 +175,15 @@ def test_the_compatibility_page_has_every_tested_cell(site, tmp_path):
     paths = tmp_path / "cells.json", DOCS / "compatibility.json"
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--cells", paths[0]]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    tested, kept = (json.loads(path.read_text())["cells"] for path in paths)
+    tested, committed = (json.loads(path.read_text())["cells"] for path in paths)
     assert {(cell["table"], cell["row"], cell["column"]) for cell in tested} == {
-        (cell["table"], cell["row"], cell["column"]) for cell in kept
+        (cell["table"], cell["row"], cell["column"]) for cell in committed
     }
-    assert not any(cell["failed"] for cell in kept)
-    families = {cell["row"] for cell in kept if cell["table"] == "timm families"}
+    assert not any(cell["failed"] for cell in committed)
+    families = {cell["row"] for cell in committed if cell["table"] == "timm families"}
     assert f"exporters and {len(families)} families" in (ROOT / "README.md").read_text()
     page = (site / "compatibility/index.html").read_text()
-    assert page.count("✓") == sum(cell["passed"] > 0 for cell in kept)
+    assert page.count("✓") == sum(cell["passed"] > 0 for cell in committed)
     assert "✗" not in page
 
 

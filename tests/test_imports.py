@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -11,14 +12,49 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-def modules_after(code: str) -> set[str]:
-    return set(json.loads(run(f"{code}\nimport json, sys\nprint(json.dumps(list(sys.modules)))").splitlines()[-1]))
+class Import(NamedTuple):
+    """What importing the package did to a process that had imported its dependencies."""
+
+    modules: list[str]
+    """Modules that it loaded."""
+    seconds: float
+    """Time of the processor."""
+    models_before: list[str]
+    """Models of the package that timm knew before."""
+    models_after: list[str]
+    """Models of the package that timm knew after it."""
 
 
-def test_importing_loads_neither_triton_nor_any_extra():
-    loaded = modules_after("import kfde_layers") - modules_after("import torch, timm, einops")
-    roots = {name.split(".")[0] for name in loaded}
-    assert roots <= {"kfde_layers"}
+def import_package() -> Import:
+    code = """
+import json, sys, time
+import torch, timm, einops
+modules, models = set(sys.modules), timm.list_models("kfde*")
+start = time.process_time()
+import kfde_layers
+seconds = time.process_time() - start
+print(json.dumps([list(set(sys.modules) - modules), seconds, models, timm.list_models("kfde*")]))
+"""
+    return Import(*json.loads(run(code)))
+
+
+@pytest.fixture(scope="module")
+def imported():
+    return import_package()
+
+
+def test_importing_loads_neither_triton_nor_any_extra(imported):
+    assert {name.split(".")[0] for name in imported.modules} == {"kfde_layers"}
+
+
+def test_importing_registers_the_models(imported):
+    assert imported.models_before == []
+    assert len(imported.models_after) == 9
+
+
+def test_importing_costs_little_over_timm(imported):
+    # s; timm itself takes several. A busy machine gets three tries.
+    assert imported.seconds < 0.2 or any(import_package().seconds < 0.2 for _ in range(2))
 
 
 def test_running_the_layers_needs_no_triton():
@@ -39,19 +75,3 @@ print("ran")
 def test_the_proof_can_fail():
     with pytest.raises(subprocess.CalledProcessError):
         run('import sys\nsys.modules["triton"] = None\nimport triton')
-
-
-def test_importing_costs_little_over_timm():
-    code = """
-import time
-import timm
-start = time.process_time()
-import kfde_layers
-print(time.process_time() - start)
-"""
-    assert min(float(run(code)) for _ in range(3)) < 0.2  # s; timm itself takes several
-
-
-def test_importing_registers_the_models():
-    count = 'print(len(timm.list_models("kfde*")))'
-    assert run(f"import timm\n{count}\nimport kfde_layers\n{count}").split() == ["0", "9"]

@@ -30,9 +30,9 @@ def insert(
 
     The block becomes part of that module, so that the model's own API (`forward_intermediates`, `reset_classifier` and
     the like) works as before and includes the block. Every old key of the state dict keeps its name, and a checkpoint
-    of the bare model loads with `strict=False`: only the keys of the blocks are missing. Blocks see maps (N, C, H, W)
-    whatever the module returns. Tokens (N, L, C) are laid out in rows, and prefix tokens bypass the block. Of several
-    tensors, the first that is a feature map goes through the block.
+    of the model without blocks loads with `strict=False`: only the keys of the blocks are missing. Blocks see maps
+    (N, C, H, W) whatever the module returns. Tokens (N, L, C) are laid out in rows, and prefix tokens bypass the block.
+    Of several tensors, the first that is a feature map goes through the block.
 
     Args:
         model: Changed in place.

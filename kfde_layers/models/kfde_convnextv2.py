@@ -138,7 +138,7 @@ def _by_name(name: str, key: str, option: Any) -> Any:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dict[str, Any]:
     """Fit a checkpoint to the model, strictly.
 
-    A checkpoint of the bare backbone gets the model's own KFDE values. timm stops being strict as soon as the number of
+    A checkpoint without KFDE gets the model's own KFDE values. timm stops being strict as soon as the number of
     classes differs, so the keys are compared here. Any difference is refused, with two exceptions: the classifier that
     timm then drops, and the head that a self-supervised checkpoint does not have.
 

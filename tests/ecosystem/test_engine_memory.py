@@ -1,4 +1,4 @@
-"""Training in channels_last, and with activations that are computed again instead of kept."""
+"""Training in channels_last, and with activations that are computed again instead of saved."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ from tests.support.inputs import draw
 FUSED = {name: case for name, case in OPTIONS.items() if "fused" in name}
 DIFFERENTIATED = {name: case for name, case in CASES.items() if name not in FUSED}
 
-# Not the model: PyTorch's compiler fails at the layer norms of a bare ConvNeXt.
+# Not the model: PyTorch's compiler fails at the layer norms of a ConvNeXt.
 LAYERS = {name: case for name, case in DEFAULTS.items() if name != "models"}
 
 STEP = 1e-6  # of the central difference, in float64: its error is about STEP**2, plus 1e-16 / STEP by rounding

@@ -157,25 +157,25 @@ def test_points_are_where_the_source_has_them(make, points):
 
 @cell("starts equal")
 @torch.no_grad()
-def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_back(make, points):
-    bare = make_host(make)
+def test_identity_start_leaves_outputs_equal_and_remove_gives_the_original_model_back(make, points):
+    original = make_host(make)
     model = insert(make_host(make), dict.fromkeys(points, CSFE), example_input=X, identity_start=True)
-    assert outputs_are_equal(model(X), bare(X))
-    result = model.load_state_dict(bare.state_dict(), strict=False)
+    assert outputs_are_equal(model(X), original(X))
+    result = model.load_state_dict(original.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert result.missing_keys
     assert all(key.startswith(tuple(f"{name}.kfde." for name in points)) for key in result.missing_keys)
     for name in points:
         scatter_parameters(model.get_submodule(f"{name}.kfde"))
     changed = model(X)
-    assert not outputs_are_equal(changed, bare(X))
+    assert not outputs_are_equal(changed, original(X))
     copies = [copy.deepcopy(model)]
-    if not type(bare).__module__.startswith("transformers"):  # after a first forward, its hooks cannot be pickled
+    if not type(original).__module__.startswith("transformers"):  # after a first forward, its hooks cannot be pickled
         copies.append(pickle.loads(pickle.dumps(model)))
     for copied in copies:
         assert outputs_are_equal(copied(X), changed)
-        assert list(remove(copied).state_dict()) == list(bare.state_dict())
-        assert outputs_are_equal(copied(X), bare(X))
+        assert list(remove(copied).state_dict()) == list(original.state_dict())
+        assert outputs_are_equal(copied(X), original(X))
 
 
 @cell("trains")

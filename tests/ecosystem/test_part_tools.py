@@ -125,12 +125,12 @@ def test_grad_cam_at_a_part(target):
         overlay = grad_cam(x, [targets.ClassifierOutputTarget(1)] * len(x))
     assert overlay.shape == (2, 64, 64)
 
-    kept = []
-    handle = part.register_forward_hook(lambda module, args, output: kept.append(output))
+    outputs = []
+    handle = part.register_forward_hook(lambda module, args, output: outputs.append(output))
     scores = model(x)[:, 1]
     handle.remove()
-    (gradient,) = torch.autograd.grad(scores.sum(), kept)
-    expected = (gradient.mean(dim=(2, 3), keepdim=True) * kept[0]).sum(dim=1).clamp(min=0)
+    (gradient,) = torch.autograd.grad(scores.sum(), outputs)
+    expected = (gradient.mean(dim=(2, 3), keepdim=True) * outputs[0]).sum(dim=1).clamp(min=0)
     low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
     expected = ((expected - low) / (high - low + 1e-7)).detach()
     enlarged = torch.nn.functional.interpolate(expected[:, None], size=64, mode="bilinear")[:, 0]

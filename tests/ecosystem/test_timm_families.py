@@ -156,17 +156,17 @@ def make_model(family, **kwargs):
 
 
 class Host:
-    """A bare model, its image, and the points in it that take an even number of channels."""
+    """A model, its image, and the points in it that take an even number of channels."""
 
     def __init__(self, family):
         side = LARGER.get(family, SIDE)
         self.family = family
         self.x = draw(1, 3, side, side, dtype=torch.float32)
-        self.bare = make_model(family, num_classes=5)
-        self.points = insertion_points(self.bare, example_input=self.x)
+        self.original = make_model(family, num_classes=5)
+        self.points = insertion_points(self.original, example_input=self.x)
         self.names = CHOSEN.get(family, [name for name, point in self.points.items() if point.channels % 2 == 0])
         with torch.no_grad():
-            self.expected = self.bare(self.x)
+            self.expected = self.original(self.x)
 
     @functools.cached_property
     def full(self):
@@ -177,7 +177,7 @@ class Host:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             blocks = dict.fromkeys(self.names, CSFE)
-            model = insert(copy.deepcopy(self.bare), blocks, example_input=self.x, identity_start=True)
+            model = insert(copy.deepcopy(self.original), blocks, example_input=self.x, identity_start=True)
         return model, " ".join(str(warning.message) for warning in caught)
 
 
@@ -200,7 +200,7 @@ def test_the_table_holds_nearly_every_family_of_this_timm():
 
 @cell("points")
 def test_points_are_what_timm_declares(host, record_property):
-    declared = {info["module"]: info for info in reversed(host.bare.feature_info)}
+    declared = {info["module"]: info for info in reversed(host.original.feature_info)}
     for name, point in host.points.items():
         assert host.family in CHOSEN or host.family in REFUSED or name in declared
         if name in declared and host.family != "hrnet":  # which returns a list of maps, the first of them the largest
@@ -214,27 +214,27 @@ def test_points_are_what_timm_declares(host, record_property):
     record_property("note", f"{len(host.points)} {of}, {' and '.join(layouts)}")
     if host.family in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[host.family]):
-            insert(host.bare, {next(iter(declared)): SFE}, example_input=host.x)
+            insert(host.original, {next(iter(declared)): SFE}, example_input=host.x)
         record_property("limit", f"{', '.join(declared)} are refused, since of each {REFUSED[host.family]}")
 
 
 @cell("starts equal")
 @torch.no_grad()
-def test_identity_start_leaves_outputs_equal_and_remove_gives_the_bare_model_back(host):
-    keys = list(host.bare.state_dict())
+def test_identity_start_leaves_outputs_equal_and_remove_gives_the_original_model_back(host):
+    keys = list(host.original.state_dict())
     model = copy.deepcopy(host.full[0])
     assert torch.equal(model(host.x), host.expected)
     added = set(model.state_dict()) - set(keys)
     assert all(any(key.startswith(f"{name}.kfde.") for name in host.names) for key in added)
     assert all(any(key.startswith(f"{name}.kfde.") for key in added) for name in host.names)
-    result = model.load_state_dict(host.bare.state_dict(), strict=False)
+    result = model.load_state_dict(host.original.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) == added
     for name in host.names:
         scatter_parameters(model.get_submodule(f"{name}.kfde"))
     copied = copy.deepcopy(model)
     assert torch.equal(copied(host.x), model(host.x))
-    remove(copied).load_state_dict(host.bare.state_dict())
+    remove(copied).load_state_dict(host.original.state_dict())
     assert list(copied.state_dict()) == keys
     assert not any(module._forward_hooks for module in copied.modules())
     assert torch.equal(copied(host.x), host.expected)
@@ -262,16 +262,16 @@ def assert_first_changed(before, after, index):
     """Check that maps before `index` are equal, that the one there went through SFE, and that all shapes are equal."""
     assert [feature_map.shape for feature_map in before] == [feature_map.shape for feature_map in after]
     assert all(map(torch.equal, before[:index], after[:index]))
-    bare, changed = before[index], after[index]
-    assert not torch.equal(bare, changed)
-    if bare.shape[1] == bare.shape[2] != bare.shape[3]:
-        bare, changed = (rearrange(x, "n h w c -> n c h w") for x in (bare, changed))
-    torch.testing.assert_close(changed, SFE()(bare), rtol=1e-4, atol=1e-5 * float(bare.abs().max()))
+    original, changed = before[index], after[index]
+    assert not torch.equal(original, changed)
+    if original.shape[1] == original.shape[2] != original.shape[3]:
+        original, changed = (rearrange(x, "n h w c -> n c h w") for x in (original, changed))
+    torch.testing.assert_close(changed, SFE()(original), rtol=1e-4, atol=1e-5 * float(original.abs().max()))
 
 
 def middle(host):
     """Return a point in the middle, and the index of its map among timm's feature maps."""
-    names = CHOSEN.get(host.family, [info["module"] for info in host.bare.feature_info])
+    names = CHOSEN.get(host.family, [info["module"] for info in host.original.feature_info])
     index = next(i for i in (names.index(names[len(names) // 2]), *range(len(names))) if names[i] in host.names)
     return names[index], index
 
@@ -296,7 +296,7 @@ def test_intermediates_come_with_the_block(host, record_property):
         if isinstance(part, Blend):  # at a weight of 1 it is its block, and all the others are still the identity
             part.block = SFE()
             part.blend.fill_(1)
-    before, after = (m.forward_intermediates(host.x, intermediates_only=True) for m in (host.bare, model))
+    before, after = (m.forward_intermediates(host.x, intermediates_only=True) for m in (host.original, model))
     if host.family in ELSEWHERE:
         record_property("limit", ELSEWHERE[host.family])
         assert not torch.equal(before[-1], after[-1])
@@ -309,7 +309,7 @@ def test_intermediates_come_with_the_block(host, record_property):
 def test_features_come_with_the_block(host, record_property):
     name, index = middle(host) if host.family != "hiera" else (host.names[0], 0)
     first = int(host.family == "tresnet")  # whose first map timm declares but cannot give
-    maps = tuple(range(first, len(host.bare.feature_info)))
+    maps = tuple(range(first, len(host.original.feature_info)))
     model = make_model(host.family, features_only=True, out_indices=maps)
     before = model(host.x)
     modules = dict(model.named_modules())

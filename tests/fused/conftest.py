@@ -34,9 +34,9 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section(f"registers per thread, as compiled by Triton {version('triton')} over all shapes tested")
     registers, worst = defaultdict(lambda: defaultdict(set)), defaultdict(lambda: (0, 0))
     for row in rows:
-        registers[row.kernel][row.target].add(row.registers)
-        worst[row.kernel] = tuple(map(max, worst[row.kernel], (row.spills, row.shared)))
-    targets = sorted({row.target for row in rows}, key=lambda target: int(target.removeprefix("sm_")))
+        registers[row["kernel"]][row["target"]].add(row["registers"])
+        worst[row["kernel"]] = tuple(map(max, worst[row["kernel"]], (row["spills"], row["shared"])))
+    targets = sorted({row["target"] for row in rows}, key=lambda target: int(target.removeprefix("sm_")))
     line = ("{:<30}" + "{:>12}" * len(targets) + "{:>10}{:>16}").format
     terminalreporter.line(line("kernel", *targets, "spills", "shared, bytes"))
     for kernel, by_target in registers.items():

@@ -18,22 +18,22 @@ from tests.support.networks import HOSTS, each_host, make_host, model_with_alias
 
 @each_host
 def test_blocks_run_after_their_points(make, points, side):
-    bare, x = make_host(make), images(side)
-    model = insert(copy.deepcopy(bare), dict.fromkeys(points, CSFE), example_input=x)
+    original, x = make_host(make), images(side)
+    model = insert(copy.deepcopy(original), dict.fromkeys(points, CSFE), example_input=x)
     for name in points:
         scatter_parameters(model.get_submodule(name).kfde)
-        replace_output(bare.get_submodule(name), model.get_submodule(name).kfde)
-    torch.testing.assert_close(model(x), bare(x))
+        replace_output(original.get_submodule(name), model.get_submodule(name).kfde)
+    torch.testing.assert_close(model(x), original(x))
     changed, unchanged = model(x), make_host(make)(x)
     assert (changed - unchanged).norm() > 0.01 * unchanged.norm()
 
 
 @each_host
 def test_identity_start_leaves_the_outputs_equal_and_then_trains(make, points, side):
-    bare, x = make_host(make), images(side)
+    original, x = make_host(make), images(side)
     blocks = dict(zip(points, (CSFE, MFDF), strict=True))
     model = insert(make_host(make), blocks, example_input=x, identity_start=True)
-    assert torch.equal(model(x), bare(x))
+    assert torch.equal(model(x), original(x))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -46,10 +46,10 @@ def test_identity_start_leaves_the_outputs_equal_and_then_trains(make, points, s
 
 
 @each_host
-def test_the_bare_checkpoint_still_loads(make, points, side):
-    bare = make_host(make)
+def test_the_original_checkpoint_still_loads(make, points, side):
+    original = make_host(make)
     model = insert(make_host(make), dict.fromkeys(points, MFDF), example_input=images(side))
-    result = model.load_state_dict(bare.state_dict(), strict=False)
+    result = model.load_state_dict(original.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert result.missing_keys
     assert all(key.startswith(tuple(f"{name}.kfde." for name in points)) for key in result.missing_keys)
@@ -67,14 +67,14 @@ def test_deepcopy_and_pickle(make, points, side):
 
 @pytest.mark.parametrize(("make", "points", "side"), list(HOSTS.values())[:4], ids=list(HOSTS)[:4])
 def test_the_rest_of_timms_api_passes_through_the_block(make, points, side):
-    bare, x = make_host(make), images(side)
+    original, x = make_host(make), images(side)
     model = insert(make_host(make), dict.fromkeys(points, CSFE), example_input=x)
     for name in points:
-        replace_output(bare.get_submodule(name), model.get_submodule(name).kfde)
-    maps, expected_maps = (m.forward_intermediates(x, intermediates_only=True) for m in (model, bare))
+        replace_output(original.get_submodule(name), model.get_submodule(name).kfde)
+    maps, expected_maps = (m.forward_intermediates(x, intermediates_only=True) for m in (model, original))
     for feature_map, expected_map in zip(maps, expected_maps, strict=True):
         torch.testing.assert_close(feature_map, expected_map)
-    torch.testing.assert_close(model.forward_features(x), bare.forward_features(x))
+    torch.testing.assert_close(model.forward_features(x), original.forward_features(x))
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
     model.set_grad_checkpointing()
@@ -171,16 +171,16 @@ def test_other_hooks_see_the_blocks_output():
 
 def test_remove_leaves_no_trace():
     for make in (lambda: timm.create_model("test_resnet"), lambda: timm.create_model("kfde_convnextv2_atto")):
-        bare = make().eval()
-        model = insert(copy.deepcopy(bare), dict.fromkeys(list(insertion_points(bare))[:3], CSFE))
+        original = make().eval()
+        model = insert(copy.deepcopy(original), dict.fromkeys(list(insertion_points(original))[:3], CSFE))
         for changed in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert remove(changed) is changed
-            assert repr(changed) == repr(bare)
-            assert list(changed.state_dict()) == list(bare.state_dict())
-            for bare_module, module in zip(bare.modules(), changed.modules(), strict=True):
-                assert module.__dict__.keys() == bare_module.__dict__.keys()
+            assert repr(changed) == repr(original)
+            assert list(changed.state_dict()) == list(original.state_dict())
+            for original_module, module in zip(original.modules(), changed.modules(), strict=True):
+                assert module.__dict__.keys() == original_module.__dict__.keys()
                 assert not module._forward_hooks
-            assert torch.equal(changed(images(64)), bare(images(64)))
+            assert torch.equal(changed(images(64)), original(images(64)))
 
 
 def test_a_pickled_block_is_not_lost_to_hooks_of_another_process(tmp_path):

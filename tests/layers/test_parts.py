@@ -412,8 +412,8 @@ def test_hooked_layers_survive_deepcopy_and_pickle(name):
     layer, x = make_layer(name), draw_map()
     for part in part_names(layer):
         layer.get_submodule(part).register_forward_hook(_double)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), layer(x))
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x), layer(x))
 
 
 def test_a_weight_on_another_device_is_not_read():

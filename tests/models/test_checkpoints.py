@@ -6,54 +6,57 @@ import torch
 from timm.models import save_for_hf
 
 from kfde_layers.testing import scatter_parameters
-from tests.support.checkpoints import SIDE, bare_and_kfde, load_pretrained, save_weights
+from tests.support.checkpoints import SIDE, backbone_and_kfde, load_pretrained, save_weights
 from tests.support.hub import needs_local_dir
 from tests.support.inputs import images
 
 
 def test_a_backbone_checkpoint_leaves_only_kfde_fresh(tmp_path, caplog):
-    bare, _ = bare_and_kfde()
+    backbone, _ = backbone_and_kfde()
     with caplog.at_level(logging.INFO, logger="kfde_layers"):
-        model = load_pretrained("kfde_convnextv2_atto", save_weights(bare, tmp_path / "bare.pth"), identity_start=True)
-    assert torch.equal(model(images(SIDE)), bare(images(SIDE)))
+        model = load_pretrained(
+            "kfde_convnextv2_atto", save_weights(backbone, tmp_path / "backbone.pth"), identity_start=True
+        )
+    assert torch.equal(model(images(SIDE)), backbone(images(SIDE)))
     (record,) = (record for record in caplog.records if record.name.startswith("kfde_layers"))
     fresh = record.getMessage().split(": ")[1].split(", ")
     assert fresh == [key for key in model.state_dict() if ".kfde." in key]
 
 
 def test_a_backbone_checkpoint_loads_for_other_classes_channels_and_features(tmp_path):
-    bare, _ = bare_and_kfde()
-    overlay = save_weights(bare, tmp_path / "bare.pth")
+    backbone, _ = backbone_and_kfde()
+    overlay = save_weights(backbone, tmp_path / "backbone.pth")
     model = load_pretrained("kfde_convnextv2_atto", overlay, num_classes=8, in_chans=1, identity_start=True)
     assert model(images(SIDE, channels=1)).shape == (2, 8)
-    state = bare.state_dict()
+    state = backbone.state_dict()
     for key, value in model.state_dict().items():
         if ".kfde." not in key and not key.startswith(("head.fc.", "stem.0.weight")):
             assert torch.equal(value, state[key]), key
-    torch.testing.assert_close(model.stem[0].weight, bare.stem[0].weight.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(model.stem[0].weight, backbone.stem[0].weight.sum(dim=1, keepdim=True))
     headless = load_pretrained("kfde_convnextv2_atto", overlay, num_classes=0, identity_start=True)
     torch.testing.assert_close(
-        headless(images(SIDE)), bare.forward_head(bare.forward_features(images(SIDE)), pre_logits=True)
+        headless(images(SIDE)), backbone.forward_head(backbone.forward_features(images(SIDE)), pre_logits=True)
     )
     features = load_pretrained("kfde_convnextv2_atto", overlay, features_only=True, identity_start=True)
-    torch.testing.assert_close(features(images(SIDE))[-1], bare.forward_features(images(SIDE)))
+    torch.testing.assert_close(features(images(SIDE))[-1], backbone.forward_features(images(SIDE)))
 
 
 def test_self_supervised_weights_have_no_head(tmp_path):
-    bare, _ = bare_and_kfde()
-    headless = {key: None for key in bare.state_dict() if key.startswith("head.")}
-    overlay = save_weights(bare, tmp_path / "fcmae.pth", **headless)
+    backbone, _ = backbone_and_kfde()
+    headless = {key: None for key in backbone.state_dict() if key.startswith("head.")}
+    overlay = save_weights(backbone, tmp_path / "fcmae.pth", **headless)
     for kwargs in ({}, {"num_classes": 8}):
         model = load_pretrained("kfde_convnextv2_atto.fcmae", overlay, identity_start=True, **kwargs)
-        torch.testing.assert_close(model.forward_features(images(SIDE)), bare.forward_features(images(SIDE)))
+        torch.testing.assert_close(model.forward_features(images(SIDE)), backbone.forward_features(images(SIDE)))
     with pytest.raises(RuntimeError, match=r"Missing keys: stem\.0\.weight\. Unexpected: none"):
         load_pretrained(
-            "kfde_convnextv2_atto.fcmae", save_weights(bare, tmp_path / "x.pth", **headless, **{"stem.0.weight": None})
+            "kfde_convnextv2_atto.fcmae",
+            save_weights(backbone, tmp_path / "x.pth", **headless, **{"stem.0.weight": None}),
         )
 
 
 def test_half_a_head_is_not_taken_for_none(tmp_path):
-    overlay = save_weights(bare_and_kfde()[0], tmp_path / "half.pth", **{"head.norm.bias": None})
+    overlay = save_weights(backbone_and_kfde()[0], tmp_path / "half.pth", **{"head.norm.bias": None})
     for kwargs in ({}, {"num_classes": 8}):
         with pytest.raises(RuntimeError, match=r"Missing keys: head\.norm\.bias"):
             load_pretrained("kfde_convnextv2_atto.fcmae", overlay, **kwargs)
@@ -77,19 +80,19 @@ def test_half_a_head_is_not_taken_for_none(tmp_path):
     ],
 )
 def test_any_other_difference_is_refused_however_the_head_differs(tmp_path, kwargs, changes, message):
-    overlay = save_weights(bare_and_kfde()[0], tmp_path / "broken.pth", **changes)
+    overlay = save_weights(backbone_and_kfde()[0], tmp_path / "broken.pth", **changes)
     with pytest.raises(RuntimeError, match=message):
         load_pretrained("kfde_convnextv2_atto", overlay, **kwargs)
 
 
 def test_a_missing_classifier_is_refused_where_it_would_be_used(tmp_path):
-    overlay = save_weights(bare_and_kfde()[0], tmp_path / "broken.pth", **{"head.fc.weight": None})
+    overlay = save_weights(backbone_and_kfde()[0], tmp_path / "broken.pth", **{"head.fc.weight": None})
     with pytest.raises(RuntimeError, match=r"Missing keys: head\.fc\.weight"):
         load_pretrained("kfde_convnextv2_atto", overlay)
 
 
 def test_a_kfde_checkpoint_must_be_whole(tmp_path):
-    _, kfde = bare_and_kfde()
+    _, kfde = backbone_and_kfde()
     model = load_pretrained("kfde_convnextv2_atto", save_weights(kfde, tmp_path / "whole.pth"))
     assert torch.equal(model(images(SIDE)), kfde(images(SIDE)))
     lacking = save_weights(kfde, tmp_path / "lacking.pth", **{"stages.3.kfde.mfdf.fc1.weight": None})
@@ -101,9 +104,9 @@ def test_a_kfde_checkpoint_must_be_whole(tmp_path):
 
 
 def test_weights_in_the_authors_own_naming_load(tmp_path):
-    bare, _ = bare_and_kfde()
+    backbone, _ = backbone_and_kfde()
     renamed = {}
-    for key, value in bare.state_dict().items():
+    for key, value in backbone.state_dict().items():
         key = key.replace("stem.", "downsample_layers.0.").replace("conv_dw", "dwconv").replace("head.fc", "head")
         key = key.replace("mlp.fc", "pwconv").replace("mlp.grn.weight", "grn.gamma").replace("mlp.grn.bias", "grn.beta")
         key = key.replace("head.norm", "norm").replace(".blocks.", ".")
@@ -113,17 +116,17 @@ def test_weights_in_the_authors_own_naming_load(tmp_path):
         renamed[key] = value
     torch.save({"model": renamed}, tmp_path / "authors.pth")
     model = load_pretrained("kfde_convnextv2_atto", {"file": str(tmp_path / "authors.pth")}, identity_start=True)
-    assert torch.equal(model(images(SIDE)), bare(images(SIDE)))
+    assert torch.equal(model(images(SIDE)), backbone(images(SIDE)))
 
 
 def test_checkpoint_path_takes_kfde_checkpoints_only(tmp_path):
-    bare, kfde = bare_and_kfde()
+    backbone, kfde = backbone_and_kfde()
     save_weights(kfde, tmp_path / "kfde.pth")
-    save_weights(bare, tmp_path / "bare.pth")
+    save_weights(backbone, tmp_path / "backbone.pth")
     model = timm.create_model("kfde_convnextv2_atto", checkpoint_path=str(tmp_path / "kfde.pth")).eval()
     assert torch.equal(model(images(SIDE)), kfde(images(SIDE)))
     with pytest.raises(RuntimeError, match=r"stages\.3\.kfde"):
-        timm.create_model("kfde_convnextv2_atto", checkpoint_path=str(tmp_path / "bare.pth"))
+        timm.create_model("kfde_convnextv2_atto", checkpoint_path=str(tmp_path / "backbone.pth"))
 
 
 @needs_local_dir

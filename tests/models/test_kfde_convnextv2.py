@@ -11,7 +11,7 @@ from kfde_layers import CSFE, MFDF
 from kfde_layers.layers import Blend
 from kfde_layers.models.kfde_convnextv2 import KFDEStage
 from tests.support.agreement import count_parameters
-from tests.support.checkpoints import SIDE, SIZES, bare_and_kfde, load_pretrained, save_weights
+from tests.support.checkpoints import SIDE, SIZES, backbone_and_kfde, load_pretrained, save_weights
 from tests.support.hub import needs_local_dir
 from tests.support.inputs import images
 
@@ -28,19 +28,19 @@ def test_every_size_and_every_pretrained_tag_is_registered():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_backbone_is_timms(size):
-    bare = timm.create_model(f"convnextv2_{size}", device="meta")
+    backbone = timm.create_model(f"convnextv2_{size}", device="meta")
     kfde = timm.create_model(f"kfde_convnextv2_{size}", device="meta")
     kfde_shapes = {key: tensor.shape for key, tensor in kfde.state_dict().items()}
-    bare_shapes = {key: tensor.shape for key, tensor in bare.state_dict().items()}
-    assert {key: shape for key, shape in kfde_shapes.items() if ".kfde." not in key} == bare_shapes
-    assert all(key.startswith("stages.3.kfde.") for key in kfde_shapes.keys() - bare_shapes.keys())
+    backbone_shapes = {key: tensor.shape for key, tensor in backbone.state_dict().items()}
+    assert {key: shape for key, shape in kfde_shapes.items() if ".kfde." not in key} == backbone_shapes
+    assert all(key.startswith("stages.3.kfde.") for key in kfde_shapes.keys() - backbone_shapes.keys())
     for attribute in ("num_features", "head_hidden_size", "num_classes", "feature_info"):
-        assert getattr(kfde, attribute) == getattr(bare, attribute)
+        assert getattr(kfde, attribute) == getattr(backbone, attribute)
 
 
 def test_kfde_adds_less_than_300_000_parameters_to_tiny():
-    bare, kfde = (timm.create_model(name, device="meta") for name in ("convnextv2_tiny", "kfde_convnextv2_tiny"))
-    assert 0 < count_parameters(kfde) - count_parameters(bare) < 300_000
+    backbone, kfde = (timm.create_model(name, device="meta") for name in ("convnextv2_tiny", "kfde_convnextv2_tiny"))
+    assert 0 < count_parameters(kfde) - count_parameters(backbone) < 300_000
 
 
 def test_csfe_and_then_mfdf_follow_the_last_stage():
@@ -128,20 +128,20 @@ def test_device_and_dtype():
         {"conv_mlp": False, "head_norm_first": True},
     ],
 )
-def test_output_is_the_bare_models_with_kfde_before_the_head(kwargs):
-    bare, kfde = bare_and_kfde(**kwargs)
+def test_output_is_the_backbones_with_kfde_before_the_head(kwargs):
+    backbone, kfde = backbone_and_kfde(**kwargs)
     x = images(SIDE, channels=kwargs.get("in_chans", 3))
-    features = bare.norm_pre(kfde.stages[3].kfde(bare.stages(bare.stem(x))))
+    features = backbone.norm_pre(kfde.stages[3].kfde(backbone.stages(backbone.stem(x))))
     torch.testing.assert_close(kfde.forward_features(x), features)
-    torch.testing.assert_close(kfde(x), bare.forward_head(features))
-    assert not torch.allclose(kfde(x), bare(x), rtol=1e-3)
-    drops = [[type(m) for m in model.modules() if "Drop" in type(m).__name__] for model in (bare, kfde)]
+    torch.testing.assert_close(kfde(x), backbone.forward_head(features))
+    assert not torch.allclose(kfde(x), backbone(x), rtol=1e-3)
+    drops = [[type(m) for m in model.modules() if "Drop" in type(m).__name__] for model in (backbone, kfde)]
     assert drops[0] == drops[1]
 
 
 def test_identity_start_leaves_the_backbone_as_it_is():
-    bare, kfde = bare_and_kfde(identity_start=True)
-    assert torch.equal(kfde(images(SIDE)), bare(images(SIDE)))
+    backbone, kfde = backbone_and_kfde(identity_start=True)
+    assert torch.equal(kfde(images(SIDE)), backbone(images(SIDE)))
     kfde.train()
     optimizer = torch.optim.SGD(kfde.parameters(), lr=0.1)
     for _ in range(2):
@@ -161,9 +161,9 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_features_come_with_kfde(tmp_path):
-    bare, kfde = bare_and_kfde()
+    backbone, kfde = backbone_and_kfde()
     x = images(SIDE)
-    *early, last = bare.forward_intermediates(x, intermediates_only=True)
+    *early, last = backbone.forward_intermediates(x, intermediates_only=True)
     expected = [*early, kfde.stages[3].kfde(last)]
     intermediates = kfde.forward_intermediates(x, intermediates_only=True)
     for intermediate, expected_map in zip(intermediates, expected, strict=True):
@@ -196,7 +196,7 @@ def test_pruning_keeps_kfde_where_it_keeps_the_stage():
 
 
 def test_reset_classifier():
-    _, model = bare_and_kfde()
+    _, model = backbone_and_kfde()
     features = model(images(SIDE)), model.forward_features(images(SIDE))
     model.reset_classifier(0)
     assert model(images(SIDE)).shape == (2, 320)
@@ -207,7 +207,7 @@ def test_reset_classifier():
 
 
 def test_gradient_checkpointing_covers_kfde():
-    _, plain = bare_and_kfde()
+    _, plain = backbone_and_kfde()
     checkpointed = copy.deepcopy(plain)
     checkpointed.set_grad_checkpointing()
     calls = []
@@ -236,9 +236,9 @@ def test_the_memory_format_stays_between_the_stage_and_kfde(memory_format, grad_
 
 
 def test_layer_decay_gives_kfde_the_rate_of_the_head():
-    bare, kfde = bare_and_kfde()
+    backbone, kfde = backbone_and_kfde()
     scales = []
-    for model in (bare, kfde):
+    for model in (backbone, kfde):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.7)
         scales.append({names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]})
@@ -250,5 +250,5 @@ def test_layer_decay_gives_kfde_the_rate_of_the_head():
 
 
 def test_the_tracer_of_torch_fx_gives_the_same_numbers():
-    _, model = bare_and_kfde(num_classes=8)
+    _, model = backbone_and_kfde(num_classes=8)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(images(SIDE)), model(images(SIDE)), rtol=1e-4, atol=1e-5)

@@ -13,19 +13,19 @@ SIZES = ["atto", "base", "femto", "huge", "large", "nano", "pico", "small", "tin
 SIDE = 96  # px: the stages have maps of 24, 12, 6 and 3
 
 
-def bare_and_kfde(identity_start: bool = False, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """Make a bare ConvNeXt-V2 and its KFDE model with the same weights of the backbone, in eval mode.
+def backbone_and_kfde(identity_start: bool = False, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """Make a backbone ConvNeXt-V2 and its KFDE model with the same weights of the backbone, in eval mode.
 
     The parameters of KFDE differ from their start, except with `identity_start`.
     """
     torch.manual_seed(0)
-    bare = timm.create_model("convnextv2_atto", **kwargs).eval()
+    backbone = timm.create_model("convnextv2_atto", **kwargs).eval()
     kfde = timm.create_model("kfde_convnextv2_atto", identity_start=identity_start, **kwargs).eval()
-    result = kfde.load_state_dict(bare.state_dict(), strict=False)
+    result = kfde.load_state_dict(backbone.state_dict(), strict=False)
     assert not result.unexpected_keys
     if not identity_start:
         scatter_parameters(kfde.stages[3].kfde)
-    return bare, kfde
+    return backbone, kfde
 
 
 def save_weights(model: nn.Module, path: Path, **changes: Tensor | None) -> dict[str, str]:

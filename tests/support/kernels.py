@@ -73,8 +73,6 @@ class CompiledKernelRow(NamedTuple):
     """Name of the kernel."""
     target: str
     """GPU, as "sm_90"."""
-    dtype: str
-    """Dtype of the feature map."""
     registers: int
     """Registers per thread."""
     spills: int
@@ -173,23 +171,17 @@ def _cuobjdump(option: str, compiled: CompiledKernel, folder: Path) -> str:
 
 
 def compiled_kernels(
-    module: ModuleType,
-    launch: Callable[[torch.dtype], object],
-    folder: Path,
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
-    targets: tuple[int, ...] = TARGETS,
+    module: ModuleType, launch: Callable[[], object], folder: Path, targets: tuple[int, ...] = TARGETS
 ) -> list[CompiledKernelRow]:
-    """Compile every kernel that `launch(dtype)`, a call of the launchers of `module`, would run.
+    """Compile every kernel that `launch()`, a call of the launchers of `module`, would run. Return a row for each.
 
-    Tensors on the "meta" device are enough. Return a row for each kernel, dtype and target.
+    Tensors on the "meta" device are enough.
     """
-    rows = []
-    for dtype in dtypes:
-        with recorded(module) as launches:
-            launch(dtype)
-        for recorded_launch, target in itertools.product(launches, targets):
-            used = resources(compile_launch(recorded_launch, target), folder)
-            rows.append(
-                CompiledKernelRow(recorded_launch.name, f"sm_{target}", str(dtype).removeprefix("torch."), *used)
-            )
-    return rows
+    with recorded(module) as launches:
+        launch()
+    return [
+        CompiledKernelRow(
+            recorded_launch.name, f"sm_{target}", *resources(compile_launch(recorded_launch, target), folder)
+        )
+        for recorded_launch, target in itertools.product(launches, targets)
+    ]

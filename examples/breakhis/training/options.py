@@ -62,7 +62,7 @@ def _as_argv(config: dict[str, Any]) -> list[str]:
         match value:
             case None:  # saved for a flag that was not set
                 continue
-            case False if name == "mixed-precision":  # YAML reads a bare "no" as false
+            case False if name == "mixed-precision":  # YAML reads an unquoted "no" as false
                 argv += [f"--{name}", "no"]
             case bool():
                 argv.append(f"--{name}" if value else f"--no-{name}")
