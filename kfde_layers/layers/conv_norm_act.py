@@ -1,6 +1,6 @@
 """A branch of MFDF with a norm or an activation."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,8 @@ class ConvNormAct(nn.Module):
 
     def why_not_foldable(self) -> str | None:
         """Return why the norm cannot be folded into the convolution now, as the end of a sentence, or None."""
-        parts = self._modules
-        conv, norm = cast(nn.Module, parts["conv"]), cast(nn.Module, parts["norm"])
+        parts: dict[str, Any] = self._modules
+        conv, norm = parts["conv"], parts["norm"]
         if reason := why_not_plain(conv, nn.Conv2d):
             return f"has a part conv that {reason}"
         if conv.padding_mode != "zeros":
@@ -60,10 +60,10 @@ class ConvNormAct(nn.Module):
         """Return why the branch does not equal one convolution with these settings now, or None if it does."""
         if reason := self.why_not_foldable():
             return reason
-        parts = self._modules
-        if conv_settings(cast(nn.Conv2d, parts["conv"])) != settings:
+        parts: dict[str, Any] = self._modules
+        if conv_settings(parts["conv"]) != settings:
             return "has a part conv with other settings than the layer gave it"
-        if reason := why_not_plain(cast(nn.Module, parts["act"]), nn.Identity):
+        if reason := why_not_plain(parts["act"], nn.Identity):
             return f"has a part act that {reason}"
         return None
 

@@ -152,7 +152,7 @@ class MFDF(nn.Module):
 
         self.branches: nn.ModuleList = nn.ModuleList(map(branch, self.kernel_sizes, self.dilation))
         convolutions = (branch if self.plain_branches else branch.conv for branch in self.branches)
-        self._settings = tuple(conv_settings(cast(nn.Conv2d, conv)) for conv in convolutions)
+        self._settings = tuple(conv_settings(cast(nn.Module, conv)) for conv in convolutions)
         self.fc1: nn.Linear = linear(channels, hidden)
         self.fc2: nn.Linear = linear(hidden, len(self.kernel_sizes) * channels)
         self.reset_parameters()

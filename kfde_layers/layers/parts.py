@@ -41,7 +41,7 @@ def why_not_plain(part: nn.Module, made: type[nn.Module]) -> str | None:
     return None
 
 
-def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
+def conv_settings(conv: nn.Module) -> tuple[object, ...]:
     """Return the settings that a convolution must keep to be merged, and whether it has a bias."""
     attributes = conv.__dict__
     return (
@@ -59,7 +59,7 @@ def why_not_plain_conv(conv: nn.Module, settings: tuple[object, ...]) -> str | N
     """Return why a branch's convolution must be called, or None if it is plain and still has the layer's settings."""
     if reason := why_not_plain(conv, nn.Conv2d):
         return reason
-    if conv_settings(cast(nn.Conv2d, conv)) != settings:
+    if conv_settings(conv) != settings:
         return "has another kernel size, stride, padding, padding mode, dilation, groups or bias than the layer gave it"
     return None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "MFDF, batch norm": lambda: MFDF(8, norm_layer=nn.BatchNorm2d),
     "MFDF, batch norm, ReLU": lambda: MFDF(8, groups=2, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU),
 }
+each_layer = pytest.mark.parametrize("name", MADE)
+each_mfdf = pytest.mark.parametrize("name", [name for name in MADE if name.startswith("MFDF")])
+WITH_NORM = [name for name in MADE if "batch norm" in name]
 
 
 def make_layer(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -52,3 +56,32 @@ def call_parts(layer: nn.Module, x: Tensor) -> Tensor:
 def part_names(layer: nn.Module) -> list[str]:
     """Return the names of all submodules of `layer` but containers."""
     return [name for name, part in layer.named_modules() if name and not isinstance(part, nn.ModuleList)]
+
+
+def assert_calls_its_parts(make: Callable[[], nn.Module]) -> None:
+    """Compare output and every gradient of `make()` with those of calling each part, in evaluation and in training.
+
+    `make` must return the same layer at each call: a pruned one cannot be copied.
+    """
+    for mode in (False, True):
+        results = []
+        for call in (lambda layer, x: layer(x), call_parts):
+            torch.manual_seed(0)  # spectral_norm draws its first vectors
+            layer = make().train(mode)
+            inputs = [draw_map().requires_grad_(), *layer.parameters()]
+            y = call(layer, inputs[0])
+            cotangent = random_tensor(*y.shape, seed=9, dtype=y.dtype)
+            results.append([y.detach(), *torch.autograd.grad(y, inputs, cotangent)])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max() + 1))
+
+
+def changed(name: str, change: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
+    """Return a function that makes the layer `name` and passes it to `change`."""
+
+    def make() -> nn.Module:
+        layer = make_layer(name)
+        change(layer)
+        return layer
+
+    return make

@@ -161,8 +161,12 @@ def csfe_backward_kernel(
         x2 = tl.load(x_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
         dy1 = scale * tl.load(dy_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         dy2 = scale * tl.load(dy_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
-        u1, keep1, weak1, q1 = gates(x1, mean1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE)
-        u2, keep2, weak2, q2 = gates(x2, mean2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE)
+        u1, keep1, weak1, sfe_gate1 = gates(
+            x1, mean1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE
+        )
+        u2, keep2, weak2, sfe_gate2 = gates(
+            x2, mean2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE
+        )
         dx1 = dy1 * keep1 + dy2 * weak1 + u_slope1[None, :] * u1 + constant1[None, :]
         dx2 = dy2 * keep2 + dy1 * weak2 + u_slope2[None, :] * u2 + constant2[None, :]
         if WITH_CFE:
@@ -170,8 +174,8 @@ def csfe_backward_kernel(
             dx1 += slope1[None, :] * (weak1 * (1.0 - weak1) * x1 * dy_sum)
             dx2 += slope2[None, :] * (weak2 * (1.0 - weak2) * x2 * dy_sum)
         if WITH_SFE:
-            dx1 += 2.0 * spatial_slope1[None, :] * u1 * (q1 * (1.0 - q1) * x1 * dy1)
-            dx2 += 2.0 * spatial_slope2[None, :] * u2 * (q2 * (1.0 - q2) * x2 * dy2)
+            dx1 += 2.0 * spatial_slope1[None, :] * u1 * (sfe_gate1 * (1.0 - sfe_gate1) * x1 * dy1)
+            dx2 += 2.0 * spatial_slope2[None, :] * u2 * (sfe_gate2 * (1.0 - sfe_gate2) * x2 * dy2)
         tl.store(dx_ptr + at1, dx1, mask=mask1)
         tl.store(dx_ptr + at2, dx2, mask=mask2)
 

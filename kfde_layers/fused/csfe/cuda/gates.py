@@ -162,9 +162,9 @@ def _sigmoid(z):
 
 @triton.jit
 def gates(x, mean, slope, intercept, spatial_slope, logit, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr):
-    """Return u = x - mean, keep = w1 + q, weak = w2 of eq. (3), and q, the gate of SFE; all [BLOCK_HW, BLOCK_C]."""
+    """Return u = x - mean, keep = w1 + sfe_gate, weak = w2 of eq. (3), and sfe_gate; all [BLOCK_HW, BLOCK_C]."""
     u = x - mean[None, :]
-    keep, weak, q = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+    keep, weak, sfe_gate = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
     if WITH_CFE:
         z = slope[None, :] * u + intercept[None, :]
         r = _sigmoid(z)
@@ -172,6 +172,6 @@ def gates(x, mean, slope, intercept, spatial_slope, logit, beta, WITH_CFE: tl.co
         keep = tl.where(is_open, 1.0, r)
         weak = tl.where(is_open, 0.0, r)
     if WITH_SFE:
-        q = _sigmoid(spatial_slope[None, :] * u * u + beta)
-        keep += q
-    return u, keep, weak, q
+        sfe_gate = _sigmoid(spatial_slope[None, :] * u * u + beta)
+        keep += sfe_gate
+    return u, keep, weak, sfe_gate

@@ -85,8 +85,8 @@ def csfe_sums_kernel(
         x2 = tl.load(x_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
         dy1 = tl.load(dy_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         dy2 = tl.load(dy_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
-        u1, _, weak1, q1 = gates(x1, mean1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE)
-        u2, _, weak2, q2 = gates(x2, mean2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE)
+        u1, _, weak1, sfe_gate1 = gates(x1, mean1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE)
+        u2, _, weak2, sfe_gate2 = gates(x2, mean2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE)
         if WITH_CFE:
             dy_sum = dy1 + dy2
             t1 = weak1 * (1.0 - weak1) * x1 * dy_sum  # dz; where the gate is open, weak is zero, and so is dz
@@ -96,8 +96,8 @@ def csfe_sums_kernel(
             dzu1 += t1 * u1
             dzu2 += t2 * u2
         if WITH_SFE:
-            t1 = q1 * (1.0 - q1) * x1 * dy1 * u1
-            t2 = q2 * (1.0 - q2) * x2 * dy2 * u2
+            t1 = sfe_gate1 * (1.0 - sfe_gate1) * x1 * dy1 * u1
+            t2 = sfe_gate2 * (1.0 - sfe_gate2) * x2 * dy2 * u2
             deu1 += t1
             deu2 += t2
             deuu1 += t1 * u1

@@ -32,8 +32,8 @@ def strip_of(strip, place, height, rows, across, SPACING: tl.constexpr, SEGMENT:
     lattice_row = strip // across % SPACING
     begin = strip // (across * SPACING) * rows
     count = (height - lattice_row + SPACING - 1) // SPACING
-    q = strip % across * BLOCK_P + place
-    column = q % SPACING + q // SPACING * (SEGMENT * SPACING)
+    lane_index = strip % across * BLOCK_P + place
+    column = lane_index % SPACING + lane_index // SPACING * (SEGMENT * SPACING)
     return lattice_row, count, begin, tl.minimum(begin + rows, count), column
 
 
