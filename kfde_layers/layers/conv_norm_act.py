@@ -26,9 +26,9 @@ class ConvNormAct(nn.Module):
         if torch.jit.is_scripting():
             return self.act(self.norm(self.conv(x)))
         else:
-            if isinstance(x, torch.fx.Proxy) or self.why_not_foldable() is not None or watched_everywhere():
-                return self.act(self.norm(self.conv(x)))
             conv, norm = self.conv, self.norm
+            if isinstance(x, torch.fx.Proxy) or _why_not_foldable(conv, norm) is not None or watched_everywhere():
+                return self.act(norm(conv(x)))
             weight = conv.weight
             # In 16 bits the product of weight and scale would be rounded, which the norm itself does not do.
             folds = weight.dtype in (torch.float32, torch.float64) and norm.weight.dtype == weight.dtype
@@ -37,39 +37,44 @@ class ConvNormAct(nn.Module):
             weight, bias = _fold(weight, conv.bias, norm)
             return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
-    def why_not_foldable(self) -> str | None:
-        """Return why the norm cannot be folded into the convolution now, as the end of a sentence, or None."""
-        parts: dict[str, Any] = self._modules
-        conv, norm = parts["conv"], parts["norm"]
-        if reason := why_not_plain(conv, nn.Conv2d):
-            return f"has a part conv that {reason}"
-        if conv.padding_mode != "zeros":
-            return f"has a part conv with padding_mode={conv.padding_mode!r}"
-        if reason := why_not_plain(norm, nn.BatchNorm2d):
-            return f"has a part norm that {reason}"
-        if norm.training:
-            return "has a batch norm in training"
-        parameters, buffers = norm._parameters, norm._buffers  # a parametrized one is no entry
-        if parameters.get("weight", norm) is None or parameters.get("bias", norm) is None:
-            return "has a batch norm without affine parameters"
-        if buffers["running_mean"] is None or buffers["running_var"] is None:
-            return "has a batch norm without running statistics"
-        return None
-
-    def why_not_one_convolution(self, settings: tuple[object, ...]) -> str | None:
-        """Return why the branch does not equal one convolution with these settings now, or None if it does."""
-        if reason := self.why_not_foldable():
-            return reason
-        parts: dict[str, Any] = self._modules
-        if conv_settings(parts["conv"]) != settings:
-            return "has a part conv with other settings than the layer gave it"
-        if reason := why_not_plain(parts["act"], nn.Identity):
-            return f"has a part act that {reason}"
-        return None
-
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the convolution that equals convolution and norm, in float32 or float64."""
-        return _fold(self.conv.weight, self.conv.bias, self.norm)
+        parts: dict[str, Any] = self._modules  # each attribute of a module would cost a search
+        conv = parts["conv"]
+        return _fold(conv.weight, conv.bias, parts["norm"])
+
+
+def why_not_one_conv(branch: nn.Module, settings: tuple[object, ...]) -> str | None:
+    """Return why a branch does not equal one convolution with these settings now, or None if it does."""
+    if reason := why_not_plain(branch, ConvNormAct):
+        return reason
+    parts: dict[str, Any] = branch.__dict__["_modules"]
+    conv, norm, act = parts["conv"], parts["norm"], parts["act"]
+    if reason := _why_not_foldable(conv, norm):
+        return reason
+    if conv_settings(conv) != settings:
+        return "has a part conv with other settings than the layer gave it"
+    if reason := why_not_plain(act, nn.Identity):
+        return f"has a part act that {reason}"
+    return None
+
+
+def _why_not_foldable(conv: Any, norm: Any) -> str | None:
+    """Return why a norm cannot be folded into a convolution now, as the end of a sentence about the branch, or None."""
+    if reason := why_not_plain(conv, nn.Conv2d):
+        return f"has a part conv that {reason}"
+    if conv.padding_mode != "zeros":
+        return f"has a part conv with padding_mode={conv.padding_mode!r}"
+    if reason := why_not_plain(norm, nn.BatchNorm2d):
+        return f"has a part norm that {reason}"
+    if norm.training:
+        return "has a batch norm in training"
+    parameters, buffers = norm._parameters, norm._buffers  # a parametrized one is no entry
+    if parameters.get("weight", norm) is None or parameters.get("bias", norm) is None:
+        return "has a batch norm without affine parameters"
+    if buffers.get("running_mean", norm) is None or buffers.get("running_var", norm) is None:
+        return "has a batch norm without running statistics"
+    return None
 
 
 def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:

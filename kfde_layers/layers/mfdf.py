@@ -1,14 +1,14 @@
 """MFDF, the multi-scale feature dynamic fusion."""
 
 from collections.abc import Callable, Sequence
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real
 from kfde_layers._impl import Impl, resolve_impl, select
-from kfde_layers.layers.conv_norm_act import ConvNormAct
+from kfde_layers.layers.conv_norm_act import ConvNormAct, why_not_one_conv
 from kfde_layers.layers.parts import (
     call_linear,
     conv_settings,
@@ -192,18 +192,14 @@ class MFDF(nn.Module):
 
     def _kernels(self, x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | str:
         """Return the branches' kernels and biases, to be merged, or why the branches must be called."""
-        if not (self.plain_branches or self.mergeable_in_eval):
-            return "a branch has an activation, or a norm after a convolution that is not depthwise"
-        for k, branch in enumerate(self.branches):
-            if reason := self._why_not_one_convolution(branch, self._settings[k]):
-                return f"branches[{k}] {reason}"
-        if self.impl != Impl.FUSED and watched_everywhere():
-            return "a hook on all modules of the process must see the branches"
+        branches: Any = self.branches
+        if reason := self._why_call(branches):
+            return reason
         # Read only now: a parametrization, such as spectral_norm, may change each time that its weight is read.
         weights: list[Tensor] = []
         biases: list[Tensor] = []
-        for branch in self.branches:
-            weight, bias = self._kernel(branch)
+        for branch in branches:
+            weight, bias = (branch.weight, branch.bias) if self.plain_branches else branch.folded()
             weights.append(weight)
             if bias is not None:
                 biases.append(bias)
@@ -214,17 +210,18 @@ class MFDF(nn.Module):
         check_branches(self.channels, self.groups, weights, biases or None)
         return weights, biases or None
 
-    def _kernel(self, branch: nn.Module) -> tuple[Tensor, Tensor | None]:
-        if self.plain_branches:
-            conv = cast(nn.Conv2d, branch)
-            return conv.weight, conv.bias
-        return cast(ConvNormAct, branch).folded()
-
-    def _why_not_one_convolution(self, branch: nn.Module, settings: tuple[object, ...]) -> str | None:
-        """Return why the branch does not equal one convolution as the layer made it, or None if it does."""
-        if self.plain_branches:
-            return why_not_plain_conv(branch, settings)
-        return why_not_plain(branch, ConvNormAct) or cast(ConvNormAct, branch).why_not_one_convolution(settings)
+    def _why_call(self, branches: nn.ModuleList) -> str | None:
+        """Return why the branches must be called, as far as it shows before a parameter is read, or None."""
+        if not (self.plain_branches or self.mergeable_in_eval):
+            return "a branch has an activation, or a norm after a convolution that is not depthwise"
+        why_not_merged = why_not_plain_conv if self.plain_branches else why_not_one_conv
+        settings = self._settings
+        for k, branch in enumerate(branches):
+            if reason := why_not_merged(branch, settings[k]):
+                return f"branches[{k}] {reason}"
+        if self.impl != Impl.FUSED and watched_everywhere():
+            return "a hook on all modules of the process must see the branches"
+        return None
 
     def _scores(self, p: Tensor) -> Tensor:
         """Return the scores of eq. (13), (N, K C), from p, (N, C)."""
