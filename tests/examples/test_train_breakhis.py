@@ -336,6 +336,7 @@ def test_shuffled_labels_give_chance(synthetic_tree, tmp_path, no_figures):
             (tree / "-".join([*new_name[tuple(parts[:3])], *parts[3:]])).symlink_to(path)
         for fold in range(3):
             arguments = ["--folds", str(fold), "--img-size", "32", "--lr", "1e-3", "--epochs", "4"]
+            arguments += ["--model", "test_convnext"]
             (metrics,) = main(["--data-dir", str(tree), "--output-dir", str(tmp_path / "out"), *TWO_EPOCHS, *arguments])
             scores.append(metrics["balanced_accuracy"])
     # 72 patients, whose rates have a standard deviation of about 0.4: four standard errors are 0.2.
