@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_instance, check_mapping
 from kfde_layers.insertion.adapters import ChannelsFirst, Item, Tokens
-from kfde_layers.insertion.dry_run import Noise, check_block, child_is_run, effects
+from kfde_layers.insertion.dry_run import Noise, check_block, has_effects, runs_children
 from kfde_layers.insertion.points import CHILD, Seen, probe
 from kfde_layers.insertion.running import check_unwrapped, example_for
 from kfde_layers.layers import Blend
@@ -70,16 +70,18 @@ def insert(
     check_bool("identity_start", identity_start)
     example = example_for(model, example_input)
     insertions = _prepare(model, blocks, example, identity_start)
-    has_effect = effects(model, example, {joined.module: _adapted(Noise(), joined.seen) for joined in insertions})
+    noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
+    is_run = runs_children(model, example, noises)
+    has_effect = has_effects(model, example, noises)
     for insertion in insertions:
-        if not has_effect[insertion.module]:
+        if not has_effect[insertion.name]:
             warnings.warn(
                 f"the model's output does not depend on the feature map at {insertion.name!r}: the block there will "
                 "not change it, and gets no gradient from it",
                 stacklevel=2,
             )
     for insertion in insertions:
-        _attach(insertion)
+        _attach(insertion, is_run[insertion.name])
     return model
 
 
@@ -134,8 +136,6 @@ class _Insertion(NamedTuple):
     """Map that the module returned for the example."""
     block: nn.Module
     """The block, adapted to the module's output."""
-    is_run: bool
-    """Whether the module runs its children one after the other, and so the block too. Otherwise a hook runs it."""
 
 
 def _prepare(
@@ -165,17 +165,16 @@ def _prepare(
         check_block(name, new, seen)
         if identity_start:
             new = Blend(new, channels)
-        is_run = child_is_run(model, example, name, _adapted(Noise(), seen))
-        insertions.append(_Insertion(name, module, seen, _adapted(new, seen), is_run))
+        insertions.append(_Insertion(name, module, seen, _adapted(new, seen)))
     return insertions
 
 
-def _attach(insertion: _Insertion) -> None:
-    """Make the block a child of its module, and have it run after the module."""
+def _attach(insertion: _Insertion, is_run: bool) -> None:
+    """Make the block a child of its module, and have it run after the module: by a hook unless the module runs it."""
     module, output = insertion.module, insertion.seen.output
     module.add_module(CHILD, insertion.block.to(output.device, output.dtype).train(module.training))
     handle = None
-    if not insertion.is_run:
+    if not is_run:
         hook = _run_child if insertion.seen.key is None else _run_child_of_any
         handle = module.register_forward_hook(hook, prepend=True)  # before other hooks: they see the block's output
     # The handle is kept with the module so that both are pickled together: torch reserves the number of an unpickled

@@ -1,7 +1,7 @@
 """Try on a model what a block would do there, before anything is changed."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,47 +38,75 @@ class Noise(nn.Module):
         return x + noise * (1 + x.abs().mean())
 
 
-def child_is_run(model: nn.Module, example: Tensor, name: str, noise: nn.Module) -> bool:
-    """Return whether the named module runs a child that is added to it, after all others, as `nn.Sequential` does.
+def runs_children(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """Return for each named module whether it runs a child that is added after all others, as `nn.Sequential` does.
 
     Args:
         model: Unchanged afterwards.
         example: Input of the model.
-        name: Name of the module.
-        noise: A `Noise` for the module's output, which serves as the added child.
+        noises: For each name, a `Noise` for the module's output, which serves as the added child.
 
     Raises:
-        ValueError: The module runs the child in another place, or its output changes because it has one more child.
+        ValueError: A module runs the child in another place, or its output changes because it has one more child.
     """
-    module = model.get_submodule(name)
-    (counter,) = (part for part in noise.modules() if isinstance(part, Noise))
-    plain: list[Tensor] = []
-    disturbed: list[Tensor] = []
-    with_child: list[Tensor] = []
+    plain: dict[str, Any] = {}
 
-    def keep_plain_and_disturbed(module: nn.Module, args: Any, output: Any) -> None:
-        plain.extend(_tensors(output))
-        disturbed.extend(_tensors(noise(output)))
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        # a copy, since the rest of the model may change its input in place
+        return lambda module, args, output: plain.update({name: copy.deepcopy(output)})
 
-    def keep_with_child(module: nn.Module, args: Any, output: Any) -> None:
-        with_child.extend(_tensors(output))
-
-    run(model, example, [(module, keep_plain_and_disturbed)])
-    counter.calls = 0
-    module.add_module(CHILD, noise)
+    run(model, example, [(model.get_submodule(name), keep(name)) for name in noises])
     try:
-        run(model, example, [(module, keep_with_child)])
+        return _run_children(model, example, noises, plain)
+    except ValueError:
+        ran: dict[str, bool] = {}
+        for name, noise in noises.items():  # one by one, to name the module that does not run with one more child
+            ran |= _run_children(model, example, {name: noise}, plain)
+        return ran
+
+
+def _run_children(
+    model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module], plain: Mapping[str, Any]
+) -> dict[str, bool]:
+    """Answer in one run of the model; `plain` holds the modules' outputs without an added child."""
+    modules = {name: model.get_submodule(name) for name in noises}
+    with_child: dict[str, list[Tensor]] = {}
+
+    def keep_and_undo(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            with_child[name] = _tensors(output)
+            return copy.deepcopy(plain[name])  # so that no child disturbs the modules that follow
+
+        return hook
+
+    counters = {name: _counter(noise) for name, noise in noises.items()}
+    for counter in counters.values():
+        counter.calls = 0
+    for name, noise in noises.items():
+        modules[name].add_module(CHILD, noise)
+    try:
+        run(model, example, [(module, keep_and_undo(name)) for name, module in modules.items()])
     except ValueError as error:
-        raise ValueError(f"cannot insert at {name!r}: {reason_children_are_special(module)}") from error
+        name = next(iter(noises))
+        raise ValueError(f"cannot insert at {name!r}: {reason_children_are_special(modules[name])}") from error
     finally:
-        delattr(module, CHILD)
-    if not _close(disturbed if counter.calls else plain, with_child):
-        raise ValueError(f"cannot insert at {name!r}: {reason_children_are_special(module)}")
-    return bool(counter.calls)
+        for module in modules.values():
+            delattr(module, CHILD)
+    ran = {name: bool(counter.calls) for name, counter in counters.items()}
+    for name, noise in noises.items():
+        expected = noise(copy.deepcopy(plain[name])) if ran[name] else plain[name]
+        if not _close(_tensors(expected), with_child[name]):
+            raise ValueError(f"cannot insert at {name!r}: {reason_children_are_special(modules[name])}")
+    return ran
 
 
-def effects(model: nn.Module, example: Tensor, noises: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, bool]:
-    """Return for each module whether the model's output changes if the module's map is disturbed.
+def _counter(noise: nn.Module) -> Noise:
+    (counter,) = (part for part in noise.modules() if isinstance(part, Noise))
+    return counter
+
+
+def has_effects(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """Return for each named module whether the model's output changes if the module's map is disturbed.
 
     Without any effect of the input (zero-initialised head) nothing can be concluded: assume an effect.
     """
@@ -86,13 +114,13 @@ def effects(model: nn.Module, example: Tensor, noises: Mapping[nn.Module, nn.Mod
     if example.is_meta or _equal(undisturbed, _tensors(run(model, Noise()(example), ()))):
         return dict.fromkeys(noises, True)
 
-    def outputs_with(module: nn.Module, noise: nn.Module) -> list[Tensor]:
+    def outputs_with(name: str, noise: nn.Module) -> list[Tensor]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             return noise(output)
 
-        return _tensors(run(model, example, [(module, hook)]))
+        return _tensors(run(model, example, [(model.get_submodule(name), hook)]))
 
-    return {module: not _equal(undisturbed, outputs_with(module, noise)) for module, noise in noises.items()}
+    return {name: not _equal(undisturbed, outputs_with(name, noise)) for name, noise in noises.items()}
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -1,9 +1,7 @@
-"""The examples of one file, each run as a user runs it."""
+"""The examples of one file, each run as a script."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,21 +11,18 @@ NAMES = ("insert_into_resnet", "train_loop", "compare_impls")
 pytestmark = pytest.mark.slow
 
 
-def run(name: str) -> str:
-    """Run an example in a fresh process, and return what it prints."""
-    process = subprocess.run(
-        [sys.executable, f"examples/{name}.py"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture
+def run(capsys):
+    """Return a function that runs an example as a script, and returns what it prints."""
+
+    def run_script(name: str) -> str:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
 
 
-def test_insertion_adds_parameters_and_keeps_the_outputs():
+def test_insertion_adds_parameters_and_keeps_the_outputs(run):
     text = run("insert_into_resnet")
     assert "layer3: 256 channels, NCHW, 1/16 of the image's side" in text
     before, after = (
@@ -37,13 +32,13 @@ def test_insertion_adds_parameters_and_keeps_the_outputs():
     assert "largest change of the outputs: 0\n" in text
 
 
-def test_the_loss_of_the_training_loop_falls():
+def test_the_loss_of_the_training_loop_falls(run):
     losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", run("train_loop"))]
     assert len(losses) == 7
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_the_implementations_agree_and_are_timed():
+def test_the_implementations_agree_and_are_timed(run):
     lines = re.findall(r"(\w+) (\w+): largest difference (\S+), time / reference (\S+)", run("compare_impls"))
     assert [line[:2] for line in lines] == [
         (layer, impl) for layer in ("CFE", "SFE", "CSFE", "MFDF") for impl in ("auto", "fused")
