@@ -71,6 +71,7 @@ def marks_of(page):
 
 
 # Lightning calls deprecated functions of PyTorch, and its advice depends on the number of cores.
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning")
 @pytest.mark.parametrize("page", [pytest.param(page, marks=marks_of(page), id=page.name) for page in PAGES])
@@ -86,6 +87,7 @@ def test_these_pages_have_code():
     assert {page.stem for page in PAGES} >= {"README", "hub", "insertion", "layers", "models", "training"}
 
 
+@pytest.mark.slow
 def test_the_readme_prints_what_it_says(offline_weights, capsys):
     (block,) = python_blocks(ROOT / "README.md")
     run_block(block, ROOT / "README.md")
@@ -111,6 +113,7 @@ def test_every_symbol_is_a_name_in_the_code():
     assert not unknown
 
 
+@pytest.mark.slow
 def test_the_cost_table_is_right():
     text = (ROOT / "docs/models.md").read_text()
     rows = re.findall(
@@ -141,12 +144,14 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_with_every_page(site):
     for page in DOCS.glob("*.md"):
         built = site / "index.html" if page.stem == "index" else site / page.stem / "index.html"
         assert built.exists(), page
 
 
+@pytest.mark.slow
 def test_formulas_are_rendered(site):
     layers, api = (BuiltPage(site / page / "index.html") for page in ("layers", "api"))
     assert layers.tags.count("math") >= 8
@@ -156,6 +161,7 @@ def test_formulas_are_rendered(site):
         assert "\\frac" not in page.prose
 
 
+@pytest.mark.slow
 def test_a_page_fetches_nothing_from_other_hosts(site):
     fetched = [(path, BuiltPage(path).fetched) for path in site.rglob("*.html")]
     fetched += [(path, fetched_by_style(path.read_text())) for path in site.rglob("*.css")]
@@ -164,6 +170,7 @@ def test_a_page_fetches_nothing_from_other_hosts(site):
             assert not re.match(r"(https?:)?//", address), (path, address)
 
 
+@pytest.mark.slow
 def test_the_api_page_shows_every_public_name(site):
     ids = BuiltPage(site / "api/index.html").ids
     for name in [*kfde_layers.__all__, *(f"functional.{name}" for name in kfde_layers.functional.__all__)]:
@@ -171,6 +178,7 @@ def test_the_api_page_shows_every_public_name(site):
             assert any(f"{i}.".startswith((f"kfde_layers.{name}.", f"kfde_layers.ops.{name}")) for i in ids), name
 
 
+@pytest.mark.slow
 def test_the_compatibility_page_has_every_tested_cell(site, tmp_path):
     paths = tmp_path / "cells.json", DOCS / "compatibility.json"
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--cells", paths[0]]
@@ -187,6 +195,7 @@ def test_the_compatibility_page_has_every_tested_cell(site, tmp_path):
     assert "✗" not in page
 
 
+@pytest.mark.slow
 def test_the_benchmarks_page_holds_the_committed_figures(site):
     page = BuiltPage(site / "benchmarks/index.html")
     paths = sorted((ROOT / "benchmarks/results").glob("*/*.json"))

@@ -7,6 +7,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from tests.support.training import MODELS, SMALL, WITH_BATCH_NORM, batch, build, train
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = {"rtol": 1e-12, "atol": 1e-14}
 DECAY = 0.75
 # Shares of the weights after each of three steps: "timm" starts from the first ones, "torch" takes the mean.

@@ -12,7 +12,10 @@ from tests.support.pages import DOCS, python_blocks, run_block
 from tests.support.training import CLASSES, MODELS, SMALL, STEPS, batch, build, build_reference, optimize
 
 # Lightning 2.6 inspects data loaders with functions that PyTorch has deprecated.
-pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
+]
 PAGE = DOCS / "training.md"
 
 

@@ -18,6 +18,8 @@ from tests.support.training import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 each_network = pytest.mark.parametrize("name", [*SMALL, *WITH_BATCH_NORM, *MODELS])
 
 

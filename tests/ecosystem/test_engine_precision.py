@@ -17,6 +17,8 @@ from tests.support.training import (
     make_optimizer,
 )
 
+pytestmark = pytest.mark.slow
+
 each_network = pytest.mark.parametrize("name", [*SMALL, *WITH_BATCH_NORM, *MODELS])
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 

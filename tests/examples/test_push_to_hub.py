@@ -18,7 +18,7 @@ from tests.support.hub import hub_in_folder, needs_local_dir
 from tests.support.pages import python_blocks, run_block
 from tests.support.runs import SMALL, read_rows
 
-pytestmark = needs_local_dir
+pytestmark = [needs_local_dir, pytest.mark.slow]  # a model is trained first
 REPO_ID = "someone/kfde"
 FILES = {"README.md", "config.json", "model.safetensors"}
 
@@ -131,7 +131,6 @@ def test_the_card_shows_how_to_load_the_model(run, hub, synthetic_tree, capsys):
     assert printed == pytest.approx({name: float(row[f"prob_{name}"]) for name in ("benign", "malignant")}, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.cell("Hub and files", "model card", "models")
 def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_path):
     torch.save(timm.create_model("convnextv2_atto").state_dict(), tmp_path / "imagenet.pth")

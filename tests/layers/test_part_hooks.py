@@ -96,6 +96,7 @@ def _double(self, input: tuple[torch.Tensor], output: torch.Tensor) -> torch.Ten
     return 2 * output
 
 
+@pytest.mark.slow
 @each_layer
 def test_torch_fx_and_torchscript_record_what_was_done_to_a_part(name):
     x = draw_map()

@@ -100,6 +100,7 @@ def test_fused_equals_reference_with_every_gradient(batch, height, width, seed, 
             assert (actual - expected).abs().max() <= bound * max(expected.abs().max(), 1e-3 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 3)])
 def test_gradients(impl, height, width):
@@ -114,6 +115,7 @@ def test_gradients(impl, height, width):
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 def test_every_dtype_is_computed_in_float32(impl, memory_format):
@@ -178,6 +180,7 @@ def test_exporters_see_the_branches(monkeypatch):
     assert relative_error(parameters(x, 1, 6, "auto"), parameters(x, 1, 6, "reference")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_compiled_in_one_graph_fused_is_the_same(memory_format):
     torch.compiler.reset()

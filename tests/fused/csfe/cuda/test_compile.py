@@ -107,8 +107,10 @@ def test_maps_are_read_and_written_in_wide_vectors(shape, layout, capability, tm
             assert bits["STG"] == {expected_bits}, map_launch.name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 6, 4, 4), (3, 34, 13, 11)])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((1, 2, 1, 1), "nhwc"), ((1, 2, 1, 1), "nchw"), ((2, 6, 4, 4), "nhwc"), ((3, 34, 13, 11), "nchw")],
+)
 def test_odd_sizes_compile(shape, layout, tmp_path):
     # The compiler treats an argument that equals one as a constant. The interpreter does not.
     rows = compiled_kernels(launch, lambda: launch_csfe(shape, layout, torch.float16, 1), tmp_path, targets=(90,))
