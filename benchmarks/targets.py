@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
 
     @property
     def word(self) -> str:
-        """Whether the target is met, as a word of the table."""
+        """Return whether the target is met, as a word of the table."""
         if self.measured is None:
             return "not measured"
         bound = self.target.bound

@@ -153,7 +153,7 @@ class CSFE(nn.Module):
 
     @property
     def parts_are_plain(self) -> bool:
-        """Whether the parts' parameters may be read. TorchScript asks when it compiles the layer."""
+        """Return whether the parts' parameters may be read. TorchScript asks when it compiles the layer."""
         return why_not_plain(self.cfe, CFE) is None and why_not_plain(self.sfe, SFE) is None
 
     def extra_repr(self) -> str:

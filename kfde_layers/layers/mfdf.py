@@ -275,13 +275,13 @@ class MFDF(nn.Module):
 
     @property
     def all_parts_are_plain(self) -> bool:
-        """Whether all parameters may be read. TorchScript asks when it compiles the layer."""
+        """Return whether all parameters may be read. TorchScript asks when it compiles the layer."""
         branches = zip(self.branches, self._settings, strict=True)
         return self.plain_branches and self.fc_are_plain and not any(why_not_plain_conv(*branch) for branch in branches)
 
     @property
     def fc_are_plain(self) -> bool:
-        """Whether the parameters of `fc1` and `fc2` may be read."""
+        """Return whether the parameters of `fc1` and `fc2` may be read."""
         return not any(why_not_plain(fc, nn.Linear) or getattr(fc, "bias", None) is None for fc in (self.fc1, self.fc2))
 
     def extra_repr(self) -> str:
