@@ -1,5 +1,6 @@
 """The code of each of two processes: train every network on its half of the batch."""
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def error_of_sharded(layer: nn.Module, part: nn.Module) -> float:
     x = random_tensor(2, 8, 4, 4)
     expected = layer(x)
     fully_shard(part, mesh=init_device_mesh("cpu", (PROCESSES,)))
-    return float((layer(x) - expected).abs().max())
+    return float((layer(x) - expected).detach().abs().max())
 
 
 def work(rank: int, folder: Path) -> None:
@@ -84,4 +85,6 @@ def work(rank: int, folder: Path) -> None:
         "MFDF, a branch": error_of_sharded(other_mfdf, other_mfdf.branches[2]),
     }
     torch.save(errors, folder / f"errors {rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # all is written: as the interpreter ends, a thread of PyTorch may abort the process
