@@ -1,10 +1,12 @@
 """Choose the implementation of an operation. The caller names it; "fused" never becomes another one."""
 
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -33,8 +35,11 @@ def resolve_impl(impl: Impl | str) -> Impl:
         raise ValueError(f"impl must be one of {wanted}, got {impl!r}") from None
 
 
-def unsupported(x: Tensor) -> str | None:
-    """Return why no fused implementation can run on `x`, in one sentence, or None."""
+def unsupported(x: Tensor, parameters: Callable[[], Iterable[Tensor | None]] = tuple) -> str | None:
+    """Return why no fused implementation can run on `x`, in one sentence, or None.
+
+    `parameters` returns the parameters that it would read. It is called only during forward-mode differentiation.
+    """
     if x.device.type not in ("cpu", "cuda", "meta"):
         return f"it is written for CPU and CUDA, got x on {x.device}"
     if x.is_cuda and not _HAS_TRITON:
@@ -43,7 +48,7 @@ def unsupported(x: Tensor) -> str | None:
         return "on CUDA it computes in float32, got x in torch.float64"
     if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.get_device_capability(x.device) < (8, 0):
         return f"on CUDA it needs compute capability 8.0, which {torch.cuda.get_device_name(x.device)} does not have"
-    if transforming():
+    if transforming() or _has_tangent(x, parameters):
         return "it has no rule for the transforms of torch.func and for forward-mode differentiation"
     return None
 
@@ -80,7 +85,18 @@ def exporting() -> bool:
 
 
 def transforming() -> bool:
-    """Return whether `torch.func` transforms or forward-mode differentiation run: they cannot see into an operator."""
-    functorch = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-    forward_mode = torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-    return functorch or forward_mode
+    """Return whether `torch.func` transforms the call: it cannot see into an operator."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+
+
+def _has_tangent(x: Tensor, parameters: Callable[[], Iterable[Tensor | None]]) -> bool:
+    """Return whether a tensor has a tangent of forward-mode differentiation, which cannot see into an operator.
+
+    Its level belongs to the process: another thread may have entered it.
+    """
+    if forward_ad._current_level < 0:  # pyright: ignore[reportPrivateUsage]
+        return False
+    if torch.compiler.is_compiling():  # which cannot look at the tensors
+        return True
+    tensors = (x, *(parameter for parameter in parameters() if parameter is not None))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_instance, check_mapping
 from kfde_layers.insertion.adapters import ChannelsFirst, Item, Tokens
-from kfde_layers.insertion.dry_run import Noise, check_block, has_effects, runs_children
+from kfde_layers.insertion.dry_run import (
+    Noise,
+    check_block,
+    check_calls_in_training,
+    has_effects,
+    runs_children,
+)
 from kfde_layers.insertion.points import CHILD, Seen, probe
 from kfde_layers.insertion.running import check_unwrapped, example_for
 from kfde_layers.layers import Blend
@@ -49,8 +55,9 @@ def insert(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The model is compiled or wrapped for several devices; a name is no submodule, or its module is not
-            called once, returns no feature map or already holds a block; or the block does not run on the map or does
-            not keep its shape. The model is then unchanged.
+            called once (in training too), returns no feature map, returns values that are not finite or already holds a
+            block; or the block cannot be made, shares a module with the model or with another block, does not run on
+            the map, does not keep its shape and dtype, or passes no gradient. The model is then unchanged.
 
     Warns:
         UserWarning: The model's output does not depend on the map that the block changes. An example is the last block
@@ -71,6 +78,7 @@ def insert(
     example = example_for(model, example_input)
     insertions = _prepare(model, blocks, example, identity_start)
     noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
+    check_calls_in_training(model, example, noises)
     is_run = runs_children(model, example, noises)
     has_effect = has_effects(model, example, noises)
     for insertion in insertions:
@@ -109,6 +117,8 @@ def remove(model: Model, names: Iterable[str] | None = None) -> Model:
     check_unwrapped(model)
     if isinstance(names, str):
         raise TypeError(f"names must be a list of module names, got the string {names!r}: did you mean [{names!r}]?")
+    if names is not None and not isinstance(names, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"names must be a list of module names or None, got {names!r} of type {type(names).__name__}")
     holders = {
         name: module for name, module in model.named_modules(remove_duplicate=False) if _INSERTED in module.__dict__
     }
@@ -147,6 +157,7 @@ def _prepare(
     """Make the blocks and try them; leave the model unchanged."""
     seen_at = probe(model, blocks, example)
     insertions: list[_Insertion] = []
+    owners = dict.fromkeys(model.modules(), "the model")
     for name, block in blocks.items():
         seen = seen_at[name]
         if isinstance(seen, str):
@@ -155,18 +166,39 @@ def _prepare(
         for insertion in insertions:
             if insertion.module is module:
                 raise ValueError(f"cannot insert at {name!r}: it is the same module as {insertion.name!r}")
-        channels = seen.point.channels
-        new = block(channels) if callable(block) and not isinstance(block, nn.Module) else block
-        if not isinstance(new, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"the block at {name!r} must be a module, or a function that makes one from a number of channels, "
-                f"got {new!r}"
+        if not seen.output.is_meta and not seen.output.isfinite().all():
+            raise ValueError(
+                f"cannot insert at {name!r}: its map has values that are not finite, for this example and these weights"
             )
+        channels = seen.point.channels
+        new = _make_block(name, block, channels)
+        label = f"the block at {name!r}"
+        for part in new.modules():
+            if (owner := owners.setdefault(part, label)) != label:
+                raise ValueError(f"{label} must share no module with {owner}, got a {type(part).__name__} of both")
         check_block(name, new, seen)
         if identity_start:
             new = Blend(new, channels)
         insertions.append(_Insertion(name, module, seen, _adapted(new, seen)))
     return insertions
+
+
+def _make_block(name: str, block: Any, channels: int) -> nn.Module:
+    """Return the block for the point `name`, of so many channels."""
+    if isinstance(block, nn.Module) or not callable(block):
+        new = block
+    else:
+        try:
+            new = block(channels)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"the block at {name!r} cannot be made for its {channels} channels: {error}") from error
+    if not isinstance(new, nn.Module):
+        raise TypeError(
+            f"the block at {name!r} must be a module, or a function that makes one from a number of channels, "
+            f"got {new!r}"
+        )
+    return new
 
 
 def _attach(insertion: _Insertion, is_run: bool) -> None:

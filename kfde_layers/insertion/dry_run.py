@@ -1,7 +1,7 @@
 """Try on a model what a block would do there, before anything is changed."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +13,39 @@ from kfde_layers.insertion.running import run
 
 
 def check_block(name: str, block: nn.Module, seen: Seen) -> None:
-    """Refuse a block that does not run on the map or changes its shape; change neither it nor the model."""
+    """Refuse a block that does not map the feature map to another one like it; change neither it nor the model."""
     wanted = (seen.output.shape[0], seen.point.channels, *seen.map_size)
+    dtype = seen.output.dtype
+    x = torch.randn(wanted, generator=torch.Generator().manual_seed(0)).to(seen.output.device, dtype)
     try:
-        trial = copy.deepcopy(block).to(seen.output.device, seen.output.dtype)
-        shape = tuple(run(trial, torch.zeros_like(seen.output).new_zeros(wanted), ()).shape)
+        y = run(_WithGradient(copy.deepcopy(block).to(x.device, dtype)), x, ())
     except ValueError as error:
         reason = error.__cause__
         raise ValueError(f"the block at {name!r} does not run on its map of shape {wanted}: {reason}") from reason
-    if shape != wanted:
-        raise ValueError(f"the block at {name!r} must keep the shape {wanted} of its map, got {shape}")
+    if not isinstance(y, Tensor):
+        raise ValueError(f"the block at {name!r} must return one tensor, got {type(y).__name__}")
+    if tuple(y.shape) != wanted:
+        raise ValueError(f"the block at {name!r} must keep the shape {wanted} of its map, got {tuple(y.shape)}")
+    if y.dtype != dtype:
+        raise ValueError(f"the block at {name!r} must keep the dtype {dtype} of its map, got {y.dtype}")
+    if not y.is_meta and not y.isfinite().all():
+        raise ValueError(f"the block at {name!r} must return finite values for a map of noise, got others")
+    if not y.requires_grad:
+        raise ValueError(
+            f"the block at {name!r} must pass gradients to its map, got an output that is detached from it"
+        )
+
+
+class _WithGradient(nn.Module):
+    """Run a block on a map that needs a gradient, and that the block may change in place."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.enable_grad():
+            return self.block(x.requires_grad_().clone())
 
 
 class Noise(nn.Module):
@@ -30,12 +53,31 @@ class Noise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: int = 0
+        self.calls: list[torch.Size] = []  # a list, since `run` restores attributes
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls.append(x.shape)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
         return x + noise * (1 + x.abs().mean())
+
+
+def check_calls_in_training(model: nn.Module, example: Tensor, names: Iterable[str]) -> None:
+    """Refuse a module that the model calls several times in training: each call would run the same block."""
+    calls = dict.fromkeys(names, 0)
+
+    def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: calls.update({name: calls[name] + 1})
+
+    try:
+        run(model, example, [(model.get_submodule(name), count(name)) for name in calls], training=True)
+    except ValueError:
+        return  # the example is too small for training, such as one value per channel for a batch norm
+    for name, number in calls.items():
+        if number > 1:
+            raise ValueError(
+                f"cannot insert at {name!r}: in training the forward pass calls it {number} times, and each call would "
+                "run the same block"
+            )
 
 
 def runs_children(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -81,7 +123,7 @@ def _run_children(
 
     counters = {name: _counter(noise) for name, noise in noises.items()}
     for counter in counters.values():
-        counter.calls = 0
+        counter.calls.clear()
     for name, noise in noises.items():
         modules[name].add_module(CHILD, noise)
     try:
@@ -140,6 +182,7 @@ def _close(left: list[Tensor], right: list[Tensor]) -> bool:
     def close(a: Tensor, b: Tensor) -> bool:
         if a.is_meta or not a.numel():
             return True
-        return torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3 * float(a.abs().amax()), equal_nan=True)
+        largest = float(a.abs().nan_to_num(0, 0, 0).amax())
+        return torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
 
     return all(map(close, left, right))

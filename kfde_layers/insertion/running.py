@@ -1,14 +1,18 @@
 """Run a network without leaving a trace in it."""
 
+import random
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kfde_layers._checks import check_instance
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -45,37 +49,71 @@ def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
     return noise.to(first.weight.device, first.weight.dtype)
 
 
-def run(model: nn.Module, example: Tensor, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Any:
-    """Run the model on the example in eval mode, without gradient, with forward hooks on some modules.
+def run(
+    model: nn.Module,
+    example: Tensor,
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]],
+    *,
+    training: bool = False,
+) -> Any:
+    """Run the model on the example without gradient, with forward hooks on some modules, in eval mode or in training.
 
-    Restore buffers, modes and the state of random numbers afterwards.
+    Restore attributes, buffers and modes of all modules and the state of random numbers afterwards.
 
     Raises:
         ValueError: The model does not run on the example.
     """
-    # before other hooks, as the hooks that run blocks are
-    handles = [module.register_forward_hook(hook, prepend=True) for module, hook in hooks]
-    training = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers() if not is_lazy(buffer)}
     device = example.device
     autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
-    try:
-        with torch.no_grad(), autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # torch.manual_seed would also seed devices that are not restored here
-            (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
-            for module in training:
-                module.training = False  # Set the flag directly: some models override eval().
-            return model(example)
-    except Exception as error:
-        shape = tuple(example.shape)
-        raise ValueError(f"the model does not run on an input of shape {shape}; pass an example_input that fits") from (
-            error
-        )
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-        for module, mode in training.items():
-            module.training = mode
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:  # which undoes every step, even if undoing another one fails
+        for module in model.modules():
+            _restore_at_exit(stack, module)
+            module.training = training  # Set the flag directly: some models override eval().
+        for module, hook in hooks:  # before other hooks, as the hooks that run blocks are
+            stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        # torch.manual_seed would also seed devices that are not restored here
+        (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
+        random.seed(0)
+        np.random.seed(0)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(autocast)
+        try:
+            return model(example.clone())  # which the model may change in place
+        except Exception as error:
+            shape = tuple(example.shape)
+            raise ValueError(
+                f"the model does not run on an input of shape {shape}; pass an example_input that fits"
+            ) from error
+
+
+def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
+    """Restore the module's attributes and buffers when the stack is left; a lazy module keeps its new shapes."""
+    buffers = list(module.buffers(recurse=False))
+    if any(map(is_lazy, [*module.parameters(recurse=False), *buffers])):
+        stack.callback(setattr, module, "training", module.training)
+        return
+    attributes, entries = dict(module.__dict__), {key: dict(module.__dict__[key]) for key in _REGISTRIES}
+    values = {buffer: buffer.clone() for buffer in buffers}
+
+    def restore() -> None:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        for key, before in entries.items():
+            registry = module.__dict__[key]
+            registry.clear()
+            registry.update(before)
+
+    for buffer, value in values.items():
+        stack.callback(_restore_buffer, buffer, value)
+    stack.callback(restore)
+
+
+def _restore_buffer(buffer: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        if buffer.shape == value.shape and buffer.dtype == value.dtype and buffer.device == value.device:
+            buffer.copy_(value)
+        else:
+            buffer.data = value

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from kfde_layers._checks import check_dtype, check_instance, check_int, check_map, check_shape
+
 
 class Blend(nn.Module):
     r"""Interpolate between the input and a block, with a learned weight per channel that starts at 0.
@@ -19,6 +21,10 @@ class Blend(nn.Module):
         channels: C.
         device: Device of the parameter.
         dtype: Dtype of the parameter.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: `x` has other channels, or the block's output another shape.
     """
 
     def __init__(
@@ -30,6 +36,9 @@ class Blend(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_instance("block", block, nn.Module)
+        channels = check_int("channels", channels, minimum=1)
+        check_dtype("dtype", dtype)
         self.block = block
         self.blend: nn.Parameter = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
 
@@ -38,5 +47,11 @@ class Blend(nn.Module):
         nn.init.zeros_(self.blend)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if torch.jit.is_scripting():
+            pass
+        elif not isinstance(x, torch.fx.Proxy):
+            check_map("x", x, self.blend.numel())
+            check_shape("the output of block", y, tuple(x.shape))
         # under autocast a block may return another dtype than that of its input
-        return torch.lerp(x, self.block(x).to(x.dtype), self.blend.to(x.dtype)[:, None, None])
+        return torch.lerp(x, y.to(x.dtype), self.blend.to(x.dtype)[:, None, None])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._checks import check_int
+from kfde_layers._checks import check_dtype, check_int
 from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.cfe import cfe, cfe_gate, check_cfe, check_cfe_tensors
 from kfde_layers.ops.formats import upcast
@@ -59,15 +59,16 @@ class CFE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels, minimum=1)
-        self.channels = channels
-        self.num_groups: int = default_num_groups(channels) if num_groups is None else num_groups
-        self.threshold = threshold
-        self.eps = eps
+        self.channels: int = check_int("channels", channels, minimum=1)
+        check_dtype("dtype", dtype)
+        groups = default_num_groups(self.channels) if num_groups is None else num_groups
+        checked = check_cfe("", self.channels, groups, threshold, eps)
+        self.num_groups: int = checked[0]
+        self.threshold: float = checked[1]
+        self.eps: float = checked[2]
         self.impl = resolve_impl(impl).value
-        check_cfe("", channels, self.num_groups, threshold, eps)
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.bias: nn.Parameter = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,12 +1,13 @@
 """A branch of MFDF with a norm or an activation."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfde_layers.layers.parts import conv_settings, watched_everywhere, why_not_plain, why_not_readable
+from kfde_layers.layers.parts import check_device_of, conv_settings, watched_everywhere, why_not_plain, why_not_readable
+from kfde_layers.ops.mfdf import is_empty
 
 
 class ConvNormAct(nn.Module):
@@ -32,7 +33,7 @@ class ConvNormAct(nn.Module):
             weight = conv.weight
             # In 16 bits the product of weight and scale would be rounded, which the norm itself does not do.
             folds = weight.dtype in (torch.float32, torch.float64) and norm.weight.dtype == weight.dtype
-            if not folds or why_not_readable(weight, x.device):
+            if not folds or why_not_readable(weight):
                 return self.act(norm(conv(x)))
             weight, bias = _fold(weight, conv.bias, norm)
             return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
@@ -42,6 +43,15 @@ class ConvNormAct(nn.Module):
         parts: dict[str, Any] = self._modules  # each attribute of a module would cost a search
         conv = parts["conv"]
         return _fold(conv.weight, conv.bias, parts["norm"])
+
+
+def call_branch(name: str, branch: nn.Module, x: Tensor) -> Tensor:
+    """Return branch(x); refuse a plain convolution on another device than x."""
+    conv = branch if why_not_plain(branch, ConvNormAct) else cast(ConvNormAct, branch).conv
+    check_device_of(name, conv, nn.Conv2d, x)
+    if is_empty(x):  # which conv2d refuses; the parameters stay in the graph, with gradients of zero
+        return x + sum(0 * parameter.sum() for parameter in branch.parameters())
+    return branch(x)
 
 
 def why_not_one_conv(branch: nn.Module, settings: tuple[object, ...]) -> str | None:

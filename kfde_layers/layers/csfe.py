@@ -145,10 +145,8 @@ class CSFE(nn.Module):
         if self.impl != Impl.FUSED and watched_everywhere():
             return "a hook on all modules of the process must see cfe and sfe"
         weight, bias = cfe.weight, cfe.bias
-        if not isinstance(x, torch.fx.Proxy):
-            device = x.device
-            if reason := why_not_readable(weight, device) or why_not_readable(bias, device):
-                return f"cfe {reason}"
+        if reason := why_not_readable(weight) or why_not_readable(bias):
+            return f"cfe {reason}"
         return weight, bias
 
     @property

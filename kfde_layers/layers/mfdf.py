@@ -6,9 +6,9 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._checks import check_bool, check_factory, check_int, check_map, check_real
+from kfde_layers._checks import check_bool, check_dtype, check_factory, check_int, check_made, check_map, check_real
 from kfde_layers._impl import Impl, resolve_impl, select
-from kfde_layers.layers.conv_norm_act import ConvNormAct, why_not_one_conv
+from kfde_layers.layers.conv_norm_act import ConvNormAct, call_branch, why_not_one_conv
 from kfde_layers.layers.parts import (
     call_linear,
     conv_settings,
@@ -115,10 +115,11 @@ class MFDF(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels, minimum=1)
-        check_real("rd_ratio", rd_ratio, above=0)
+        channels = check_int("channels", channels, minimum=1)
+        rd_ratio = check_real("rd_ratio", rd_ratio, above=0)
         hidden = max(32, int(channels * rd_ratio)) if rd_channels is None else rd_channels
-        check_int("rd_channels", hidden, minimum=1)
+        hidden = check_int("rd_channels", hidden, minimum=1)
+        check_dtype("dtype", dtype)
         check_bool("bias", bias)
         check_factory("norm_layer", norm_layer)
         check_factory("act_layer", act_layer)
@@ -144,8 +145,9 @@ class MFDF(nn.Module):
             start_with(convolution, start_near_identity if depthwise else start_as_noise)
             if self.plain_branches:
                 return convolution
-            norm = nn.Identity() if norm_layer is None else norm_layer(channels).to(device=device, dtype=dtype)
-            return ConvNormAct(convolution, norm, nn.Identity() if act_layer is None else act_layer())
+            norm = nn.Identity() if norm_layer is None else check_made("norm_layer", norm_layer(channels))
+            act = nn.Identity() if act_layer is None else check_made("act_layer", act_layer())
+            return ConvNormAct(convolution, norm.to(device=device, dtype=dtype), act)
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return start_with(nn.Linear(inputs, outputs, device=device, dtype=dtype), start_as_noise)
@@ -173,8 +175,8 @@ class MFDF(nn.Module):
             kernels = self._kernels(x)
             if isinstance(kernels, str):
                 select(self.impl, kernels)  # refuses impl="fused"
-                return mfdf_from_maps(x, [branch(x) for branch in self.branches], self._scores)
-            return mfdf_from_kernels(x, *kernels, self._scores, self.dilation, self.groups, self.impl)
+                return mfdf_from_maps(x, self._call_branches(x), self._scores)
+            return mfdf_from_kernels(x, *kernels, self._scores, self._fc_tensors, self.dilation, self.groups, self.impl)
 
     def branch_weights(self, x: Tensor) -> Tensor:
         """Compute the weights that the layer gives its branches for `x`.
@@ -184,11 +186,12 @@ class MFDF(nn.Module):
         """
         check_map("x", x, self.channels)
         kernels = self._kernels(x) if self.plain_branches else "they have a norm or an activation"
-        if isinstance(kernels, str):
-            maps = [branch(x) for branch in self.branches]
-        else:
-            maps = convolve(x, *kernels, self.dilation, self.groups)
+        called = isinstance(kernels, str)
+        maps = self._call_branches(x) if called else convolve(x, *kernels, self.dilation, self.groups)
         return branch_softmax(self._scores(branch_mean(maps)), x, len(maps))
+
+    def _call_branches(self, x: Tensor) -> list[Tensor]:
+        return [call_branch(f"branches[{k}]", branch, x) for k, branch in enumerate(self.branches)]
 
     def _kernels(self, x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | str:
         """Return the branches' kernels and biases, to be merged, or why the branches must be called."""
@@ -203,11 +206,10 @@ class MFDF(nn.Module):
             weights.append(weight)
             if bias is not None:
                 biases.append(bias)
-        device = x.device
         for k, weight in enumerate(weights):
-            if reason := why_not_readable(weight, device):
+            if reason := why_not_readable(weight):
                 return f"branches[{k}] {reason}"
-        check_branches(self.channels, self.groups, weights, biases or None)
+        check_branches(x, self.groups, weights, biases or None)
         return weights, biases or None
 
     def _why_call(self, branches: nn.ModuleList) -> str | None:
@@ -226,7 +228,11 @@ class MFDF(nn.Module):
     def _scores(self, p: Tensor) -> Tensor:
         """Return the scores of eq. (13), (N, K C), from p, (N, C)."""
         with without_autocast(p):
-            return call_linear(self.fc2, call_linear(self.fc1, p))
+            return call_linear("fc2", self.fc2, call_linear("fc1", self.fc1, p))
+
+    def _fc_tensors(self) -> list[Tensor]:
+        attributes = [getattr(fc, key, None) for fc in (self.fc1, self.fc2) for key in ("weight", "bias")]
+        return [attribute for attribute in attributes if isinstance(attribute, Tensor)]
 
     def _recorded(self, x: Tensor) -> Tensor:
         """Compute the same in steps that TorchScript and torch.fx can record.

@@ -16,6 +16,8 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kfde_layers._checks import check_device
+
 Part = TypeVar("Part", bound=nn.Module)
 
 
@@ -64,13 +66,22 @@ def why_not_plain_conv(conv: nn.Module, settings: tuple[object, ...]) -> str | N
     return None
 
 
-def why_not_readable(tensor: Tensor, device: torch.device) -> str | None:
-    """Return why a parameter cannot be read in place of calling its part, or None if it can; x is on `device`."""
-    if tensor.device != device:
-        return f"has its parameters on {tensor.device}, but x is on {device}"
+def why_not_readable(tensor: Tensor) -> str | None:
+    """Return why a parameter cannot be read in place of calling its part, or None if it can."""
     if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):  # as quantised tensors are
         return f"has a parameter of type {type(tensor).__name__}"
     return None
+
+
+def check_device_of(name: str, part: nn.Module, made: type[nn.Module], x: Tensor) -> None:
+    """Refuse a plain part on another device than `x`: PyTorch does not always, and computes with unwritten memory.
+
+    A part that has a hook may get its parameters at the call.
+    """
+    if why_not_plain(part, made) is None:
+        for key, parameter in part.__dict__["_parameters"].items():
+            if parameter is not None:
+                check_device(f"{key} of {name}", parameter, x)
 
 
 def watched_everywhere() -> bool:
@@ -78,8 +89,9 @@ def watched_everywhere() -> bool:
     return not torch.compiler.is_compiling() and bool(nn_module._has_any_global_hook())  # pyright: ignore[reportPrivateUsage]
 
 
-def call_linear(fc: nn.Module, p: Tensor) -> Tensor:
+def call_linear(name: str, fc: nn.Module, p: Tensor) -> Tensor:
     """Return fc(p) in the dtype of p, which is that of the statistics."""
+    check_device_of(name, fc, nn.Linear, p)
     attributes, parameters = fc.__dict__, fc.__dict__["_parameters"]
     weight: Any = attributes.get("weight")  # where a hook makes it
     if weight is None and isinstance(parameters, dict):  # not so in a scripted module
@@ -88,7 +100,7 @@ def call_linear(fc: nn.Module, p: Tensor) -> Tensor:
         weight = next((parameter for parameter in fc.parameters() if parameter.is_floating_point()), p)
     if weight.dtype == p.dtype:
         return fc(p).to(p.dtype)
-    if why_not_plain(fc, nn.Linear) is None and why_not_readable(weight, p.device) is None:
+    if why_not_plain(fc, nn.Linear) is None and why_not_readable(weight) is None:
         # In 16 bits the product would be rounded: read the parameters and upcast them.
         bias = cast("Tensor | None", fc.bias)
         return F.linear(p, cast(Tensor, fc.weight).to(p.dtype), None if bias is None else bias.to(p.dtype))

@@ -55,10 +55,10 @@ class SFE(nn.Module):
         super().__init__()
         if channels is not None:
             check_int("channels", channels, minimum=1)
-        check_sfe("", lambd, beta, correction)
-        self.lambd = lambd
-        self.beta = beta
-        self.correction = correction
+        checked = check_sfe("", lambd, beta, correction)
+        self.lambd: float = checked[0]
+        self.beta: float = checked[1]
+        self.correction: int = checked[2]
         self.impl = resolve_impl(impl).value
 
     def forward(self, x: Tensor) -> Tensor:

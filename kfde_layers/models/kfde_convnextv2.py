@@ -96,10 +96,8 @@ class KFDEConvNeXt(convnext.ConvNeXt):
         # KFDE is attached afterwards: ConvNeXt's initialiser would overwrite the blocks' initial values.
         super().__init__(**kwargs, device=device, dtype=dtype)
         blocks = {"csfe": (CSFE, _options("csfe", csfe)), "mfdf": (MFDF, _options("mfdf", mfdf))}
-        check_sequence("kfde_stages", kfde_stages, "stages, such as (3,)")
-        for index in kfde_stages:
-            check_int("kfde_stages", index, minimum=0)
-        for index in sorted(set(kfde_stages)):
+        stages = check_sequence("kfde_stages", kfde_stages, "stages, such as (3,)")
+        for index in sorted({check_int("kfde_stages", index, minimum=0) for index in stages}):
             if index not in range(len(self.stages)):
                 raise ValueError(f"kfde_stages must lie in 0 ... {len(self.stages) - 1}, got {index}")
             channels = self.feature_info[index]["num_chs"]
@@ -107,7 +105,10 @@ class KFDEConvNeXt(convnext.ConvNeXt):
             for name, (layer, options) in blocks.items():
                 if options is None:
                     continue
-                block = layer(channels, **options, device=device, dtype=dtype)
+                try:
+                    block = layer(channels, **options, device=device, dtype=dtype)
+                except TypeError as error:
+                    raise TypeError(f"{name} must hold arguments of {layer.__name__}: {error}") from error
                 kfde[name] = Blend(block, channels, device=device, dtype=dtype) if identity_start else block
             if kfde:
                 stage = cast(convnext.ConvNeXtStage, self.stages[index])

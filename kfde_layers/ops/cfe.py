@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kfde_layers._checks import check_floating, check_int, check_map, check_real, check_shape
+from kfde_layers._checks import check_device, check_floating, check_int, check_map, check_real, check_shape
 from kfde_layers._impl import Impl, select, unsupported
 from kfde_layers.fused.csfe.auto import auto_impl
 from kfde_layers.fused.csfe.operator import fused
@@ -69,8 +69,8 @@ def cfe(
         tensor([4.7551, 0.7551])
     """
     check_cfe_tensors("cfe: ", x, weight, bias)
-    check_cfe("cfe: ", x.shape[1], num_groups, threshold, eps)
-    if select(impl, unsupported(x), auto_impl(x, with_cfe=True)) is Impl.FUSED:
+    num_groups, threshold, eps = check_cfe("cfe: ", x.shape[1], num_groups, threshold, eps)
+    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl(x, with_cfe=True)) is Impl.FUSED:
         return fused(x, weight, bias, CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps))
     return as_input(cfe_equations(upcast(x), weight, bias, num_groups, threshold, eps), x)
 
@@ -81,17 +81,19 @@ def check_cfe_tensors(prefix: str, x: Tensor, weight: Tensor, bias: Tensor) -> N
     check_shape(f"{prefix}weight", weight, (channels,))
     check_shape(f"{prefix}bias", bias, (channels,))
     check_map(f"{prefix}x", x, channels)
+    check_device(f"{prefix}weight", weight, x)
+    check_device(f"{prefix}bias", bias, x)
 
 
-def check_cfe(prefix: str, channels: int, num_groups: int, threshold: float, eps: float) -> None:
-    """Refuse hyper-parameters that CFE cannot use; messages begin with `prefix`."""
+def check_cfe(prefix: str, channels: int, num_groups: int, threshold: float, eps: float) -> tuple[int, float, float]:
+    """Return CFE's hyper-parameters as Python numbers; refuse what it cannot use; messages begin with `prefix`."""
     if channels % 2:
         raise ValueError(f"{prefix}channels must be even, since CFE crosses two halves of them, got {channels}")
-    check_int(f"{prefix}num_groups", num_groups, minimum=1)
+    num_groups = check_int(f"{prefix}num_groups", num_groups, minimum=1)
     if channels % num_groups:
         raise ValueError(f"{prefix}num_groups must divide channels = {channels}, got {num_groups}")
-    check_real(f"{prefix}threshold", threshold, above=0, below=1)
-    check_real(f"{prefix}eps", eps, above=0)
+    threshold = check_real(f"{prefix}threshold", threshold, above=0, below=1)
+    return num_groups, threshold, check_real(f"{prefix}eps", eps, above=0)
 
 
 def cfe_gate(

@@ -81,10 +81,10 @@ def csfe(
         tensor(0.)
     """
     check_cfe_tensors("csfe: ", x, weight, bias)
-    check_cfe("csfe: ", x.shape[1], num_groups, threshold, eps)
-    check_sfe("csfe: ", lambd, beta, correction)
+    num_groups, threshold, eps = check_cfe("csfe: ", x.shape[1], num_groups, threshold, eps)
+    lambd, beta, correction = check_sfe("csfe: ", lambd, beta, correction)
     check_csfe("csfe: ", arrangement, fusion)
-    if select(impl, unsupported(x), auto_impl(x, with_cfe=True)) is Impl.FUSED:
+    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl(x, with_cfe=True)) is Impl.FUSED:
         if arrangement == "parallel":
             scale = 0.5 if fusion == "mean" else 1.0
             options = CsfeOptions(num_groups, threshold, lambd, beta, correction, eps, with_sfe=True, scale=scale)

@@ -1,7 +1,7 @@
 """Multi-scale feature dynamic fusion, equations (10)-(14)."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kfde_layers._checks import check_dims, check_int, check_map, check_sequence, check_shape
-from kfde_layers._impl import Impl, exporting, select, unsupported
+from kfde_layers._checks import check_device, check_dims, check_int, check_map, check_sequence, check_shape
+from kfde_layers._impl import Impl, exporting, select, tracing, unsupported
 from kfde_layers.fused.mfdf.auto import auto_impl
 from kfde_layers.fused.mfdf.operator import fused
 from kfde_layers.ops.formats import as_input, upcast, without_autocast
@@ -77,19 +77,21 @@ def mfdf(
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    check_sequence("mfdf: branch_weights", branch_weights, "tensors")
+    branch_weights = check_sequence("mfdf: branch_weights", branch_weights, "tensors")
     channels = int(check_dims("mfdf: fc1_weight", fc1_weight, ("d", "C"))[1])  # torch.jit.trace has tensors for sizes
     check_map("mfdf: x", x, channels)
     groups = resolve_groups("mfdf: groups", channels, groups)
     dilations = resolve_dilations("mfdf: dilation", dilation, len(branch_weights))
-    check_branches(channels, groups, branch_weights, branch_biases)
+    if branch_biases is not None:
+        branch_biases = check_sequence("mfdf: branch_biases", branch_biases, "tensors")
+    check_branches(x, groups, branch_weights, branch_biases)
     fc = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _check_fc(channels, len(branch_weights), *fc)
+    _check_fc(x, len(branch_weights), *fc)
 
     def scores(p: Tensor) -> Tensor:
         return branch_scores(p, *fc)
 
-    return mfdf_from_kernels(x, branch_weights, branch_biases, scores, dilations, groups, impl)
+    return mfdf_from_kernels(x, branch_weights, branch_biases, scores, lambda: fc, dilations, groups, impl)
 
 
 def mfdf_from_kernels(
@@ -97,12 +99,16 @@ def mfdf_from_kernels(
     branch_weights: Sequence[Tensor],
     branch_biases: Sequence[Tensor] | None,
     scores: Callable[[Tensor], Tensor],
+    fc: Callable[[], Iterable[Tensor]],
     dilations: Sequence[int],
     groups: int,
     impl: Impl | str,
 ) -> Tensor:
-    """Return equations (10)-(14) from the kernels of the branches; `scores` maps p (N, C) to the scores (N, K C)."""
-    reason = _unsupported(x, groups)
+    """Return equations (10)-(14) from the kernels of the branches.
+
+    `scores` maps p (N, C) to the scores (N, K C), with the parameters that `fc()` returns.
+    """
+    reason = _unsupported(x, groups, lambda: (*branch_weights, *(branch_biases or ()), *fc()))
     auto = Impl.REFERENCE if reason else auto_impl(x, branch_weights, dilations)
     if select(impl, reason, auto) is Impl.FUSED:
         num_branches = len(branch_weights)
@@ -125,7 +131,8 @@ def mfdf_from_maps_and_fc(x: Tensor, maps: Sequence[Tensor], *fc: Tensor) -> Ten
 def branch_mean(maps: Sequence[Tensor]) -> Tensor:
     """Return p of equations (10)-(11), (N, C), from the branch maps."""
     means = [upcast(branch_map).mean(dim=(2, 3)) for branch_map in maps]
-    return functools.reduce(torch.add, means)  # the mean of the sum, without the map of the sum
+    p = functools.reduce(torch.add, means)  # the mean of the sum, without the map of the sum
+    return p.nan_to_num() if is_empty(maps[0]) else p
 
 
 def branch_scores(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
@@ -156,7 +163,7 @@ def resolve_groups(name: str, channels: int, groups: int | str) -> int:
         return channels
     if isinstance(groups, str):
         raise ValueError(f"{name} must be an int or 'depthwise', got {groups!r}")
-    check_int(name, groups, minimum=1)
+    groups = check_int(name, groups, minimum=1)
     if channels % groups:
         raise ValueError(f"{name} must divide channels = {channels}, got {groups}")
     return groups
@@ -164,40 +171,37 @@ def resolve_groups(name: str, channels: int, groups: int | str) -> int:
 
 def resolve_dilations(name: str, dilation: int | Sequence[int], num_branches: int) -> tuple[int, ...]:
     """Return one dilation per branch."""
-    if isinstance(dilation, int):
-        dilation = (dilation,) * num_branches
-    check_sequence(name, dilation, "ints, or an int")
-    dilations = tuple(dilation)
+    if isinstance(dilation, int) or getattr(dilation, "ndim", 1) == 0:
+        dilations = (dilation,) * num_branches
+    else:
+        dilations = check_sequence(name, dilation, "ints, or an int")
     if len(dilations) != num_branches:
         raise ValueError(f"{name} must be an int or have {num_branches} entries, one per branch, got {dilation!r}")
-    for value in dilations:
-        check_int(name, value, minimum=1)
-    return dilations
+    return tuple(check_int(name, value, minimum=1) for value in dilations)
 
 
 def resolve_kernel_sizes(kernel_sizes: Sequence[int]) -> tuple[int, ...]:
     """Return the side of each branch's kernel."""
-    check_sequence("kernel_sizes", kernel_sizes, "odd ints")
-    if not kernel_sizes:
+    sizes = check_sequence("kernel_sizes", kernel_sizes, "odd ints")
+    if not sizes:
         raise ValueError("kernel_sizes must have at least one entry, got none")
-    for size in kernel_sizes:
-        _check_kernel_size("kernel_sizes", size)
-    return tuple(kernel_sizes)
+    return tuple(_check_kernel_size("kernel_sizes", size) for size in sizes)
 
 
-def _check_kernel_size(name: str, size: int) -> None:
-    """Refuse a kernel that has no centre."""
-    check_int(name, size, minimum=1)
+def _check_kernel_size(name: str, size: int) -> int:
+    """Return the size as an int; refuse a kernel that has no centre."""
+    size = check_int(name, size, minimum=1)
     if size % 2 == 0:
         raise ValueError(f"{name} must be odd, so that the map keeps its size, got {size}")
+    return size
 
 
-def _unsupported(x: Tensor, groups: int) -> str | None:
+def _unsupported(x: Tensor, groups: int, parameters: Callable[[], Iterable[Tensor]]) -> str | None:
     if groups != x.shape[1]:
         return f"the branches must be depthwise, groups = {x.shape[1]}, got {groups}"
     if exporting():
         return "an exporter needs operations that other software has"
-    return unsupported(x)
+    return unsupported(x, parameters)
 
 
 def convolve(
@@ -210,12 +214,21 @@ def convolve(
         for k, weight in enumerate(weights):
             bias = None if biases is None else biases[k].to(h.dtype)
             padding = dilations[k] * (weight.shape[-1] // 2)
-            maps.append(F.conv2d(h, weight.to(h.dtype), bias, 1, padding, dilations[k], groups))
+            if is_empty(h):  # which conv2d refuses; the parameters stay in the graph, with gradients of zero
+                maps.append(h + 0 * (weight.sum() if bias is None else weight.sum() + bias.sum()).to(h.dtype))
+            else:
+                maps.append(F.conv2d(h, weight.to(h.dtype), bias, 1, padding, dilations[k], groups))
     return maps
 
 
-def check_branches(channels: int, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
-    """Refuse kernels and biases that do not fit the channels and each other."""
+def is_empty(x: Tensor) -> bool:
+    """Return whether the map has no element. A tracer takes it for one that has some."""
+    return not tracing() and x.numel() == 0
+
+
+def check_branches(x: Tensor, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+    """Refuse kernels and biases that do not fit the map and each other."""
+    channels = int(x.shape[1])  # torch.jit.trace has tensors for sizes
     if not weights:
         raise ValueError("mfdf: branch_weights must have at least one entry, got none")
     for k, weight in enumerate(weights):
@@ -223,22 +236,30 @@ def check_branches(channels: int, groups: int, weights: Sequence[Tensor], biases
         size = int(check_dims(name, weight, ("C", "C / groups", "k", "k"))[3])
         _check_kernel_size(f"the kernel size of {name}", size)
         check_shape(name, weight, (channels, channels // groups, size, size))
+        check_device(name, weight, x)
     if biases is None:
         return
-    check_sequence("mfdf: branch_biases", biases, "tensors")
     if len(biases) != len(weights):
         raise ValueError(f"mfdf: branch_biases must be None or have {len(weights)} entries, got {len(biases)}")
     for k, bias in enumerate(biases):
         check_shape(f"mfdf: branch_biases[{k}]", bias, (channels,))
+        check_device(f"mfdf: branch_biases[{k}]", bias, x)
 
 
 def _check_fc(
-    channels: int, num_branches: int, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+    x: Tensor, num_branches: int, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
 ) -> None:
-    hidden = fc1_weight.shape[0]
+    channels, hidden = int(x.shape[1]), int(fc1_weight.shape[0])
     check_shape("mfdf: fc1_bias", fc1_bias, (hidden,))
     check_shape("mfdf: fc2_weight", fc2_weight, (num_branches * channels, hidden))
     check_shape("mfdf: fc2_bias", fc2_bias, (num_branches * channels,))
+    for name, tensor in (
+        ("fc1_weight", fc1_weight),
+        ("fc1_bias", fc1_bias),
+        ("fc2_weight", fc2_weight),
+        ("fc2_bias", fc2_bias),
+    ):
+        check_device(f"mfdf: {name}", tensor, x)
 
 
 torch.library.define(

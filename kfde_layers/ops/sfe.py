@@ -51,17 +51,17 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
                   [1.5000, 1.5000]]]])
     """
     check_map("sfe: x", x)
-    check_sfe("sfe: ", lambd, beta, correction)
+    lambd, beta, correction = check_sfe("sfe: ", lambd, beta, correction)
     if select(impl, unsupported(x), auto_impl(x, with_cfe=False)) is Impl.FUSED:
         return fused(x, None, None, CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True))
     return as_input(sfe_equations(upcast(x), lambd, beta, correction), x)
 
 
-def check_sfe(prefix: str, lambd: float, beta: float, correction: int) -> None:
-    """Refuse hyper-parameters that SFE cannot use; messages begin with `prefix`."""
-    check_real(f"{prefix}lambd", lambd, above=0)
-    check_real(f"{prefix}beta", beta)
-    check_int(f"{prefix}correction", correction, minimum=0)
+def check_sfe(prefix: str, lambd: float, beta: float, correction: int) -> tuple[float, float, int]:
+    """Return SFE's hyper-parameters as Python numbers; refuse what it cannot use; messages begin with `prefix`."""
+    lambd = check_real(f"{prefix}lambd", lambd, above=0)
+    beta = check_real(f"{prefix}beta", beta)
+    return lambd, beta, check_int(f"{prefix}correction", correction, minimum=0)
 
 
 def sfe_equations(x: Tensor, lambd: float, beta: float, correction: int) -> Tensor:

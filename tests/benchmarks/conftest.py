@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,12 @@ def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Compile without code generation, which takes many seconds and which other tests cover."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_a_quick_run_writes_its_rows(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_compiled_modules_are_timed_too():
+def test_compiled_modules_are_timed_too(quick_compiler):
     problems = common.Problems()
     settings = common.Settings("cpu", torch.float32, 3, 2, 1e-4, 0, True)
     rows = bench_layers.measure(

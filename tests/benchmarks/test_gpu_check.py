@@ -58,7 +58,7 @@ def test_the_layers_are_right():
 
 
 @pytest.mark.slow
-def test_every_way_to_run_a_layer_is_right():
+def test_every_way_to_run_a_layer_is_right(quick_compiler):
     cases = {name: device_checks.CASES[name] for name in ("CFE", "MFDF")}
     outcomes = list(device_checks.ways_to_run("cpu", (2, 32, 6, 6), cases))
     assert len(outcomes) == 2 * 3

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from kfde_layers import CSFE, MFDF
+from kfde_layers import MFDF
 from tests.support.agreement import count_operations
 from tests.support.parts import (
     assert_calls_its_parts,
@@ -115,14 +115,3 @@ def test_a_parametrization_runs_once_when_another_branch_must_be_called(hooked):
         counter.calls = 0
     layer(draw_map())
     assert [counter.calls for counter in counters] == [1, 1, 1, 1]
-
-
-def test_a_weight_on_another_device_is_not_read():
-    layer = MFDF(8, impl="fused")
-    layer.branches[1].to("meta")
-    with pytest.raises(NotImplementedError, match=r"branches\[1\] has its parameters on meta, but x is on cpu"):
-        layer(torch.zeros(2, 8, 5, 5))
-    csfe = CSFE(8, impl="fused")
-    csfe.cfe.bias = nn.Parameter(csfe.cfe.bias.to("meta"))
-    with pytest.raises(NotImplementedError, match="cfe has its parameters on meta, but x is on cpu"):
-        csfe(torch.zeros(2, 8, 5, 5))

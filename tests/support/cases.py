@@ -84,7 +84,7 @@ def _atto(**options) -> nn.Module:
 
 
 MODEL = Case(functools.partial(_atto, depths=(1, 1, 1, 1)), MODEL_SHAPES)  # more blocks would repeat the same graph
-SHALLOW = Case(functools.partial(_atto, depths=(0, 0, 0, 1)), MODEL_SHAPES)  # for slow compilers
+SHALLOW = Case(functools.partial(_atto, depths=(0, 0, 0, 0)), MODEL_SHAPES)  # for slow compilers: KFDE without blocks
 OPTIONS = {
     name: _layer_case(make)
     for name, make in (

@@ -1,0 +1,218 @@
+"""Networks that change in their own forward pass are as before after `insertion_points`, `insert` and refusals."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kfde_layers import CSFE, SFE, insert, insertion_points, remove
+from kfde_layers.insertion import running
+from kfde_layers.testing import random_tensor
+
+X = random_tensor(1, 3, 16, 16, dtype=torch.float32)
+
+
+class Changing(nn.Module):
+    """A network whose forward pass changes one thing of it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.end = nn.Conv2d(8, 8, 1)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("position", torch.ones(1, 8, 4, 4))
+        self.register_buffer("absent", None)
+        self.calls, self.seen = 0, {"keys": ["first"]}
+        self.change = change
+
+    def forward(self, x):
+        self.change(self)
+        return self.end(self.conv(x))
+
+
+class Hidden:
+    """An object that is no tensor."""
+
+
+def _resize(model):
+    model.position.data = nn.functional.interpolate(model.position, scale_factor=2)
+
+
+def _replace_parameter(model):
+    model.conv.bias = nn.Parameter(model.conv.bias + 1)
+
+
+CHANGES = {
+    "a buffer in place": lambda model: model.count.add_(1),
+    "a buffer anew": lambda model: setattr(model, "count", model.count + 1),
+    "a buffer that grows": _resize,
+    "a buffer that becomes another dtype": lambda model: setattr(model.count, "data", model.count.double() + 1),
+    "a buffer that is created": lambda model: model.register_buffer("created", torch.ones(2), persistent=False),
+    "a buffer that was None": lambda model: setattr(model, "absent", torch.ones(3)),
+    "a buffer that is deleted": lambda model: model._buffers.pop("count", None),
+    "a parameter anew": _replace_parameter,
+    "a module that is created": lambda model: setattr(model, "late", nn.Identity()),
+    "a counter": lambda model: setattr(model, "calls", model.calls + 1),
+    "an attribute that is created": lambda model: setattr(model, "cache", Hidden()),
+    "an attribute that is deleted": lambda model: model.__dict__.pop("calls", None),
+    "the mode of a child": lambda model: model.end.train(not model.end.training),
+    "random numbers of torch": lambda model: torch.rand(3),
+    "random numbers of Python": lambda model: random.random(),
+    "random numbers of NumPy": lambda model: np.random.rand(3),
+}
+
+
+def state_of(model):
+    """Return everything that a forward pass may change, in a form that can be compared."""
+    modules = {}
+    for name, module in model.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        values = {key: None if tensor is None else (id(tensor), tensor.tolist()) for key, tensor in tensors.items()}
+        attributes = {key: repr(value) for key, value in module.__dict__.items() if not key.startswith("_")}
+        modules[name] = (values, attributes, list(module._modules), len(module._forward_hooks))
+    return modules, torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_changes_itself_is_left_as_it_was(change, mode):
+    model, shrinking = Changing(CHANGES[change]).train(mode), nn.Conv2d(8, 4, 1)
+    before = state_of(model)
+    insertion_points(model, example_input=X)
+    assert state_of(model) == before
+    with pytest.raises(ValueError, match="must keep the shape"):
+        insert(model, {"conv": shrinking}, example_input=X)
+    assert state_of(model) == before
+    remove(insert(model, {"conv": CSFE, "end": SFE}, example_input=X))
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if not change.startswith("random")])
+def test_the_changes_are_seen(change):
+    model = Changing(CHANGES[change])
+    before = state_of(model)
+    model(X)
+    assert state_of(model) != before
+
+
+def test_a_step_that_cannot_be_undone_keeps_no_other_from_being_undone(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)).train()
+    restore_buffer = running._restore_buffer
+
+    def fail_for_one(buffer, value):
+        if buffer is model[1].running_mean:
+            raise RuntimeError("this one cannot be undone")
+        restore_buffer(buffer, value)
+
+    monkeypatch.setattr(running, "_restore_buffer", fail_for_one)
+    model[2].register_forward_hook(lambda module, args, output: module.running_var.add_(1))
+    with pytest.raises(RuntimeError, match="this one cannot be undone"):
+        insertion_points(model, example_input=X)
+    assert all(module.training for module in model.modules())
+    assert [len(module._forward_hooks) for module in model] == [0, 0, 1]
+    assert torch.equal(model[2].running_var, torch.ones(8))
+
+
+def test_the_example_is_not_changed():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.add_(1)
+
+    x = X.clone()
+    insertion_points(nn.Sequential(InPlace(), nn.Conv2d(3, 8, 3)), example_input=x)
+    assert torch.equal(x, X)
+
+
+class Twice(nn.Module):
+    """A network that calls a part a second time in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.conv(y) if self.training else y
+
+
+class Answer(nn.Module):
+    """A block that answers with `make(x)`."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+shared = CSFE(8)
+not_finite = SFE(8)
+REFUSALS = {
+    "the model itself": (
+        lambda: plain,
+        {"0": plain},
+        "the block at '0' must share no module with the model, got a Seq",
+    ),
+    "a part of the model": (
+        lambda: plain,
+        {"0": plain[1]},
+        "the block at '0' must share no module with the model, got a",
+    ),
+    "a block that holds the model": (lambda: plain, {"1": nn.Sequential(plain)}, "must share no module with the model"),
+    "one block twice": (lambda: plain, {"0": shared, "1": shared}, "at '1' must share no module with the block at '0'"),
+    "another dtype": (lambda: plain, {"0": Answer(torch.Tensor.double)}, "at '0' must keep the dtype torch.float32"),
+    "integers": (lambda: plain, {"1": Answer(lambda x: x.long())}, "at '1' must keep the dtype torch.float32 .*int64"),
+    "not a number": (lambda: plain, {"1": Answer(lambda x: x / 0)}, "at '1' must return finite values"),
+    "detached": (lambda: plain, {"0": Answer(torch.Tensor.detach)}, "at '0' must pass gradients to its map"),
+    "a tuple": (lambda: plain, {"0": Answer(lambda x: (x, x))}, "at '0' must return one tensor, got tuple"),
+    "nothing": (lambda: plain, {"0": Answer(lambda x: None)}, "at '0' must return one tensor, got NoneType"),
+    "odd channels": (
+        lambda: nn.Sequential(nn.Conv2d(3, 7, 3)),
+        {"0": CSFE},
+        "the block at '0' cannot be made for its 7 channels",
+    ),
+    "a bad option": (
+        lambda: plain,
+        {"1": lambda c: CSFE(c, 3)},
+        "at '1' cannot be made for its 8 channels: num_groups",
+    ),
+    "twice in training": (
+        lambda: nn.Sequential(Twice()),
+        {"0.conv": SFE},
+        "at '0.conv': in training .* calls it 2 times",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_blocks_that_would_break_the_network_are_refused(case):
+    make, blocks, message = REFUSALS[case]
+    model = make()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        insert(model, blocks, example_input=X)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("broken", ["weight", "example"])
+def test_values_that_are_not_finite_are_refused(broken):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), X.clone()
+    with torch.no_grad():
+        (model[0].weight if broken == "weight" else x).view(-1)[3] = float("nan")
+    with pytest.raises(ValueError, match="cannot insert at '1': its map has values that are not finite"):
+        insert(model, {"1": SFE}, example_input=x)
+
+
+def test_blocks_that_work_in_place_are_taken():
+    insert(plain_copy := nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": nn.ReLU(inplace=True)}, example_input=X)
+    assert plain_copy(X).min() == 0
+
+
+@pytest.mark.parametrize("names", [3, 1.5, torch.nn.ReLU])
+def test_remove_refuses_what_holds_no_names(names):
+    with pytest.raises(TypeError, match="names must be a list of module names or None, got"):
+        remove(plain, names)

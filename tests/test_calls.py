@@ -1,0 +1,171 @@
+"""Calls that users expect to work, and calls that are refused with argument, value and wish."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from kfde_layers import CFE, CSFE, MFDF, SFE
+from kfde_layers.functional import cfe, csfe, mfdf, sfe
+from kfde_layers.layers import Blend
+
+X = torch.linspace(-1, 2, 2 * 8 * 5 * 5).reshape(2, 8, 5, 5)
+ONES, ZEROS = torch.ones(8), torch.zeros(8)
+
+INTEGERS = [np.int64(8), np.int32(8), np.uint8(8), np.array(8), torch.tensor(8)]
+NUMBERS = [np.float32(0.5), np.float64(0.5), np.float16(0.5)]
+
+
+def same(a, b):
+    torch.manual_seed(0)
+    first = a().eval()
+    torch.manual_seed(0)
+    second = b().eval()
+    assert repr(first) == repr(second)
+    assert torch.equal(first(X), second(X))
+    assert torch.equal(torch.jit.script(first)(X), second(X))
+
+
+@pytest.mark.parametrize("value", INTEGERS, ids=lambda value: type(value).__name__)
+def test_integers_of_other_libraries_are_integers(value):
+    two, one = value // 4, value // 8
+    for make in (CFE, CSFE, SFE, MFDF):
+        same(lambda make=make: make(value), lambda make=make: make(8))
+    same(lambda: CFE(8, num_groups=two), lambda: CFE(8, num_groups=2))
+    same(lambda: SFE(correction=one), lambda: SFE(correction=1))
+    same(lambda: MFDF(8, dilation=two), lambda: MFDF(8, dilation=2))
+    same(lambda: MFDF(8, groups=two, rd_channels=two), lambda: MFDF(8, groups=2, rd_channels=2))
+    assert torch.equal(csfe(X, ONES, ZEROS, two), csfe(X, ONES, ZEROS, 2))
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: type(value).__name__)
+def test_numbers_of_other_libraries_are_numbers(value):
+    for name in ("threshold", "lambd", "beta", "eps"):
+        same(lambda name=name: CSFE(8, **{name: value}), lambda name=name: CSFE(8, **{name: 0.5}))
+    assert torch.equal(cfe(X, ONES, ZEROS, 2, value, value), cfe(X, ONES, ZEROS, 2, 0.5, 0.5))
+    assert torch.equal(sfe(X, value, value), sfe(X, 0.5, 0.5))
+    same(lambda: SFE(lambd=1, beta=0), lambda: SFE(lambd=1.0, beta=0.0))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [np.array([3, 5]), [np.int64(3), 5], (3, 5), torch.tensor([3, 5]), range(3, 6, 2)],
+    ids=lambda s: type(s).__name__,
+)
+def test_arrays_are_sequences(sizes):
+    same(lambda: MFDF(8, kernel_sizes=sizes), lambda: MFDF(8, kernel_sizes=(3, 5)))
+    same(lambda: MFDF(8, (1, 3), dilation=sizes), lambda: MFDF(8, (1, 3), dilation=(3, 5)))
+    model = timm.create_model("kfde_convnextv2_atto", kfde_stages=np.array([1, 3]), device="meta")
+    assert {key.split(".")[1] for key in model.state_dict() if ".kfde." in key} == {"1", "3"}
+
+
+@pytest.mark.parametrize("container", [nn.ParameterList, tuple, list])
+def test_any_sequence_holds_the_kernels(container):
+    layer = MFDF(8)
+    weights = container([branch.weight for branch in layer.branches])
+    biases = container([branch.bias for branch in layer.branches])
+    fc = (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    assert torch.equal(mfdf(X, weights, biases, *fc), layer(X))
+
+
+REFUSED = [
+    (lambda: CFE("8"), TypeError, "channels must be an int, got '8' of type str"),
+    (lambda: CFE(8.0), TypeError, "channels must be an int, got 8.0 of type float"),
+    (lambda: CFE(True), TypeError, "channels must be an int, got True of type bool"),
+    (lambda: CFE(np.float64(8)), TypeError, "channels must be an int, got .*8.0.* of type float64"),
+    (lambda: CFE(0), ValueError, "channels must be at least 1, got 0"),
+    (lambda: CFE(np.int64(-2)), ValueError, "channels must be at least 1, got -2"),
+    (lambda: CFE(10**30), ValueError, "channels must be at most 2147483647, got 1000"),
+    (lambda: SFE(correction=10**30), ValueError, "correction must be at most 2147483647"),
+    (lambda: SFE(correction=None), TypeError, "correction must be an int, got None"),
+    (lambda: MFDF(8, dilation=10**30), ValueError, "dilation must be at most 2147483647"),
+    (lambda: MFDF(8, dilation=np.array([1, 2])), ValueError, "dilation must be an int or have 4 entries"),
+    (lambda: MFDF(8, dilation=1.0), TypeError, "dilation must be a sequence of ints, or an int, got 1.0"),
+    (lambda: MFDF(8, kernel_sizes="35"), TypeError, "kernel_sizes must be a sequence of odd ints, got '35'"),
+    (lambda: MFDF(8, kernel_sizes={3: 5}), TypeError, "kernel_sizes must be a sequence of odd ints, got {3: 5}"),
+    (lambda: MFDF(8, kernel_sizes=np.ones((2, 2))), TypeError, "kernel_sizes must be a sequence of odd ints"),
+    (lambda: MFDF(8, kernel_sizes=[3, 4]), ValueError, "kernel_sizes must be odd, so .*, got 4"),
+    (lambda: MFDF(8, kernel_sizes=[3.0]), TypeError, "kernel_sizes must be an int, got 3.0"),
+    (lambda: CFE(8, eps=1e-50), ValueError, "eps must be from 1.18e-38 to 3.4e.38, as float32 has it, got 1e-50"),
+    (lambda: CFE(8, eps=10**400), ValueError, "eps must be from 1.18e-38 to 3.4e.38, as float32 has it, got 1000"),
+    (lambda: CFE(8, eps=float("nan")), ValueError, "eps must be positive and finite, got nan"),
+    (lambda: CFE(8, eps=0), ValueError, "eps must be positive and finite, got 0"),
+    (lambda: CFE(8, eps="1e-5"), TypeError, "eps must be a number, got '1e-5' of type str"),
+    (lambda: CFE(8, eps=1j), TypeError, "eps must be a number, got 1j of type complex"),
+    (lambda: SFE(lambd=1e-50), ValueError, "lambd must be from 1.18e-38"),
+    (lambda: SFE(lambd=1e39), ValueError, "lambd must be from 1.18e-38 to 3.4e.38, as float32 has it, got 1e"),
+    (lambda: SFE(lambd=np.float32("inf")), ValueError, "lambd must be positive and finite, got inf"),
+    (lambda: SFE(beta=10**400), ValueError, "beta must be from -3.4e.38 to 3.4e.38, as float32 has it, got 1000"),
+    (lambda: SFE(beta=-1e39), ValueError, "beta must be from -3.4e.38 to 3.4e.38, as float32 has it, got -1e"),
+    (lambda: CFE(8, threshold=np.float32(1)), ValueError, "threshold must lie strictly between 0 and 1, got 1.0"),
+    (lambda: CSFE(8, arrangement=np.array(["parallel"])), ValueError, "arrangement must be one of 'parallel'"),
+    (lambda: CSFE(8, fusion=None), ValueError, "fusion must be one of 'sum', 'mean', got None"),
+    (lambda: CFE(8, dtype=torch.int64), TypeError, "dtype must be None or one of float32, .*, got torch.int64"),
+    (lambda: CFE(8, dtype=torch.complex64), TypeError, "dtype must be None or one of float32, .* got torch.complex64"),
+    (lambda: MFDF(8, dtype=torch.float8_e5m2), TypeError, "dtype must be None or one of float32"),
+    (lambda: CSFE(8, dtype="float32"), TypeError, "dtype must be None or one of float32, .*, got float32"),
+    (lambda: MFDF(8, norm_layer=lambda channels: None), TypeError, "norm_layer must make a module, got None"),
+    (lambda: MFDF(8, act_layer=lambda: torch.relu), TypeError, "act_layer must make a module, got <built-in"),
+    (lambda: Blend(CSFE, 8), TypeError, "block must be a Module, got"),
+    (lambda: Blend(CSFE(8), 8.5), TypeError, "channels must be an int, got 8.5"),
+    (lambda: Blend(nn.Identity(), 1)(X), ValueError, "x must have 1 channels in dimension 1, got 8"),
+    (lambda: Blend(nn.Identity(), 8)(X[0]), ValueError, r"x must have shape \(N, C, H, W\), got 3 dimensions"),
+    (lambda: Blend(nn.AdaptiveAvgPool2d(1), 8)(X), ValueError, "the output of block must have shape"),
+    (lambda: Blend(nn.Flatten(), 8)(X), ValueError, "the output of block must have shape"),
+    (
+        lambda: timm.create_model("kfde_convnextv2_atto", csfe=dict(bogus=1)),
+        TypeError,
+        "csfe must hold arguments of CSFE",
+    ),
+    (
+        lambda: timm.create_model("kfde_convnextv2_atto", mfdf=dict(bogus=1)),
+        TypeError,
+        "mfdf must hold arguments of MFDF",
+    ),
+    (lambda: cfe(X.numpy(), ONES, ZEROS, 2), TypeError, "cfe: x must be a torch.Tensor, got ndarray"),
+    (
+        lambda: mfdf(X, X, None, ONES, ONES, ONES, ONES),
+        TypeError,
+        r"branch_weights must be a sequence of tensors, got shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+NOT_DENSE = {
+    "sparse": lambda: X.to_sparse(),
+    "rows": lambda: X.to_sparse_csr() if X.ndim == 2 else X.flatten(1).to_sparse_csr(),
+    "mkldnn": lambda: X.to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([X[0], X[1]]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse|nested tensors).*:UserWarning")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("make", [CFE, SFE, CSFE, MFDF])
+def test_tensors_that_are_not_dense_are_refused(make, kind):
+    with pytest.raises(TypeError, match=r"x must be a dense tensor of layout torch\.strided, got"):
+        make(8)(NOT_DENSE[kind]())
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 0, 6), (2, 8, 6, 0), (0, 8, 0, 0)])
+@pytest.mark.parametrize(
+    "layer",
+    [CFE(8), SFE(), CSFE(8), CSFE(8, arrangement="cfe_sfe"), MFDF(8), MFDF(8, groups=1), MFDF(8, impl="reference")],
+    ids=repr,
+)
+def test_empty_maps_give_empty_maps(layer, shape):
+    x = torch.zeros(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
