@@ -8,8 +8,6 @@ from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.cfe import cfe, cfe_gate, check_cfe, check_cfe_tensors
 from kfde_layers.ops.formats import upcast
 
-torch.fx.wrap("cfe")  # torch.fx records the call, since the function has checks that it cannot trace
-
 
 class CFE(nn.Module):
     r"""Channel-level feature enhancement: keep values above a gate, cross the others over to the other channel half.
@@ -78,9 +76,15 @@ class CFE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return torch.ops.kfde.cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, self.impl)
+            return self._recorded(x)
         else:
+            if isinstance(x, torch.fx.Proxy):
+                return self._recorded(x)
             return cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, impl=self.impl)
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """Compute the same with one operator, which TorchScript and torch.fx record."""
+        return torch.ops.kfde.cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, self.impl)
 
     def gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gate that the layer applies to `x`.

@@ -11,8 +11,6 @@ from kfde_layers.layers.parts import watched_everywhere, why_not_plain, why_not_
 from kfde_layers.layers.sfe import SFE
 from kfde_layers.ops.csfe import check_csfe, csfe
 
-torch.fx.wrap("csfe")  # torch.fx records the call, since the function has checks that it cannot trace
-
 
 class CSFE(nn.Module):
     r"""Channel-spatial feature enhancement: CFE and SFE as the two branches of one module.
@@ -90,25 +88,10 @@ class CSFE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            if self.parts_are_plain:
-                return torch.ops.kfde.csfe(
-                    x,
-                    self.cfe.weight,
-                    self.cfe.bias,
-                    num_groups=self.cfe.num_groups,
-                    threshold=self.cfe.threshold,
-                    lambd=self.sfe.lambd,
-                    beta=self.sfe.beta,
-                    correction=self.sfe.correction,
-                    eps=self.cfe.eps,
-                    arrangement=self.arrangement,
-                    fusion=self.fusion,
-                    impl=self.impl,
-                )
-            if self.impl == "fused":
-                raise NotImplementedError("impl='fused' cannot run: to be recorded, both parts must be plain")
-            return self._call_parts(x)
+            return self._recorded(x)
         else:
+            if isinstance(x, torch.fx.Proxy):
+                return self._recorded(x)
             gamma_and_beta = self._gamma_and_beta(x)
             if isinstance(gamma_and_beta, str):
                 select(self.impl, gamma_and_beta)  # refuses impl="fused"
@@ -126,6 +109,27 @@ class CSFE(nn.Module):
                 fusion=self.fusion,
                 impl=self.impl,
             )
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """Compute the same with one operator, or with the parts, which TorchScript and torch.fx record."""
+        if self.parts_are_plain:
+            return torch.ops.kfde.csfe(
+                x,
+                self.cfe.weight,
+                self.cfe.bias,
+                num_groups=self.cfe.num_groups,
+                threshold=self.cfe.threshold,
+                lambd=self.sfe.lambd,
+                beta=self.sfe.beta,
+                correction=self.sfe.correction,
+                eps=self.cfe.eps,
+                arrangement=self.arrangement,
+                fusion=self.fusion,
+                impl=self.impl,
+            )
+        if self.impl == "fused":
+            raise NotImplementedError("impl='fused' cannot run: to be recorded, both parts must be plain")
+        return self._call_parts(x)
 
     def _call_parts(self, x: Tensor) -> Tensor:
         if self.arrangement == "cfe_sfe":

@@ -26,21 +26,12 @@ from kfde_layers.ops.mfdf import (
     branch_softmax,
     check_branches,
     convolve,
-    mfdf,
     mfdf_from_kernels,
     mfdf_from_maps,
-    mfdf_from_maps_and_fc,
     resolve_dilations,
     resolve_groups,
     resolve_kernel_sizes,
-    sum_branches,
 )
-
-# torch.fx records calls of these functions, since they have checks and choices that it cannot trace.
-torch.fx.wrap("branch_mean")
-torch.fx.wrap("mfdf")
-torch.fx.wrap("mfdf_from_maps_and_fc")
-torch.fx.wrap("sum_branches")
 
 
 class MFDF(nn.Module):
@@ -248,36 +239,27 @@ class MFDF(nn.Module):
                 weights.append(weight)  # pyright: ignore[reportArgumentType]
                 if bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                     biases.append(bias)  # pyright: ignore[reportArgumentType]
-            if torch.jit.is_scripting():
-                return torch.ops.kfde.mfdf(
-                    x,
-                    weights,
-                    biases,
-                    fc1.weight,
-                    fc1.bias,
-                    fc2.weight,
-                    fc2.bias,
-                    self.dilation,
-                    self.groups,
-                    self.impl,
-                )
-            else:
-                fc = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-                return mfdf(x, weights, biases or None, *fc, self.dilation, self.groups, impl=self.impl)
+            return torch.ops.kfde.mfdf(
+                x,
+                weights,
+                biases,
+                fc1.weight,
+                fc1.bias,
+                fc2.weight,
+                fc2.bias,
+                self.dilation,
+                self.groups,
+                self.impl,
+            )
         if self.impl == "fused":
             raise NotImplementedError("impl='fused' cannot run: to be recorded, all parts must be plain")
         maps: list[Tensor] = []
         for branch in self.branches:
             maps.append(branch(x))
-        if torch.jit.is_scripting():
-            if self.fc_are_plain:
-                return torch.ops.kfde.mfdf_fuse(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            p = torch.ops.kfde.mfdf_branch_mean(maps)
-            return torch.ops.kfde.mfdf_sum_branches(x, maps, self.fc2(self.fc1(p.to(x.dtype))))
-        else:
-            if self.fc_are_plain:
-                return mfdf_from_maps_and_fc(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            return sum_branches(x, maps, self.fc2(self.fc1(branch_mean(maps).to(x.dtype))))
+        if self.fc_are_plain:
+            return torch.ops.kfde.mfdf_fuse(x, maps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        p = torch.ops.kfde.mfdf_branch_mean(maps)
+        return torch.ops.kfde.mfdf_sum_branches(x, maps, self.fc2(self.fc1(p.to(x.dtype))))
 
     @property
     def all_parts_are_plain(self) -> bool:

@@ -7,8 +7,6 @@ from kfde_layers._checks import check_int
 from kfde_layers._impl import Impl, resolve_impl
 from kfde_layers.ops.sfe import check_sfe, sfe
 
-torch.fx.wrap("sfe")  # torch.fx records the call, since the function has checks that it cannot trace
-
 
 class SFE(nn.Module):
     r"""Spatial-level feature enhancement: weight each position by its squared distance from the mean of its channel.
@@ -63,9 +61,15 @@ class SFE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return torch.ops.kfde.sfe(x, self.lambd, self.beta, self.correction, self.impl)
+            return self._recorded(x)
         else:
+            if isinstance(x, torch.fx.Proxy):
+                return self._recorded(x)
             return sfe(x, self.lambd, self.beta, self.correction, impl=self.impl)
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """Compute the same with one operator, which TorchScript and torch.fx record."""
+        return torch.ops.kfde.sfe(x, self.lambd, self.beta, self.correction, self.impl)
 
     def extra_repr(self) -> str:
         return f"lambd={self.lambd}, beta={self.beta}, correction={self.correction}, impl={self.impl!r}"

@@ -108,10 +108,15 @@ def test_device_and_dtype_reach_every_parameter(make):
     assert on_meta.eval()(torch.empty(2, 6, 5, 7, device="meta")).shape == (2, 6, 5, 7)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The TorchScript type system doesn't support instance-level:UserWarning"
+)  # GraphModule
 @each_layer
 def test_the_tracer_of_torch_fx_gives_the_same_numbers(make):
     layer, x = make_layer(make), draw(3, 6, 16, 15, dtype=torch.float32)
-    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
+    traced = torch.fx.symbolic_trace(layer)
+    torch.testing.assert_close(traced(x), layer(x))
+    torch.testing.assert_close(torch.jit.script(traced)(x), layer(x))
 
 
 @each_layer
