@@ -9,9 +9,12 @@ from kfde_layers.fused.csfe.cuda import launch
 from kfde_layers.fused.csfe.options import CsfeOptions
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
+    LARGE,
+    SMALL,
     TARGETS,
     compile_launch,
     compiled_kernels,
+    each_build,
     needs_compiler,
     recorded,
     resources,
@@ -21,7 +24,6 @@ from tests.support.kernels import (
 
 pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.usefixtures("new_triton_cache")]
 
-LARGE, SMALL = (64, 96, 56, 56), (32, 768, 7, 7)
 # Bits of each load and store, for a channels_last map of 16-bit numbers.
 WIDEST = {"csfe_statistics_kernel": 128, "csfe_forward_kernel": 128, "csfe_sums_kernel": 64, "csfe_backward_kernel": 64}
 KERNELS = {*WIDEST, "csfe_parameters_kernel"}
@@ -45,17 +47,7 @@ def access_bits(compiled, folder):
     return widths
 
 
-# Every pair of shape, layout and dtype, since all triples would compile twice as much. The small map takes another path
-# through the kernels, which one target is enough to compile.
-@pytest.mark.parametrize(
-    ("shape", "layout", "dtype", "targets"),
-    [
-        (LARGE, "nhwc", torch.bfloat16, TARGETS),
-        (LARGE, "nchw", torch.float32, TARGETS),
-        (SMALL, "nhwc", torch.float32, (90,)),
-        (SMALL, "nchw", torch.bfloat16, (90,)),
-    ],
-)
+@each_build
 def test_nothing_spills(shape, layout, dtype, targets, tmp_path, record_property):
     rows = compiled_kernels(launch, lambda: launch_csfe(shape, layout, dtype), tmp_path, targets)
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in targets}

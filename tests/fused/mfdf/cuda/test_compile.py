@@ -8,9 +8,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from kfde_layers.fused.mfdf.cuda import launch
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
+    LARGE,
     TARGETS,
     compile_launch,
     compiled_kernels,
+    each_build,
     launches_of,
     needs_compiler,
     recorded,
@@ -20,7 +22,6 @@ from tests.support.kernels import (
 
 pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.usefixtures("new_triton_cache")]
 
-LARGE, SMALL = (64, 96, 56, 56), (32, 768, 7, 7)
 KERNELS = {
     "mfdf_coverage_kernel",
     "mfdf_mean_kernel",
@@ -55,17 +56,7 @@ def loop_bodies(code):
     return bodies
 
 
-# Every pair of shape, layout and dtype, since all triples would compile twice as much. The small map takes another path
-# through the kernels, which one target is enough to compile.
-@pytest.mark.parametrize(
-    ("shape", "layout", "dtype", "targets"),
-    [
-        (LARGE, "nhwc", torch.bfloat16, TARGETS),
-        (LARGE, "nchw", torch.float32, TARGETS),
-        (SMALL, "nhwc", torch.float32, (90,)),
-        (SMALL, "nchw", torch.bfloat16, (90,)),
-    ],
-)
+@each_build
 def test_nothing_spills(shape, layout, dtype, targets, tmp_path, record_property):
     rows = compiled_kernels(launch, lambda: launch_mfdf(shape, layout, dtype), tmp_path, targets)
     assert {row.target for row in rows} == {f"sm_{capability}" for capability in targets}
