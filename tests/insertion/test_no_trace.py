@@ -168,6 +168,11 @@ REFUSALS = {
     "integers": (lambda: plain, {"1": Answer(lambda x: x.long())}, "at '1' must keep the dtype torch.float32 .*int64"),
     "not a number": (lambda: plain, {"1": Answer(lambda x: x / 0)}, "at '1' must return finite values"),
     "detached": (lambda: plain, {"0": Answer(torch.Tensor.detach)}, "at '0' must pass gradients to its map"),
+    "detached before its parameters": (
+        lambda: plain,
+        {"0": nn.Sequential(Answer(torch.Tensor.detach), nn.Conv2d(8, 8, 1))},
+        "at '0' must pass gradients to its map",
+    ),
     "a tuple": (lambda: plain, {"0": Answer(lambda x: (x, x))}, "at '0' must return one tensor, got tuple"),
     "nothing": (lambda: plain, {"0": Answer(lambda x: None)}, "at '0' must return one tensor, got NoneType"),
     "odd channels": (
