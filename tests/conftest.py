@@ -1,3 +1,4 @@
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")  # of pytest-xdist
     config.pluginmanager.register(Cells(None if is_worker else config.getoption("--cells")))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the imported libraries live until the end: each collection would look through all their objects
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfde_layers.layers.parts import check_device_of, conv_settings, watched_everywhere, why_not_plain, why_not_readable
+from kfde_layers.layers.parts import (
+    check_device_of,
+    conv_settings,
+    read,
+    watched_everywhere,
+    why_not_plain,
+    why_not_readable,
+)
 from kfde_layers.ops.mfdf import is_empty
 
 
@@ -28,7 +35,13 @@ class ConvNormAct(nn.Module):
             return self.act(self.norm(self.conv(x)))
         else:
             conv, norm = self.conv, self.norm
-            if isinstance(x, torch.fx.Proxy) or _why_not_foldable(conv, norm) is not None or watched_everywhere():
+            if (
+                isinstance(x, torch.fx.Proxy)
+                or why_not_plain(conv, nn.Conv2d)
+                or conv.padding_mode != "zeros"
+                or _why_not_linear(norm)
+                or watched_everywhere()
+            ):
                 return self.act(norm(conv(x)))
             weight = conv.weight
             # In 16 bits the product of weight and scale would be rounded, which the norm itself does not do.
@@ -40,9 +53,8 @@ class ConvNormAct(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the convolution that equals convolution and norm, in float32 or float64."""
-        parts: dict[str, Any] = self._modules  # each attribute of a module would cost a search
-        conv = parts["conv"]
-        return _fold(conv.weight, conv.bias, parts["norm"])
+        conv, norm = cast(nn.Conv2d, self._modules["conv"]), cast(nn.Module, self._modules["norm"])
+        return _fold(read(conv, "weight"), read(conv, "bias"), norm)
 
 
 def call_branch(name: str, branch: nn.Module, x: Tensor) -> Tensor:
@@ -59,27 +71,26 @@ def why_not_one_conv(branch: nn.Module, settings: tuple[object, ...]) -> str | N
     if reason := why_not_plain(branch, ConvNormAct):
         return reason
     parts: dict[str, Any] = branch.__dict__["_modules"]
-    conv, norm, act = parts["conv"], parts["norm"], parts["act"]
-    if reason := _why_not_foldable(conv, norm):
-        return reason
+    conv = parts["conv"]
+    if reason := why_not_plain(conv, nn.Conv2d):
+        return f"has a part conv that {reason}"
     if conv_settings(conv) != settings:
         return "has a part conv with other settings than the layer gave it"
-    if reason := why_not_plain(act, nn.Identity):
+    if reason := _why_not_linear(parts["norm"]):
+        return reason
+    if reason := why_not_plain(parts["act"], nn.Identity):
         return f"has a part act that {reason}"
     return None
 
 
-def _why_not_foldable(conv: Any, norm: Any) -> str | None:
-    """Return why a norm cannot be folded into a convolution now, as the end of a sentence about the branch, or None."""
-    if reason := why_not_plain(conv, nn.Conv2d):
-        return f"has a part conv that {reason}"
-    if conv.padding_mode != "zeros":
-        return f"has a part conv with padding_mode={conv.padding_mode!r}"
+def _why_not_linear(norm: nn.Module) -> str | None:
+    """Return why a norm is no fixed linear function now, as the end of a sentence about the branch, or None."""
     if reason := why_not_plain(norm, nn.BatchNorm2d):
         return f"has a part norm that {reason}"
-    if norm.training:
+    attributes = norm.__dict__
+    if attributes["training"]:
         return "has a batch norm in training"
-    parameters, buffers = norm._parameters, norm._buffers  # a parametrized one is no entry
+    parameters, buffers = attributes["_parameters"], attributes["_buffers"]  # a parametrized one is no entry
     if parameters.get("weight", norm) is None or parameters.get("bias", norm) is None:
         return "has a batch norm without affine parameters"
     if buffers.get("running_mean", norm) is None or buffers.get("running_var", norm) is None:
@@ -90,7 +101,7 @@ def _why_not_foldable(conv: Any, norm: Any) -> str | None:
 def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(conv_weight.dtype, torch.float32)
     weight, bias, mean, variance = (
-        tensor.to(dtype) for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        read(norm, name).to(dtype) for name in ("weight", "bias", "running_mean", "running_var")
     )
     scale = weight * torch.rsqrt(variance + norm.eps)
     intercept = bias - mean * scale

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kfde_layers._impl import Impl, resolve_impl, select
 from kfde_layers.layers.cfe import CFE
-from kfde_layers.layers.parts import watched_everywhere, why_not_plain, why_not_readable
+from kfde_layers.layers.parts import read, watched_everywhere, why_not_plain, why_not_readable
 from kfde_layers.layers.sfe import SFE
 from kfde_layers.ops.csfe import check_csfe, csfe
 
@@ -148,7 +148,7 @@ class CSFE(nn.Module):
             return f"sfe {reason}"
         if self.impl != Impl.FUSED and watched_everywhere():
             return "a hook on all modules of the process must see cfe and sfe"
-        weight, bias = cfe.weight, cfe.bias
+        weight, bias = read(cfe, "weight"), read(cfe, "bias")
         if reason := why_not_readable(weight) or why_not_readable(bias):
             return f"cfe {reason}"
         return weight, bias

@@ -1,6 +1,6 @@
 """MFDF, the multi-scale feature dynamic fusion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, cast
 
 import torch
@@ -12,6 +12,7 @@ from kfde_layers.layers.conv_norm_act import ConvNormAct, call_branch, why_not_o
 from kfde_layers.layers.parts import (
     call_linear,
     conv_settings,
+    read,
     start_as_noise,
     start_near_identity,
     start_with,
@@ -186,14 +187,14 @@ class MFDF(nn.Module):
 
     def _kernels(self, x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | str:
         """Return the branches' kernels and biases, to be merged, or why the branches must be called."""
-        branches: Any = self.branches
+        branches: Any = cast(nn.Module, self._modules["branches"])._modules.values()  # faster than an attribute
         if reason := self._why_call(branches):
             return reason
         # Read only now: a parametrization, such as spectral_norm, may change each time that its weight is read.
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for branch in branches:
-            weight, bias = (branch.weight, branch.bias) if self.plain_branches else branch.folded()
+            weight, bias = (read(branch, "weight"), read(branch, "bias")) if self.plain_branches else branch.folded()
             weights.append(weight)
             if bias is not None:
                 biases.append(bias)
@@ -203,7 +204,7 @@ class MFDF(nn.Module):
         check_branches(x, self.groups, weights, biases or None)
         return weights, biases or None
 
-    def _why_call(self, branches: nn.ModuleList) -> str | None:
+    def _why_call(self, branches: Iterable[nn.Module]) -> str | None:
         """Return why the branches must be called, as far as it shows before a parameter is read, or None."""
         if not (self.plain_branches or self.mergeable_in_eval):
             return "a branch has an activation, or a norm after a convolution that is not depthwise"
@@ -212,7 +213,7 @@ class MFDF(nn.Module):
         for k, branch in enumerate(branches):
             if reason := why_not_merged(branch, settings[k]):
                 return f"branches[{k}] {reason}"
-        if self.impl != Impl.FUSED and watched_everywhere():
+        if self.impl != "fused" and watched_everywhere():
             return "a hook on all modules of the process must see the branches"
         return None
 

@@ -66,6 +66,16 @@ def why_not_plain_conv(conv: nn.Module, settings: tuple[object, ...]) -> str | N
     return None
 
 
+def read(part: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer of a part. Its dicts take a tenth of the time of `getattr`."""
+    attributes = part.__dict__
+    if (tensor := attributes["_parameters"].get(name)) is not None:
+        return tensor
+    if (tensor := attributes["_buffers"].get(name)) is not None:
+        return tensor
+    return getattr(part, name)  # None, or computed by a parametrization, or a replica's
+
+
 def why_not_readable(tensor: Tensor) -> str | None:
     """Return why a parameter cannot be read in place of calling its part, or None if it can."""
     if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):  # as quantised tensors are

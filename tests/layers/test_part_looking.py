@@ -16,26 +16,27 @@ def shortest(call):
     return min(timeit.repeat(call, number=1000, repeat=50)) / 1000
 
 
-# Looking takes about 0.2 us a module: 0.5 us in CSFE, 4 us in MFDF, and 8 us in MFDF with batch norm, which has four
-# times as many modules. Reading a submodule or a parameter from a module takes about 0.7 us.
+# Looking takes about 0.13 us a module: 2 us in MFDF, and 5 us in MFDF with batch norm, which has four times as many
+# modules. Reading a submodule or a parameter as an attribute takes about 0.6 us.
 @pytest.mark.parametrize("options", [{}, {"norm_layer": nn.BatchNorm2d}])
 def test_mfdf_looks_faster_than_it_reads(options):
     layer = MFDF(64, **options).eval()
+    branches = list(layer.branches)
 
     def read():
         for branch in layer.branches:
             for part in (branch.conv, branch.norm) if options else (branch,):
                 _ = part.weight, part.bias
 
-    assert layer._why_call(layer.branches) is None
-    assert shortest(lambda: layer._why_call(layer.branches)) < shortest(read)
+    assert layer._why_call(branches) is None
+    assert shortest(lambda: layer._why_call(branches)) < shortest(read)
 
 
-def test_csfe_looks_and_reads_faster_than_it_would_read_twice():
+def test_csfe_looks_and_reads_faster_than_attributes_are_read():
     layer, x = CSFE(64), torch.zeros(1, 64, 1, 1)
 
     def read():
         _ = layer.cfe.weight, layer.cfe.bias
 
     assert layer._gamma_and_beta(x) == (layer.cfe.weight, layer.cfe.bias)
-    assert shortest(lambda: layer._gamma_and_beta(x)) < 2 * shortest(read)
+    assert shortest(lambda: layer._gamma_and_beta(x)) < shortest(read)

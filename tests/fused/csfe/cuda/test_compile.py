@@ -78,21 +78,22 @@ def test_nothing_spills_in_cfe_or_sfe_and_with_other_groups(operator, num_groups
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout", "capability"),
+    ("shape", "layout", "dtype", "capability"),
     [
-        *((LARGE, "nhwc", capability) for capability in TARGETS),
-        *((LARGE, "nchw", capability) for capability in TARGETS),
-        (SMALL, "nhwc", 90),
-        ((64, 384, 14, 14), "nchw", 90),
+        *((LARGE, "nhwc", torch.bfloat16, capability) for capability in TARGETS),
+        *((LARGE, "nchw", torch.float32, capability) for capability in TARGETS),
+        (LARGE, "nchw", torch.bfloat16, 90),
+        (SMALL, "nhwc", torch.bfloat16, 90),
+        ((64, 384, 14, 14), "nchw", torch.bfloat16, 90),
     ],
 )
-def test_maps_are_read_and_written_in_wide_vectors(shape, layout, capability, tmp_path):
+def test_maps_are_read_and_written_in_wide_vectors(shape, layout, dtype, capability, tmp_path):
     with recorded(launch) as launches:
-        launch_csfe(shape, layout, torch.bfloat16)
+        launch_csfe(shape, layout, dtype)
     launches_on_maps = [map_launch for map_launch in launches if map_launch.name in WIDEST]
     assert len(launches_on_maps) == 4
     for map_launch in launches_on_maps:
-        expected_bits = WIDEST[map_launch.name] if layout == "nhwc" else 64
+        expected_bits = WIDEST[map_launch.name] if layout == "nhwc" else 32 * dtype.itemsize  # four numbers
         bits = access_bits(compile_launch(map_launch, capability), tmp_path)
         assert bits["LDGSTS"] == {expected_bits}, map_launch.name
         if "y_ptr" in map_launch.arguments or "dx_ptr" in map_launch.arguments:

@@ -68,8 +68,18 @@ def test_nothing_spills(shape, layout, dtype, targets, tmp_path, record_property
         assert row.shared <= 48 * 1024, row
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [("nhwc", torch.bfloat16), ("nchw", torch.float32)])
-@pytest.mark.parametrize(("size", "tap_spacing"), [(1, 1), (3, 2), (5, 1), (9, 1), (31, 1)])
+@pytest.mark.parametrize(
+    ("size", "tap_spacing", "layout", "dtype"),
+    [  # sizes above 7 take another kernel: each of the two in each layout
+        (1, 1, "nhwc", torch.bfloat16),
+        (3, 2, "nchw", torch.float32),
+        (5, 1, "nhwc", torch.bfloat16),
+        (5, 1, "nchw", torch.float32),
+        (9, 1, "nhwc", torch.bfloat16),
+        (31, 1, "nchw", torch.float32),
+        (31, 1, "nhwc", torch.bfloat16),
+    ],
+)
 def test_nothing_spills_with_other_kernel_sizes(size, tap_spacing, layout, dtype, tmp_path):
     rows = compiled_kernels(
         launch, lambda: launch_mfdf(LARGE, layout, dtype, 2, size, tap_spacing), tmp_path, targets=(90,)
@@ -78,8 +88,9 @@ def test_nothing_spills_with_other_kernel_sizes(size, tap_spacing, layout, dtype
     assert ("mfdf_merged_loop_kernel" in {row.kernel for row in rows}) == (size > 7)
 
 
-@pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [*((torch.bfloat16, capability) for capability in TARGETS), (torch.float32, 90)]
+)
 def test_the_mean_reads_and_writes_wide_vectors(dtype, capability, tmp_path):
     with recorded(launch) as launches:
         launch_mfdf(LARGE, "nhwc", dtype)
@@ -93,11 +104,11 @@ def test_the_mean_reads_and_writes_wide_vectors(dtype, capability, tmp_path):
     assert set(re.findall(r"\bSTG\.E(?:\.\w+)?", backward)) == {"STG.E.128"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_convolution_mostly_multiplies(dtype, tmp_path):
+@pytest.mark.parametrize(("layout", "dtype"), [("nhwc", torch.bfloat16), ("nchw", torch.float32)])
+def test_the_convolution_mostly_multiplies(layout, dtype, tmp_path):
     # Most instructions of the loop over the rows are the multiplications of the taps.
     with recorded(launch) as launches:
-        launch_mfdf(LARGE, "nhwc", dtype)
+        launch_mfdf(LARGE, layout, dtype)
     for name in ("mfdf_merged_kernel", "mfdf_taps_kernel"):
         kernel_launch = launches_of(launches, name)[0]
         bodies = loop_bodies(sass(compile_launch(kernel_launch, 90), tmp_path))
