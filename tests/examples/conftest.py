@@ -9,6 +9,7 @@ import pytest
 from breakhis.data.synthetic import draw_tree
 from breakhis.results import study
 from breakhis.results.intervals import bootstrap
+from filelock import FileLock
 
 
 def leaking_patients(rows: Iterable[tuple[str, str]]) -> set[str]:
@@ -25,10 +26,15 @@ def leak_checker():
 
 
 @pytest.fixture(scope="session")
-def synthetic_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw 48 images: 3 patients of each of the 8 subtypes, 2 images each, at 100X."""
-    root = tmp_path_factory.mktemp("synthetic")
-    draw_tree(root, seed=0, magnifications=("100X",), patients_per_subtype=3, images_per_patient=2)
+def synthetic_tree(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Draw 48 images: 3 patients of each of the 8 subtypes, 2 images each, at 100X. All workers read the same."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own if worker_id == "master" else own.parent) / "synthetic"
+    with FileLock(root.with_suffix(".lock")):
+        if not root.exists():
+            part = root.with_suffix(".part")
+            draw_tree(part, seed=0, magnifications=("100X",), patients_per_subtype=3, images_per_patient=2)
+            part.rename(root)
     return root
 
 
