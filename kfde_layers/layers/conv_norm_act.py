@@ -14,6 +14,7 @@ from kfde_layers.layers.parts import (
     why_not_plain,
     why_not_readable,
 )
+from kfde_layers.ops.formats import autocasts
 from kfde_layers.ops.mfdf import is_empty
 
 
@@ -58,9 +59,11 @@ class ConvNormAct(nn.Module):
 
 
 def call_branch(name: str, branch: nn.Module, x: Tensor) -> Tensor:
-    """Return branch(x); refuse a plain convolution on another device than x."""
+    """Return branch(x), in the dtype of its parameters; refuse a plain convolution on another device than x."""
     conv = branch if why_not_plain(branch, ConvNormAct) else cast(ConvNormAct, branch).conv
     check_device_of(name, conv, nn.Conv2d, x)
+    if not autocasts(x):
+        x = x.to(next((tensor.dtype for tensor in branch.parameters() if tensor.is_floating_point()), x.dtype))
     if is_empty(x):  # which conv2d refuses; the parameters stay in the graph, with gradients of zero
         return x + sum(0 * parameter.sum() for parameter in branch.parameters())
     return branch(x)

@@ -12,7 +12,7 @@ from kfde_layers.fused.csfe.auto import auto_impl
 from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import as_input, upcast
-from kfde_layers.ops.gate import away_from_zero, logit
+from kfde_layers.ops.gate import away_from_zero, deviations, logit
 
 
 def cfe(
@@ -61,7 +61,8 @@ def cfe(
         NotImplementedError: impl="fused" cannot run here; the message says why.
 
     Numerics: normalisation and gate in float32 (float64 for float64 input), also under autocast. The gate compares
-    logits: in bfloat16 a sigmoid this close to 0.5 rounds to 0.5, and every gate would close. Deterministic: yes.
+    logits: in bfloat16 a sigmoid this close to 0.5 rounds to 0.5, and every gate would close. |x| may be up to 1e15,
+    and its mean up to 1e6 standard deviations. Deterministic: yes.
 
     Examples:
         >>> x = torch.tensor([4.0, 2.0]).reshape(1, 2, 1, 1)  # normalised: 1, so open, and -1, so r = sigmoid(-0.5)
@@ -101,9 +102,9 @@ def cfe_gate(
 ) -> tuple[Tensor, Tensor]:
     """Return the gate r of eq. (2) and the mask of the open elements of eq. (3), both (N, C, H, W)."""
     groups = rearrange(x, "n (g c) h w -> n g c h w", g=num_groups)
-    centred = groups - groups.mean(dim=(2, 3, 4), keepdim=True)
+    centred = deviations(groups, dim=(2, 3, 4))
     variance = centred.square().mean(dim=(2, 3, 4), keepdim=True)
-    normalized = rearrange(centred * torch.rsqrt(variance + eps), "n g c h w -> n (g c) h w")
+    normalized = rearrange(centred / torch.sqrt(variance + eps), "n g c h w -> n (g c) h w")
 
     gamma, beta = weight.to(x.dtype), bias.to(x.dtype)
     x_hat = normalized * _per_channel(gamma) + _per_channel(beta)

@@ -72,8 +72,8 @@ def csfe(
         ValueError: A shape or a value is out of range; the message names it.
         NotImplementedError: impl="fused" cannot run here; the message says why.
 
-    Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
-    Deterministic: yes.
+    Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast. |x| may
+    be up to 1e15, and its mean up to 1e6 standard deviations. Deterministic: yes.
 
     Examples:
         >>> x = torch.zeros(1, 2, 3, 3)

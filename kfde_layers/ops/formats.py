@@ -18,6 +18,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast chooses the dtypes of what is computed on the device of `x`."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Return the memory format that the result for `x` has."""
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Two guards on CFE's gate that the reference and the fused implementation share."""
+"""Numerical guards of CFE and SFE."""
 
 import math
 
@@ -18,3 +18,12 @@ def away_from_zero(gamma_sum: Tensor) -> Tensor:
     smallest = torch.full_like(gamma_sum, _SMALLEST_SUM)
     nearest = torch.where(gamma_sum < 0, -smallest, smallest)
     return torch.where(gamma_sum.abs() < _SMALLEST_SUM, nearest, gamma_sum)
+
+
+def deviations(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return x less its mean over `dim`.
+
+    The mean is rounded, which matters where it is large next to the deviations: their own mean is subtracted too.
+    """
+    u = x - x.mean(dim=dim, keepdim=True)
+    return u - u.mean(dim=dim, keepdim=True)

@@ -67,8 +67,8 @@ def mfdf(
         ValueError: A shape or a value is out of range; the message names it.
         NotImplementedError: impl="fused" cannot run here, as with dense branches; the message says why.
 
-    Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast.
-    Deterministic: yes.
+    Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast. |x| may
+    be up to 1e30. Deterministic: yes.
 
     Examples:
         >>> x, one = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)

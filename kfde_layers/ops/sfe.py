@@ -11,6 +11,7 @@ from kfde_layers.fused.csfe.auto import auto_impl
 from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import as_input, upcast
+from kfde_layers.ops.gate import deviations
 
 
 def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, *, impl: Impl | str = "auto") -> Tensor:
@@ -42,8 +43,8 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
         ValueError: A shape or a value is out of range; the message names it.
         NotImplementedError: impl="fused" cannot run here; the message says why.
 
-    Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast. The largest squared
-    distance from a mean must be finite there. Deterministic: yes.
+    Numerics: statistics and gate in float32 (float64 for float64 input), also under autocast. |x| may be up to 1e15,
+    and its mean up to 1e6 standard deviations. Deterministic: yes.
 
     Examples:
         >>> sfe(torch.full((1, 1, 2, 2), 3.0), beta=0.0)  # every distance is 0: x * sigmoid(0)
@@ -67,7 +68,7 @@ def check_sfe(prefix: str, lambd: float, beta: float, correction: int) -> tuple[
 def sfe_equations(x: Tensor, lambd: float, beta: float, correction: int) -> Tensor:
     """Return equations (6)-(9) in the dtype of `x`."""
     n = x.shape[2] * x.shape[3]
-    d = (x - x.mean(dim=(2, 3), keepdim=True)).square()  # (6)
+    d = deviations(x, dim=(2, 3)).square()  # (6)
     variance = d.sum(dim=(2, 3), keepdim=True) / max(n - correction, 1)  # (7)
     score = d / (4 * (variance + lambd)) + beta  # (8)
     return x * score.sigmoid()  # (9)

@@ -1,6 +1,7 @@
 """Properties that every layer has, in each of its options."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -33,6 +34,22 @@ def test_shape_dtype_and_memory_format_are_kept(make, batch, height, width, seed
         in_double = layer.double()(x.double())
         one_rounding = dtype in (torch.bfloat16, torch.float16) and getattr(layer, "plain_branches", True)
         assert relative_error(y, in_double) < (1 if one_rounding else 32) * torch.finfo(dtype).eps
+
+
+@each_layer
+@pytest.mark.parametrize("training", [False, True])
+def test_map_and_parameters_may_have_different_dtypes(training, make):
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    for of_map, of_parameters in itertools.permutations(dtypes, 2):
+        layer = make_layer(make).to(of_parameters).train(training)
+        exact = use_reference(copy.deepcopy(layer).double())
+        x = input_away_from_threshold(exact, 2, 6, 3, 5, margin=1e-3, dtype=of_map)
+        y = layer(x.requires_grad_())
+        assert y.dtype == of_map
+        coarsest = max(torch.finfo(of_map).eps, torch.finfo(of_parameters).eps)
+        assert relative_error(y, exact(x.double())) < 32 * coarsest
+        gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @each_layer

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfde_layers.fused.csfe.moments import Moments, channel_gate, spatial_slope
+from kfde_layers.fused.csfe.moments import Moments, channel_gate, moments_from_sums, spatial_root
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import upcast
 from kfde_layers.ops.gate import away_from_zero, logit
@@ -25,7 +25,7 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, with the strides of the dense `x`, and the moments (mean, m2) of x."""
+    """Return y, with the strides of the dense `x`; mean and mean_low of x as (N, 2, C); and its m2."""
     y = torch.empty_like(x)
     parts = 1 if weight is None else 2
     values, results = _parted(x, parts), _parted(y, parts)
@@ -34,7 +34,7 @@ def forward(
     for block, (u, keep, is_open, x_buffer, y_buffer) in _Blocks(values, buffers=5):
         x_block = _upcast(values[block], x_buffer)
         y_block = results[block] if y.dtype == u.dtype else y_buffer
-        torch.sub(x_block, gates.mean[_channels(block)], out=u)
+        gates.deviations(x_block, block, out=u)
         if options.with_sfe:
             gates.spatial(u, block, out=keep)
         if weight is None:
@@ -49,7 +49,7 @@ def forward(
             y_block.mul_(options.scale)
         if y_block is y_buffer:
             results[block].copy_(y_block)
-    return y, moments.mean, moments.m2
+    return y, torch.stack((moments.mean, moments.mean_low), dim=1), moments.m2
 
 
 def backward(
@@ -58,7 +58,8 @@ def backward(
     """Return the gradients of `x`, `weight` and `bias`; `dy` has the strides of the dense `x`.
 
     Pass 1 writes the direct gradient of each element and sums the gradients of the moments. Pass 2 adds the gradient
-    that returns through the moments: `u_slope * u + constant`, per channel.
+    that returns through the moments: `u_slope * u + constant`, per channel. `de` is the gradient of eq. (8) times the
+    factor of u squared there: without it, a sum could overflow.
     """
     dx = torch.empty_like(x, dtype=moments.mean.dtype)
     parts = 1 if weight is None else 2
@@ -73,14 +74,14 @@ def backward(
         if options.scale != 1:
             dy_block = torch.mul(dy_block, options.scale, out=dy_buffer)
         dx_block = gradients[block].zero_()
-        torch.sub(x_block, gates.mean[channels], out=u)
+        gates.deviations(x_block, block, out=u)
         keep.zero_()
         if options.with_sfe:
             gates.spatial(u, block, out=keep)
             torch.mul(x_block, dy_block, out=upstream)
-            _sigmoid_backward(upstream, keep, grad_input=upstream).mul_(u)  # de u
+            _sigmoid_backward(upstream, keep, grad_input=upstream).mul_(gates.root[channels].square()).mul_(u)  # de u
             deu[channels] += upstream.sum(dim=3, keepdim=True)
-            dx_block.add_(torch.mul(upstream, gates.spatial_slope[channels], out=scratch), alpha=2)
+            dx_block.add_(upstream, alpha=2)
             deuu[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
         if weight is not None:
             gates.channel(u, block, is_open, out=weak)
@@ -101,7 +102,7 @@ def backward(
     u_slope, constant = gates.parted(u_slope), gates.parted(constant)
     for block, (u, x_buffer, *_) in blocks:
         channels = _channels(block)
-        torch.sub(_upcast(values[block], x_buffer), gates.mean[channels], out=u)
+        gates.deviations(_upcast(values[block], x_buffer), block, out=u)
         gradients[block].add_(u.mul_(u_slope[channels]).add_(constant[channels]))
     return dx.to(x.dtype), dweight, dbias
 
@@ -121,9 +122,8 @@ def _through_moments(
     dz, dzu, deu, deuu = (total.view_as(moments.mean) for total in (dz, dzu, deu, deuu))
     u_slope, constant, dweight, dbias = torch.zeros_like(dz), torch.zeros_like(dz), None, None
     if options.with_sfe:
-        slope = spatial_slope(moments, options)
-        u_slope -= 8 * slope.square() * deuu / max(n - options.correction, 1)
-        constant -= 2 * slope * deu / n
+        u_slope -= 8 * spatial_root(moments, options).square() * deuu / max(n - options.correction, 1)
+        constant -= 2 * deu / n
     if weight is not None and bias is not None:
         gamma, beta = weight.to(dz.dtype), bias.to(dz.dtype)
         gate = channel_gate(moments, gamma, beta, options)
@@ -152,12 +152,11 @@ class _Gates:
 
     def __init__(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> None:
         self._parts = 1 if weight is None else 2
-        self.mean = self.parted(moments.mean)
+        self.mean, self.mean_low = self.parted(moments.mean), self.parted(moments.mean_low)
         self.beta = torch.tensor(options.beta, dtype=self.mean.dtype)
         self.logit_threshold = logit(options.threshold)
         if options.with_sfe:
-            self.spatial_slope = self.parted(spatial_slope(moments, options))
-            self.root = self.spatial_slope.sqrt()
+            self.root = self.parted(spatial_root(moments, options))
         if weight is not None and bias is not None:
             gate = channel_gate(moments, weight.to(self.mean.dtype), bias.to(self.mean.dtype), options)
             self.slope, self.intercept = self.parted(gate.slope), self.parted(gate.intercept)
@@ -165,6 +164,11 @@ class _Gates:
     def parted(self, values: Tensor) -> Tensor:
         """View (N, C) as (N, parts, C / parts, 1), to be broadcast over the positions."""
         return values.view(len(values), self._parts, -1, 1)
+
+    def deviations(self, x: Tensor, block: _Index, out: Tensor) -> Tensor:
+        """Write u = x - mean to `out`; the two parts of the mean are subtracted one after the other."""
+        channels = _channels(block)
+        return torch.sub(x, self.mean[channels], out=out).sub_(self.mean_low[channels])
 
     def spatial(self, u: Tensor, block: _Index, out: Tensor) -> Tensor:
         """Write the gate of eq. (9) to `out`."""
@@ -232,11 +236,12 @@ def _moments(values: Tensor) -> Moments:
     """Return the moments: first the means, so that a large mean cancels before anything is squared."""
     n = values.shape[3]
     mean = upcast(torch.zeros_like(values[..., :1]))
-    m2 = torch.zeros_like(mean)
+    u_sum, uu_sum = torch.zeros_like(mean), torch.zeros_like(mean)
     blocks = _Blocks(values, buffers=2)
     for block, (_, x_buffer) in blocks:
         mean[_channels(block)] += _upcast(values[block], x_buffer).sum(dim=3, keepdim=True) / n
     for block, (u, x_buffer) in blocks:
         torch.sub(_upcast(values[block], x_buffer), mean[_channels(block)], out=u)
-        m2[_channels(block)] += u.mul_(u).sum(dim=3, keepdim=True)
-    return Moments(mean.flatten(1), m2.flatten(1), n)
+        u_sum[_channels(block)] += u.sum(dim=3, keepdim=True)
+        uu_sum[_channels(block)] += u.mul_(u).sum(dim=3, keepdim=True)
+    return moments_from_sums(mean.flatten(1), u_sum.flatten(1), uu_sum.flatten(1), n)

@@ -15,11 +15,22 @@ class Moments(NamedTuple):
     """Moments of each channel of each sample over its n positions."""
 
     mean: Tensor
-    """Mean, (N, C)."""
+    """Mean, rounded to its dtype, (N, C)."""
+    mean_low: Tensor
+    """Mean less `mean`, which the rounding left out, (N, C)."""
     m2: Tensor
     """Sum of the squared deviations from the mean, (N, C)."""
     n: int
     """Number of positions, H W."""
+
+
+def moments_from_sums(mean: Tensor, u_sum: Tensor, uu_sum: Tensor, n: int) -> Moments:
+    """Return the moments from the rounded means, and from the sums of u = x - mean and of its square, all (N, C).
+
+    Where a mean is large next to the deviations, its rounding is as large as they are, and u has a mean of its own.
+    """
+    mean_low = u_sum * (1 / max(n, 1))
+    return Moments(mean, mean_low, (uu_sum - mean_low * u_sum).clamp(min=0), n)
 
 
 class ChannelGate(NamedTuple):
@@ -39,37 +50,40 @@ class ChannelGate(NamedTuple):
 
 def channel_gate(moments: Moments, gamma: Tensor, beta: Tensor, options: CsfeOptions) -> ChannelGate:
     """Return equations (1)-(2); the moments of the groups follow from those of their channels."""
-    mean, m2, n = moments
+    mean, mean_low, m2, n = moments
     by_group = mean.unflatten(1, (options.num_groups, -1))
-    mean_offset = by_group - by_group.mean(dim=2, keepdim=True)
+    mean_offset = by_group - by_group.mean(dim=2, keepdim=True) + mean_low.view_as(by_group)
+    mean_offset = mean_offset - mean_offset.mean(dim=2, keepdim=True)
     variance = (m2.view_as(by_group) * (1 / max(n, 1)) + mean_offset.square()).mean(dim=2, keepdim=True)
-    inverse_std = (variance + options.eps).rsqrt().expand_as(by_group).flatten(1)
+    inverse_std = (1 / (variance + options.eps).sqrt()).expand_as(by_group).flatten(1)
     mean_offset = mean_offset.flatten(1)
     w_gamma = gamma * (1 / away_from_zero(gamma.sum()))  # (1)
     slope = gamma * w_gamma * inverse_std
     return ChannelGate(slope, w_gamma * beta + slope * mean_offset, w_gamma, inverse_std, mean_offset)
 
 
-def spatial_slope(moments: Moments, options: CsfeOptions) -> Tensor:
-    """Return the factor of the squared deviation in eq. (8), (N, C)."""
+def spatial_root(moments: Moments, options: CsfeOptions) -> Tensor:
+    """Return the factor of the deviation in eq. (8), (N, C), of which the square is the score."""
     variance = moments.m2 * (1 / max(moments.n - options.correction, 1))  # (7)
-    return 0.25 / (variance + options.lambd)
+    return 0.5 / (variance + options.lambd).sqrt()
 
 
 def csfe_from_moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> Tensor:
     """Return `scale * (CFE(x) + SFE(x))` in the dtype of `x`, in operations that compilers fuse well.
 
     Inductor recomputes per-channel values at every element unless a reduction produces them; `_per_channel_reduced`
-    adds one. A quotient would then cost as much as a sigmoid, hence the products with an inverse.
+    adds one. A quotient would then cost as much as a sigmoid, hence the products with an inverse. An inverse root is a
+    quotient by a root, since the gradient of `rsqrt` is a third power, which vanishes where x is large.
     """
     n = x.shape[2] * x.shape[3]
     mean = x.sum(dim=(2, 3), keepdim=True) * (1 / max(n, 1))
     u = x - mean
-    moments = Moments(mean[:, :, 0, 0], u.square().sum(dim=(2, 3)), n)
+    moments = moments_from_sums(mean[:, :, 0, 0], u.sum(dim=(2, 3)), u.square().sum(dim=(2, 3)), n)
+    u = u - moments.mean_low[:, :, None, None]
     sfe_gate = 0.0
     if options.with_sfe:
-        slope = _per_channel_reduced(spatial_slope(moments, options))
-        sfe_gate = (slope * u.square() + options.beta).sigmoid()
+        root = _per_channel_reduced(spatial_root(moments, options))
+        sfe_gate = ((root * u).square() + options.beta).sigmoid()
     if weight is None or bias is None:
         y = x * sfe_gate
     else:

@@ -1,6 +1,6 @@
 """The operator of the fused CFE, SFE and CSFE: its schema, its implementation for each device, its gradients.
 
-The backward pass takes the inputs and two moments per channel, and computes everything else again.
+The backward pass takes the inputs and three numbers per channel, and computes everything else again.
 """
 
 from typing import Any
@@ -52,8 +52,10 @@ torch.library.register_kernel(_forward, "cuda", _forward_on_cuda)
 
 @_forward.register_fake
 def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    moment = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.empty_like(x, memory_format=memory_format(x)), moment, torch.empty_like(moment)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    batch, channels = x.shape[:2]
+    mean, m2 = x.new_empty((batch, 2, channels), dtype=dtype), x.new_empty((batch, channels), dtype=dtype)
+    return torch.empty_like(x, memory_format=memory_format(x)), mean, m2
 
 
 @torch.library.custom_op(
@@ -69,7 +71,7 @@ def _backward(
     dy = dy.contiguous(memory_format=memory_format(x))
     if x.numel() == 0:
         return [torch.zeros_like(tensor) for tensor in (x, weight, bias) if tensor is not None]
-    moments = Moments(mean, m2, x.shape[2] * x.shape[3])
+    moments = Moments(mean[:, 0], mean[:, 1], m2, x.shape[2] * x.shape[3])
     gradients = cpu.backward(dy, x, weight, bias, moments, CsfeOptions(*options))
     return [gradient for gradient in gradients if gradient is not None]
 

@@ -79,8 +79,8 @@ def _through_moments(
         u_slope -= inverse_std * inverse_std * group_mean_x
         constant -= inverse_std * (group_mean + inverse_std * group_mean_x * mean_offset)
     if WITH_SFE:
-        u_slope -= 8.0 * spatial_slope * spatial_slope / divisor * tl.load(deuu_ptr + c, mask=c < stop, other=0.0)
-        constant -= 2.0 * spatial_slope / hw * tl.load(deu_ptr + c, mask=c < stop, other=0.0)
+        u_slope -= 8.0 * spatial_slope / divisor * tl.load(deuu_ptr + c, mask=c < stop, other=0.0)
+        constant -= 2.0 / hw * tl.load(deu_ptr + c, mask=c < stop, other=0.0)
     return u_slope, constant
 
 
@@ -131,8 +131,8 @@ def csfe_backward_kernel(
         mean_ptr, m2_ptr, weight_ptr, bias_ptr, n, first, hw, eps, lambd, divisor,
         C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_SUM, BLOCK_C,
     )  # fmt: skip
-    mean1, slope1, intercept1, spatial_slope1, mean_offset1, inverse_std1 = half1
-    mean2, slope2, intercept2, spatial_slope2, mean_offset2, inverse_std2 = half2
+    mean1, mean_low1, slope1, intercept1, spatial_slope1, mean_offset1, inverse_std1 = half1
+    mean2, mean_low2, slope2, intercept2, spatial_slope2, mean_offset2, inverse_std2 = half2
     if WITH_CFE:
         dz_ptr += n.to(tl.int64) * C
         dzx_ptr += n.to(tl.int64) * C
@@ -162,10 +162,10 @@ def csfe_backward_kernel(
         dy1 = scale * tl.load(dy_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         dy2 = scale * tl.load(dy_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
         u1, keep1, weak1, sfe_gate1 = gates(
-            x1, mean1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE
+            x1, mean1, mean_low1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE
         )
         u2, keep2, weak2, sfe_gate2 = gates(
-            x2, mean2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE
+            x2, mean2, mean_low2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE
         )
         dx1 = dy1 * keep1 + dy2 * weak1 + u_slope1[None, :] * u1 + constant1[None, :]
         dx2 = dy2 * keep2 + dy1 * weak2 + u_slope2[None, :] * u2 + constant2[None, :]

@@ -56,8 +56,8 @@ def csfe_forward_kernel(
         mean_ptr, m2_ptr, weight_ptr, bias_ptr, n, first, hw, eps, lambd, divisor,
         C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_SUM, BLOCK_C,
     )  # fmt: skip
-    mean1, slope1, intercept1, spatial_slope1, _mean_offset1, _inverse_std1 = half1
-    mean2, slope2, intercept2, spatial_slope2, _mean_offset2, _inverse_std2 = half2
+    mean1, mean_low1, slope1, intercept1, spatial_slope1, _mean_offset1, _inverse_std1 = half1
+    mean2, mean_low2, slope2, intercept2, spatial_slope2, _mean_offset2, _inverse_std2 = half2
 
     offsets = tile(hw, C, CHANNELS_LAST, BLOCK_HW, BLOCK_C)
     rows = tl.arange(0, BLOCK_HW)
@@ -70,7 +70,11 @@ def csfe_forward_kernel(
         at2 = address(n, first + HALF, 0, p, 1, hw, C, CHANNELS_LAST) + offsets
         x1 = tl.load(x_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
-        _, keep1, weak1, _ = gates(x1, mean1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE)
-        _, keep2, weak2, _ = gates(x2, mean2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE)
+        _, keep1, weak1, _ = gates(
+            x1, mean1, mean_low1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE
+        )
+        _, keep2, weak2, _ = gates(
+            x2, mean2, mean_low2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE
+        )
         tl.store(y_ptr + at1, scale * (x1 * keep1 + x2 * weak2), mask=mask1)
         tl.store(y_ptr + at2, scale * (x2 * keep2 + x1 * weak1), mask=mask2)

@@ -35,6 +35,7 @@ def _group_moments(
     mean_ptr,
     m2_ptr,
     mean,
+    mean_low,
     c,
     first,
     hw,
@@ -44,9 +45,9 @@ def _group_moments(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_MEMBERS: tl.constexpr,
 ):
-    """Return mean_offset and inverse_std of the channels `c`, of which `first` is the first and `mean` the means.
+    """Return mean_offset and inverse_std of the channels `c`, of which `first` is the first.
 
-    The pointers are those of the sample.
+    Their means are `mean` + `mean_low`. The pointers are those of the sample, as `store_moments` fills them.
     """
     group = first // GROUP_SIZE + tl.arange(0, BLOCK_GROUPS)
     # Means are taken relative to the group's first channel, since a large group mean would itself be rounded.
@@ -56,7 +57,10 @@ def _group_moments(
         member = start + tl.arange(0, BLOCK_MEMBERS)
         channel = group[:, None] * GROUP_SIZE + member[None, :]
         mask = (member < GROUP_SIZE)[None, :] & (channel < C)
-        total += tl.where(mask, tl.load(mean_ptr + channel, mask=mask, other=0.0) - first_mean[:, None], 0.0)
+        member_low = tl.load(mean_ptr + C + channel, mask=mask, other=0.0)
+        total += tl.where(
+            mask, tl.load(mean_ptr + channel, mask=mask, other=0.0) - first_mean[:, None] + member_low, 0.0
+        )
     group_mean = tl.sum(total, axis=1) / GROUP_SIZE  # relative to first_mean, [BLOCK_GROUPS]
 
     total = tl.zeros([BLOCK_GROUPS, BLOCK_MEMBERS], tl.float32)
@@ -64,16 +68,17 @@ def _group_moments(
         member = start + tl.arange(0, BLOCK_MEMBERS)
         channel = group[:, None] * GROUP_SIZE + member[None, :]
         mask = (member < GROUP_SIZE)[None, :] & (channel < C)
-        mean_offset = tl.load(mean_ptr + channel, mask=mask, other=0.0) - first_mean[:, None] - group_mean[:, None]
+        member_low = tl.load(mean_ptr + C + channel, mask=mask, other=0.0)
+        mean_offset = tl.load(mean_ptr + channel, mask=mask, other=0.0) - first_mean[:, None] + member_low
+        mean_offset -= group_mean[:, None]
         m2 = tl.load(m2_ptr + channel, mask=mask, other=0.0)
         total += tl.where(mask, m2 + mean_offset * mean_offset * hw, 0.0)
     inverse_std = tl.rsqrt(tl.sum(total, axis=1) / (1.0 * GROUP_SIZE * hw) + eps)
 
     # A gather: a sum over a mask would tie the layout of these small tiles to that of the map's tiles.
     group_index = c // GROUP_SIZE - first // GROUP_SIZE
-    return mean - tl.gather(first_mean, group_index, 0) - tl.gather(group_mean, group_index, 0), tl.gather(
-        inverse_std, group_index, 0
-    )
+    mean_offset = mean - tl.gather(first_mean, group_index, 0) + mean_low - tl.gather(group_mean, group_index, 0)
+    return mean_offset, tl.gather(inverse_std, group_index, 0)
 
 
 @triton.jit
@@ -95,23 +100,25 @@ def _coefficients(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_MEMBERS: tl.constexpr,
 ):
-    """Return mean, slope, intercept, spatial_slope, mean_offset and inverse_std of the channels `c` below `stop`.
+    """Return mean, mean_low, slope, intercept, spatial_slope, mean_offset and inverse_std of the channels `c`.
 
-    With u = x - mean: z = slope * u + intercept, and SFE's score is spatial_slope * u^2 + beta.
+    With u = x - mean - mean_low: z = slope * u + intercept, and SFE's score is spatial_slope * u^2 + beta. Channels
+    from `stop` on are not read.
     """
     mean = tl.load(mean_ptr + c, mask=c < stop, other=0.0)
+    mean_low = tl.load(mean_ptr + C + c, mask=c < stop, other=0.0)
     spatial_slope = 0.25 / (tl.load(m2_ptr + c, mask=c < stop, other=0.0) / divisor + lambd)
     slope, intercept, mean_offset, inverse_std = mean, mean, mean, mean  # not used without CFE
     if weight_ptr is not None:
         mean_offset, inverse_std = _group_moments(
-            mean_ptr, m2_ptr, mean, c, first, hw, eps, C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS
+            mean_ptr, m2_ptr, mean, mean_low, c, first, hw, eps, C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS
         )
         gamma = tl.load(weight_ptr + c, mask=c < stop, other=0.0).to(tl.float32)
         beta = tl.load(bias_ptr + c, mask=c < stop, other=0.0).to(tl.float32)
         w_gamma = gamma / gamma_sum
         slope = gamma * w_gamma * inverse_std
         intercept = w_gamma * (beta + gamma * inverse_std * mean_offset)
-    return mean, slope, intercept, spatial_slope, mean_offset, inverse_std
+    return mean, mean_low, slope, intercept, spatial_slope, mean_offset, inverse_std
 
 
 @triton.jit
@@ -136,7 +143,7 @@ def coefficients_of_both(
     """Return the sum of gamma, and the coefficients of a block of channels and of the block that it exchanges with."""
     HALF: tl.constexpr = (C + 1) // 2  # C is odd for SFE alone, which exchanges nothing
     c = first + tl.arange(0, BLOCK_C)
-    mean_ptr += n.to(tl.int64) * C
+    mean_ptr += n.to(tl.int64) * 2 * C
     m2_ptr += n.to(tl.int64) * C
     gamma_sum = 1.0
     if weight_ptr is not None:
@@ -161,9 +168,11 @@ def _sigmoid(z):
 
 
 @triton.jit
-def gates(x, mean, slope, intercept, spatial_slope, logit, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr):
-    """Return u = x - mean, keep = w1 + sfe_gate, weak = w2 of eq. (3), and sfe_gate; all [BLOCK_HW, BLOCK_C]."""
-    u = x - mean[None, :]
+def gates(
+    x, mean, mean_low, slope, intercept, spatial_slope, logit, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr
+):
+    """Return the deviation u, keep = w1 + sfe_gate, weak = w2 of eq. (3), and sfe_gate; all [BLOCK_HW, BLOCK_C]."""
+    u = (x - mean[None, :]) - mean_low[None, :]
     keep, weak, sfe_gate = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
     if WITH_CFE:
         z = slope[None, :] * u + intercept[None, :]

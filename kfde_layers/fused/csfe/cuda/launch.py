@@ -24,16 +24,16 @@ def launch_forward(
     """Run CFE, SFE (no `weight` and `bias`) or the scaled sum of both.
 
     Returns:
-        The result in dtype and memory format of `x`; then mean and sum of squared deviations of each channel of each
-        sample, (N, C) in float32, which the backward pass needs.
+        The result in dtype and memory format of `x`; then the moments of each channel of each sample, in float32, which
+        the backward pass needs: the mean in two parts, (N, 2, C), and the sum of squared deviations, (N, C).
     """
     channels_last = x.stride(1) == 1
     x, weight, bias = _as_map(x, channels_last), _as_vector(weight), _as_vector(bias)
     batch, channels, height, width = x.shape
     hw = height * width
     y = torch.empty_like(x)
-    mean = x.new_empty((batch, channels), dtype=torch.float32)
-    m2 = torch.empty_like(mean)  # the results of an operator share no storage
+    mean = x.new_empty((batch, 2, channels), dtype=torch.float32)
+    m2 = x.new_empty((batch, channels), dtype=torch.float32)
     if x.numel() == 0:
         return y, mean, m2
     constants = sizes(channels, hw, channels_last)
@@ -41,7 +41,8 @@ def launch_forward(
     with torch.cuda.device_of(x):
         parts = (mean, m2)
         if statistics.chunks > 1:
-            parts = x.new_empty((2, batch, statistics.chunks, channels), dtype=torch.float32).unbind()
+            shape = (batch, statistics.chunks)
+            parts = (mean.new_empty((*shape, 2, channels)), m2.new_empty((*shape, channels)))
         csfe_statistics_kernel[statistics.grid(batch, channels)](
             x, *parts, hw // constants["HW_UNIT"], statistics.chunk, **constants, **statistics.options()
         )

@@ -47,8 +47,8 @@ def csfe_sums_kernel(
 ):
     """Sum the gradients of the moments over one chunk of the positions, for two blocks of channels.
 
-    dz is the gradient of CFE's logit: its sum, and its sum times the normalised map. de is the gradient of SFE's score:
-    its sums times u = x - mean and times u^2.
+    dz is the gradient of CFE's logit: its sum, and its sum times the normalised map. de is spatial_slope times the
+    gradient of SFE's score, which alone could overflow: its sums times the deviation u and times u^2.
     """
     hw = hw_units * HW_UNIT  # a product, so that the compiler knows what divides it
     HALF: tl.constexpr = (C + 1) // 2  # C is odd for SFE alone, which exchanges nothing
@@ -61,8 +61,8 @@ def csfe_sums_kernel(
         mean_ptr, m2_ptr, weight_ptr, bias_ptr, n, first, hw, eps, lambd, divisor,
         C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_SUM, BLOCK_C,
     )  # fmt: skip
-    mean1, slope1, intercept1, spatial_slope1, mean_offset1, inverse_std1 = half1
-    mean2, slope2, intercept2, spatial_slope2, mean_offset2, inverse_std2 = half2
+    mean1, mean_low1, slope1, intercept1, spatial_slope1, mean_offset1, inverse_std1 = half1
+    mean2, mean_low2, slope2, intercept2, spatial_slope2, mean_offset2, inverse_std2 = half2
 
     dz1 = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     dz2 = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
@@ -85,8 +85,12 @@ def csfe_sums_kernel(
         x2 = tl.load(x_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
         dy1 = tl.load(dy_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         dy2 = tl.load(dy_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
-        u1, _, weak1, sfe_gate1 = gates(x1, mean1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE)
-        u2, _, weak2, sfe_gate2 = gates(x2, mean2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE)
+        u1, _, weak1, sfe_gate1 = gates(
+            x1, mean1, mean_low1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE
+        )
+        u2, _, weak2, sfe_gate2 = gates(
+            x2, mean2, mean_low2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE
+        )
         if WITH_CFE:
             dy_sum = dy1 + dy2
             t1 = weak1 * (1.0 - weak1) * x1 * dy_sum  # dz; where the gate is open, weak is zero, and so is dz
@@ -96,8 +100,8 @@ def csfe_sums_kernel(
             dzu1 += t1 * u1
             dzu2 += t2 * u2
         if WITH_SFE:
-            t1 = sfe_gate1 * (1.0 - sfe_gate1) * x1 * dy1 * u1
-            t2 = sfe_gate2 * (1.0 - sfe_gate2) * x2 * dy2 * u2
+            t1 = sfe_gate1 * (1.0 - sfe_gate1) * x1 * dy1 * (spatial_slope1[None, :] * u1)
+            t2 = sfe_gate2 * (1.0 - sfe_gate2) * x2 * dy2 * (spatial_slope2[None, :] * u2)
             deu1 += t1
             deu2 += t2
             deuu1 += t1 * u1

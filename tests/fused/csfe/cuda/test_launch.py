@@ -175,10 +175,25 @@ def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_survives_a_large_mean(operator, layout):
-    # There the mean itself is rounded to 1e-3, also in the reference.
-    x = random_tensor(2, 6, 7, 11, seed=7, mean=1e4, memory_format=LAYOUTS[layout])
-    check(operator, x, 3, margin=1e-3)
+@pytest.mark.parametrize("mean", [1e4, 1e6])  # float32 holds 1e6 to a step of 0.06
+def test_survives_a_large_mean(mean, operator, layout):
+    x = random_tensor(2, 6, 7, 11, seed=7, mean=mean, memory_format=LAYOUTS[layout])
+    x[:, ::2] += 3 * random_tensor(2, 3, 1, 1, seed=8)  # the channels of a group differ
+    check(operator, x, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_mean_in_several_chunks(layout):
+    x = random_tensor(1, 2, 71, 73, seed=9, mean=1e6, memory_format=LAYOUTS[layout])
+    with recorded(launch, run=True) as launches:
+        check("csfe", x, 1)
+    assert "csfe_combine_kernel" in {kernel_launch.name for kernel_launch in launches}
+
+
+@pytest.mark.parametrize("magnitude", [1e-15, 1e12, 1e15])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_survives_every_magnitude(operator, magnitude):
+    check(operator, magnitude * random_tensor(2, 6, 7, 11, seed=7, mean=2.0), 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -267,7 +282,7 @@ def test_fresh_memory_is_nan():
 
 
 def _without_spread_of_means(combine_moments):
-    return lambda mean, m2, count: (combine_moments(mean, m2, count)[0], m2.sum(0))
+    return lambda mean, mean_low, m2, count: (*combine_moments(mean, mean_low, m2, count)[:2], m2.sum(0))
 
 
 def _shifted_partner(address):
@@ -283,7 +298,7 @@ def _without_mean_offset(group_moments):
 
 
 def _wrong_spatial_slope(gates):
-    return lambda *args: gates(*args[:4], args[4] * 0.99, *args[5:])
+    return lambda *args: gates(*args[:5], args[5] * 0.99, *args[6:])
 
 
 @needs_interpreter
