@@ -4,19 +4,15 @@ from collections import defaultdict
 from importlib.metadata import version
 
 import pytest
-import torch
+
+from tests.support.guards import guarded_memory
 
 
 @pytest.fixture
-def fresh_memory_is_nan():
-    """Fill new tensors with NaN, so that an element that no kernel writes is seen.
-
-    Deterministic algorithms fill the results of torch.empty and its kin.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+def guards():
+    """Guard new tensors, so that an element that no kernel writes is seen, and one written outside of them too."""
+    with guarded_memory():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,16 @@ def test_branch_weights_are_those_of_forward_in_every_dtype():
         layer.float()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_branches_are_pooled_in_float32(dtype):
+    layer = scatter_parameters(MFDF(6, (1, 3), norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU)).to(dtype).eval()
+    x = draw(2, 6, 31, 29, dtype=dtype)
+    p = branch_mean([branch(x).double() for branch in layer.branches])
+    scores = branch_scores(p, layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    expected = branch_softmax(scores, x.double(), 2)
+    torch.testing.assert_close(layer.branch_weights(x).double(), expected, rtol=0, atol=1e-5)
+
+
 def test_norm_and_activation_equal_the_paper_in_loops():
     layer = scatter_parameters(MFDF(6, (1, 3), groups=1, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU)).double()
     x = draw(3, 6, 5, 7)

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfde_layers.functional import cfe
+from kfde_layers.fused.csfe.moments import csfe_from_moments
+from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.cfe import cfe_gate
 from tests.support import oracle
 from tests.support.agreement import as_numpy, has_memory_format, relative_error
-from tests.support.gates import input_away_from_threshold
+from tests.support.gates import AT_THRESHOLD, groups_of_one_value, input_away_from_threshold
 from tests.support.inputs import MEMORY_FORMATS, batches, draw, draw_affine, even_channels, memory_formats, seeds, sides
 
 
@@ -20,6 +22,18 @@ def test_worked_example():
     y = cfe(x, torch.tensor([1.0, 3.0]), torch.zeros(2), num_groups=1, eps=1e-12)
     r = 1 / (1 + math.exp(9 / 4))
     torch.testing.assert_close(y.flatten(), torch.tensor([4 + 2 * r, 2 * r], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused", "compiled equations"])
+def test_an_element_at_the_threshold_is_closed(impl):
+    x, weight = groups_of_one_value()
+    for beta, expected in AT_THRESHOLD:
+        bias = torch.full((4,), beta)
+        if impl == "compiled equations":
+            y = csfe_from_moments(x, weight, bias, CsfeOptions(num_groups=2))
+        else:
+            y = cfe(x, weight, bias, num_groups=2, impl=impl)
+        assert y[0, :, 0, 0].tolist() == expected
 
 
 @given(batches, even_channels, sides, sides, seeds, st.sampled_from([0.1, 0.5, 0.7]), memory_formats, st.data())

@@ -13,6 +13,17 @@ from kfde_layers.ops import cfe as cfe_operation
 from tests.support.inputs import draw
 
 
+def groups_of_one_value(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return a map of two groups, one of ones and one of threes, and a gamma of ones: z is a quarter of beta."""
+    x = torch.tensor([1.0, 1.0, 3.0, 3.0], device=device)[:, None, None].expand(1, 4, 2, 2).contiguous()
+    return x, torch.ones(4, device=device)
+
+
+# (beta, output of CFE at a threshold of 0.5): z below, at and just above it. Where the gate is closed, both halves get
+# half of each other: 0.5 + 1.5. sigmoid(1e-9) is 0.5 in float32, but z is above the threshold, so the gate is open.
+AT_THRESHOLD = [(-1e-9, [2.0, 2.0, 2.0, 2.0]), (0.0, [2.0, 2.0, 2.0, 2.0]), (4e-9, [1.0, 1.0, 3.0, 3.0])]
+
+
 def distances_from_threshold(call: Callable[[Tensor], object], x: Tensor) -> list[Tensor]:
     """Return |logit - logit of the threshold| for every gate that `call(x)` computes, one tensor for each CFE.
 

@@ -104,6 +104,15 @@ def test_a_constant_map_has_no_deviations():
     assert relative_error(mean.double().sum(1), x.double().mean((2, 3))) < 1e-12
 
 
+@pytest.mark.parametrize("total", [0.0, 3e-7, -3e-7, 1e-5])
+def test_the_gradient_of_a_vanishing_sum_of_gamma(total):
+    x, _, bias = map_and_parameters(2, 2, 5, 7)
+    weight = torch.tensor([0.75, total - 0.75], dtype=torch.float64, requires_grad=True)
+    results = [run(lambda *t, **kw: cfe(*t, 1, **kw), [x, weight, bias], impl) for impl in ("fused", "reference")]
+    for fused, reference in zip(*results, strict=True):
+        torch.testing.assert_close(fused, reference, rtol=1e-8, atol=1e-10)
+
+
 @each_operation
 def test_empty_batches_and_gaps_between_elements(operation):
     empty = map_and_parameters(0, 10, 4, 5)

@@ -13,7 +13,8 @@ from kfde_layers.fused.csfe.cuda import backward, forward, gates, launch, statis
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.testing import assert_error_budget, random_affine, random_tensor
 from tests.support.agreement import with_gradients
-from tests.support.gates import move_away_from_threshold
+from tests.support.gates import AT_THRESHOLD, groups_of_one_value, move_away_from_threshold
+from tests.support.guards import guarded_memory
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
     DEVICE,
@@ -27,7 +28,7 @@ from tests.support.kernels import (
 OPERATORS = ("cfe", "sfe", "csfe")
 LAMBD, BETA, EPS = 1e-3, 0.2, 1e-4
 
-pytestmark = [*runs_kernels, sigmoid_may_overflow, pytest.mark.usefixtures("fresh_memory_is_nan")]
+pytestmark = [*runs_kernels, sigmoid_may_overflow, pytest.mark.usefixtures("guards")]
 
 
 def run_reference(
@@ -196,6 +197,13 @@ def test_survives_every_magnitude(operator, magnitude):
     check(operator, magnitude * random_tensor(2, 6, 7, 11, seed=7, mean=2.0), 3)
 
 
+def test_an_element_at_the_threshold_is_closed():
+    x, weight = groups_of_one_value(device=DEVICE)
+    for bias, expected in AT_THRESHOLD:
+        y, *_ = launch.launch_forward(x, weight, torch.full_like(weight, bias), CsfeOptions(num_groups=2, eps=EPS))
+        assert y[0, :, 0, 0].tolist() == expected
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -275,10 +283,20 @@ def test_addresses_of_positions_can_pass_32_bits():
     assert int(out) == (n * hw + p) * channels + c
 
 
-def test_fresh_memory_is_nan():
-    assert torch.empty(3).isnan().all()
+def test_new_memory_is_nan_and_guarded():
     assert torch.empty_like(torch.zeros(3)).isnan().all()
     assert torch.zeros(3).new_empty(3).isnan().all()
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_write_outside_of_a_tensor_is_seen(index):
+    def write():
+        with guarded_memory():
+            tensor = torch.zeros(3).new_empty(3)
+            tensor.as_strided((1,), (1,), tensor.storage_offset() + index).zero_()
+
+    with pytest.raises(AssertionError, match="1 elements were written outside of a tensor"):
+        write()
 
 
 def _without_spread_of_means(combine_moments):

@@ -25,7 +25,7 @@ from tests.support.kernels import (
 
 RESULTS = ("p", "dx of the mean", "dkernel", "y", "dx", "dalpha", "dstacked", "dbias")
 
-pytestmark = [*runs_kernels, pytest.mark.usefixtures("fresh_memory_is_nan")]
+pytestmark = [*runs_kernels, pytest.mark.usefixtures("guards")]
 
 
 def draw(*shape: int, seed: int) -> Tensor:
