@@ -64,6 +64,7 @@ BAD_INTEGERS: list[tuple[object, type[Exception], str]] = [
     (np.float32(3), TypeError, "an int, got .* of type float32"),
     (torch.tensor(2.5), TypeError, "an int, got tensor"),
     (-1, ValueError, "at least [01], got -1"),
+    (2**31, ValueError, "at most 2147483647, got 2147483648"),
     (10**30, ValueError, "at most 2147483647, got 10000"),
 ]
 
