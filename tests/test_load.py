@@ -17,7 +17,7 @@ from tests.support.load import make_layers, send_all, step, step_all
 pytestmark = pytest.mark.slow
 
 STEPS, WARM_UP = 10_000, 2_000
-ALLOWED = 2**20  # bytes; 3,000 steps were seen to add 0.1 MB
+ALLOWED = 2**20  # bytes; 8,000 steps were seen to add 0.4 MB
 
 
 def resident() -> int:
@@ -29,8 +29,9 @@ def resident() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
 def test_thousands_of_steps_need_no_more_memory():
     # sizes that vary, since something could be kept for each of them
-    maps = [draw(2 + size % 3, 6, 1 + size % 5, 1 + size % 7, dtype=torch.float32) for size in range(3 * 5 * 7)]
-    work = zip(itertools.cycle(make_layers().values()), itertools.cycle(maps), strict=False)
+    maps = [draw(2 + size % 3, 6, 1 + size % 5, 1 + size % 7, dtype=torch.float32) for size in range(7)]
+    layers = make_layers("CFE", "SFE", "CSFE", "CSFE, cfe_sfe", "MFDF", "MFDF, batch norm")
+    work = zip(itertools.cycle(layers.values()), itertools.cycle(maps), strict=False)
     start = 0
     for index, (layer, x) in enumerate(itertools.islice(work, STEPS)):
         if index == WARM_UP:

@@ -7,8 +7,9 @@ from tests.support.cases import OPTIONS
 from tests.support.inputs import draw
 
 
-def make_layers() -> dict[str, nn.Module]:
-    return {name: case.make() for name, case in OPTIONS.items()}
+def make_layers(*names: str) -> dict[str, nn.Module]:
+    """Make the layers of these names, or all."""
+    return {name: OPTIONS[name].make() for name in names or OPTIONS}
 
 
 def step(layer: nn.Module, x: Tensor) -> list[Tensor]:
