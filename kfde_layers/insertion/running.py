@@ -1,5 +1,6 @@
 """Run a network without leaving a trace in it."""
 
+import copy
 import random
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
@@ -58,7 +59,7 @@ def run(
 ) -> Any:
     """Run the model on the example without gradient, with forward hooks on some modules, in eval mode or in training.
 
-    Restore attributes, buffers and modes of all modules and the state of random numbers afterwards.
+    Parameters and buffers are copies. Attributes and modes of all modules and the state of random numbers are restored.
 
     Raises:
         ValueError: The model does not run on the example.
@@ -66,8 +67,9 @@ def run(
     device = example.device
     autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
     with ExitStack() as stack:  # which undoes every step, even if undoing another one fails
+        copies: dict[int, Tensor] = {}
         for module in model.modules():
-            _restore_at_exit(stack, module)
+            _work_on_copies(stack, module, copies)
             module.training = training  # Set the flag directly: some models override eval().
         for module, hook in hooks:  # before other hooks, as the hooks that run blocks are
             stack.callback(module.register_forward_hook(hook, prepend=True).remove)
@@ -89,14 +91,16 @@ def run(
             ) from error
 
 
-def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
-    """Restore the module's attributes and buffers when the stack is left; a lazy module keeps its new shapes."""
-    buffers = list(module.buffers(recurse=False))
-    if any(map(is_lazy, [*module.parameters(recurse=False), *buffers])):
+def _work_on_copies(stack: ExitStack, module: nn.Module, copies: dict[int, Tensor]) -> None:
+    """Give the module copies of its parameters and buffers; restore it, with all attributes, when the stack is left.
+
+    The originals stay untouched, also for a graph of autograd that holds them. `copies` has one for each tensor that
+    several modules share. A lazy module keeps its own, so that it keeps the shapes that it takes.
+    """
+    if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
         stack.callback(setattr, module, "training", module.training)
         return
     attributes, entries = dict(module.__dict__), {key: dict(module.__dict__[key]) for key in _REGISTRIES}
-    values = {buffer: buffer.clone() for buffer in buffers}
 
     def restore() -> None:
         module.__dict__.clear()
@@ -106,14 +110,10 @@ def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
             registry.clear()
             registry.update(before)
 
-    for buffer, value in values.items():
-        stack.callback(_restore_buffer, buffer, value)
     stack.callback(restore)
-
-
-def _restore_buffer(buffer: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        if buffer.shape == value.shape and buffer.dtype == value.dtype and buffer.device == value.device:
-            buffer.copy_(value)
-        else:
-            buffer.data = value
+    for key in ("_parameters", "_buffers"):
+        for name, tensor in entries[key].items():
+            if tensor is not None:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = copy.deepcopy(tensor if tensor.is_leaf else tensor.detach())
+                module.__dict__[key][name] = copies[id(tensor)]

@@ -53,6 +53,8 @@ CHANGES = {
     "a buffer that was None": lambda model: setattr(model, "absent", torch.ones(3)),
     "a buffer that is deleted": lambda model: model._buffers.pop("count", None),
     "a parameter anew": _replace_parameter,
+    "a parameter in place": lambda model: model.conv.weight.data.clamp_(max=0.01),
+    "a parameter that counts its writes": lambda model: model.end.bias.detach().add_(1),
     "a module that is created": lambda model: setattr(model, "late", nn.Identity()),
     "a counter": lambda model: setattr(model, "calls", model.calls + 1),
     "an attribute that is created": lambda model: setattr(model, "cache", Hidden()),
@@ -99,20 +101,37 @@ def test_the_changes_are_seen(change):
 
 def test_a_step_that_cannot_be_undone_keeps_no_other_from_being_undone(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)).train()
-    restore_buffer = running._restore_buffer
 
-    def fail_for_one(buffer, value):
-        if buffer is model[1].running_mean:
-            raise RuntimeError("this one cannot be undone")
-        restore_buffer(buffer, value)
+    def fail(state):
+        raise RuntimeError("this one cannot be undone")
 
-    monkeypatch.setattr(running, "_restore_buffer", fail_for_one)
+    monkeypatch.setattr(running.random, "setstate", fail)
     model[2].register_forward_hook(lambda module, args, output: module.running_var.add_(1))
+    numbers = torch.get_rng_state(), str(np.random.get_state())
     with pytest.raises(RuntimeError, match="this one cannot be undone"):
         insertion_points(model, example_input=X)
     assert all(module.training for module in model.modules())
     assert [len(module._forward_hooks) for module in model] == [0, 0, 1]
     assert torch.equal(model[2].running_var, torch.ones(8))
+    assert torch.equal(torch.get_rng_state(), numbers[0])
+    assert str(np.random.get_state()) == numbers[1]
+
+
+def test_tied_parameters_stay_tied_while_the_network_runs():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            assert self.second.weight is self.first.weight
+            return self.first(x) + self.second(x)
+
+    model = Tied()
+    weight = model.first.weight
+    insert(model, {"first": CSFE}, example_input=X)
+    assert model.first.weight is model.second.weight is weight
 
 
 def test_the_example_is_not_changed():
@@ -221,3 +240,10 @@ def test_blocks_that_work_in_place_are_taken():
 def test_remove_refuses_what_holds_no_names(names):
     with pytest.raises(TypeError, match="names must be a list of module names or None, got"):
         remove(plain, names)
+
+
+def test_a_graph_that_holds_the_parameters_still_runs_backward():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+    loss = model(X).square().sum()
+    insert(model, {"1": CSFE}, example_input=X)
+    loss.backward()

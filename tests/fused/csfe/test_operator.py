@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kfde_layers.functional import cfe, csfe, sfe
 from kfde_layers.fused.csfe import cpu
+from kfde_layers.fused.csfe.moments import moments_from_sums
 from kfde_layers.fused.csfe.options import CsfeOptions
 from tests.support.agreement import OPERATOR_TESTS, has_memory_format, relative_error, with_gradients
 from tests.support.gates import input_away_from_threshold
@@ -104,11 +105,20 @@ def test_a_constant_map_has_no_deviations():
     assert relative_error(mean.double().sum(1), x.double().mean((2, 3))) < 1e-12
 
 
+def test_rounding_makes_no_negative_variance():
+    one = torch.ones(1, 1)
+    _, mean_low, m2, _ = moments_from_sums(0 * one, 3.000001 * one, 3 * one, n=3)
+    assert float(mean_low) == pytest.approx(1)
+    assert float(m2) == 0
+
+
 @pytest.mark.parametrize("total", [0.0, 3e-7, -3e-7, 1e-5])
 def test_the_gradient_of_a_vanishing_sum_of_gamma(total):
     x, _, bias = map_and_parameters(2, 2, 5, 7)
-    weight = torch.tensor([0.75, total - 0.75], dtype=torch.float64, requires_grad=True)
+    # tiny values, with which the gates are not saturated although the sum is guarded
+    weight = torch.tensor([total + 2e-7, -2e-7], dtype=torch.float64, requires_grad=True)
     results = [run(lambda *t, **kw: cfe(*t, 1, **kw), [x, weight, bias], impl) for impl in ("fused", "reference")]
+    assert results[1][2].abs().min() > 1  # the gradient of gamma
     for fused, reference in zip(*results, strict=True):
         torch.testing.assert_close(fused, reference, rtol=1e-8, atol=1e-10)
 
