@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from breakhis.commands import one_line_errors, run_script
 from breakhis.files import read_csv, write_csv
 from train_breakhis import main as train
 
@@ -37,6 +38,7 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
     write_csv(path, list(table.values()))
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; a study that was interrupted goes on."""
     parser = argparse.ArgumentParser(description="Run a study of examples/evidence and keep its results.")
@@ -54,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,12 +10,12 @@ to a folder and needs no network; read the card there. The second line pushes th
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from breakhis.commands import one_line_errors, run_script
 from breakhis.results.report import describe_protocol
 from breakhis.training.checkpoints import load_model, save_model
 from huggingface_hub import HfApi
@@ -137,6 +137,7 @@ def _limits(metrics: dict[str, Any]) -> list[str]:
     return limits
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script."""
     args = parse_args(argv)
@@ -161,4 +162,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

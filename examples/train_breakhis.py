@@ -26,6 +26,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
+from breakhis.commands import one_line_errors, run_script
 from breakhis.data.download import download
 from breakhis.data.images import find_faults
 from breakhis.data.naming import BREAKHIS
@@ -212,6 +213,7 @@ def draw_figures(
     draw_calibration(targets, probabilities, title, out / "calibration.png")
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the script; return the `metrics.json` of each run."""
     args = parse_args(argv)
@@ -224,29 +226,26 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     )
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    try:
-        if args.batch_size % accelerator.num_processes:
-            raise ValueError(
-                f"--batch-size must be a multiple of the {accelerator.num_processes} processes, got {args.batch_size}"
-            )
-        if args.pretrained and "convnextv2" in args.model:
-            logger.info(PRETRAINED_NOTE)
-        args.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have set it
-        scaler = copy.deepcopy(accelerator.scaler)
-        data_dir, records = find_records(args, accelerator)
-        runs = expand(args)
-        splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
-        results = []
-        for run, split in zip(runs, splits, strict=True):
-            accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
-            results.append(run_once(run, accelerator, data_dir, split))
-        if len(runs) > 1 and accelerator.is_main_process:
-            print(write_study(args.output_dir, [run.output_dir for run in runs]))
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"train_breakhis.py: error: {error}")
+    if args.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"--batch-size must be a multiple of the {accelerator.num_processes} processes, got {args.batch_size}"
+        )
+    if args.pretrained and "convnextv2" in args.model:
+        logger.info(PRETRAINED_NOTE)
+    args.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have set it
+    scaler = copy.deepcopy(accelerator.scaler)
+    data_dir, records = find_records(args, accelerator)
+    runs = expand(args)
+    splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
+    results = []
+    for run, split in zip(runs, splits, strict=True):
+        accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
+        results.append(run_once(run, accelerator, data_dir, split))
+    if len(runs) > 1 and accelerator.is_main_process:
+        print(write_study(args.output_dir, [run.output_dir for run in runs]))
     accelerator.end_training()
     return results
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -51,6 +51,7 @@ BREAKHIS = {
     "data": ("breakhis.data", "breakhis.files"),
     "results": ("breakhis.results", "breakhis.data", "breakhis.files"),
     "training": ("breakhis.training", "breakhis.data", "breakhis.results.metrics", "breakhis.files"),
+    "commands.py": (),
     "files.py": (),
     "__init__.py": (),
 }

@@ -1,0 +1,79 @@
+"""The one door of all scripts: an error that the user can mend ends in one line, a fault of the program in a traceback.
+
+The exit code is 0 for success, 1 for an error, 2 for wrong arguments (argparse's own code), 130 after Ctrl-C and 143
+after SIGTERM.
+"""
+
+import functools
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. It takes the way of Ctrl-C, so that the same clean-up runs for both."""
+
+
+def one_line_errors(main: Callable[P, T]) -> Callable[P, T]:
+    """Make the main function of a script leave with one line, `<script>: error: <message>`, and exit code 1.
+
+    This holds for errors that the user can mend: a wrong value (ValueError), a file, the disk or the network (OSError),
+    numbers that are not finite (FloatingPointError), and a process of a DataLoader that died. A library's own type of
+    error for a broken file is turned into a ValueError where the file is read.
+
+    Args:
+        main: The main function, in the file of the script.
+    """
+    script = Path(inspect.getfile(main)).name
+
+    @functools.wraps(main)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return main(*args, **kwargs)
+        except (FloatingPointError, OSError, ValueError) as error:
+            sys.exit(f"{script}: error: {one_line(error)}")
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):  # the only sign by which PyTorch's error is known
+                raise
+            sys.exit(f"{script}: error: {one_line(error)} Was the memory full? --num-workers 0 needs the least of it.")
+
+    return call
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error as one line; of a traceback from a process of a DataLoader, the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught ") and "Traceback" in str(error):
+        lines = [lines[-1].partition(": ")[2] or lines[-1]]
+    return " ".join(line.strip() for line in lines)
+
+
+def run_script(main: Callable[[], object]) -> NoReturn:
+    """Call the main function of a script, and end the process with its exit code.
+
+    After Ctrl-C or SIGTERM, the notes of the KeyboardInterrupt (`add_note`) say what is saved and how to go on.
+
+    Args:
+        main: Returns the exit code, or anything that is no number for success.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of `accelerate launch`, whose other processes may end at once
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = main()
+    except KeyboardInterrupt as stop:
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print("; ".join([f"{Path(sys.argv[0]).name}: {word}", *getattr(stop, "__notes__", [])]), file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+    raise Terminated
