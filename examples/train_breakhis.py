@@ -64,7 +64,7 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
     data_dir = args.output_dir / "synthetic" if args.synthetic else args.data_dir
     if accelerator.is_main_process:
         if args.download:
-            download(data_dir)
+            download(data_dir, args.archive_sha256)
         if args.synthetic:
             magnifications = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
             logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=magnifications), data_dir)

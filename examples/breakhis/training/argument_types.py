@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,13 @@ def mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r}")
     return value
+
+
+def sha256(text: str) -> str:
+    """Parse a SHA-256 in hexadecimal digits."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"must be 64 hexadecimal digits, got {text!r}")
+    return text.lower()
 
 
 def fold(text: str) -> int | str:

@@ -8,7 +8,7 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.idc import IDC
 from breakhis.data.naming import BREAKHIS
 from breakhis.data.splits import PROTOCOLS
-from breakhis.training.argument_types import fold, mapping, number, positive
+from breakhis.training.argument_types import fold, mapping, number, positive, sha256
 
 SOURCES = {"breakhis": BREAKHIS, "idc": IDC}
 ABLATION: dict[str, dict[str, Any]] = {
@@ -60,6 +60,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset", choices=sorted(SOURCES), default="breakhis", help="data set in DATA_DIR")
     group.add_argument("--data-dir", type=Path, default=None, help="directory with the images at any depth")
     group.add_argument("--download", action=SWITCH, default=False, help="fetch BreakHis, 4 GB, into DATA_DIR first")
+    group.add_argument("--archive-sha256", type=sha256, default=None, help="hash that the fetched archive must have")
     group.add_argument(
         "--synthetic",
         action=SWITCH,

@@ -15,7 +15,7 @@ from breakhis.data.naming import BREAKHIS
 from breakhis.training.flags import ABLATION, SOURCES, make_parser
 
 # Flags that a resumed run may change: they affect no result. Its division of the images is compared separately.
-_FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download")
+_FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256")
 _VARIANT = re.compile(r"[\w.+-]+")  # a variant is the name of a folder
 
 
@@ -93,6 +93,8 @@ def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"argument --dataset: must be 'breakhis' to be downloaded or drawn, got {args.dataset!r}")
     if args.download and args.synthetic:
         parser.error("argument --download: not allowed with argument --synthetic")
+    if args.archive_sha256 is not None and not args.download:
+        parser.error("argument --archive-sha256: not allowed without argument --download")
     if args.task not in SOURCES[args.dataset].classes:
         parser.error(f"argument --task: must be {', '.join(SOURCES[args.dataset].classes)}, got {args.task!r}")
     if args.magnification not in (None, ["pooled"]) and not SOURCES[args.dataset].magnifications:
