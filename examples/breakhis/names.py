@@ -21,7 +21,7 @@ def printable(name: object) -> str:
 
 def in_markdown(name: object) -> str:
     """Return a name as it may stand in a table of Markdown, whose markup becomes HTML on a page."""
-    return html.escape(printable(name)).replace("|", "&#124;")
+    return html.escape(printable(name), quote=False).replace("|", "&#124;")
 
 
 def file_name(name: str, suffix: str) -> str:

@@ -163,7 +163,7 @@ def _unpack(archive: Path, tree: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
     try:
         scratch.mkdir()
-        refusal = f"{archive} must have at most {MAX_HEADERS} bytes of headers, got more"
+        refusal = ValueError(f"{archive} must have at most {MAX_HEADERS} bytes of headers, got more")
         with gzip.open(archive) as stream:
             # tarfile reads a header of any size that the archive states, so its reads are limited.
             metered = MeteredFile(stream, MAX_HEADERS, refusal)

@@ -113,8 +113,8 @@ def _decode(path: Path) -> Image.Image:
     with path.open("rb") as file:  # PIL maps a path into memory, and a file that shrinks would then kill the process
         if not file.peek(1):
             raise ValueError("it has zero bytes")
-        refusal = f"it must have at most {MAX_METADATA} bytes besides the pixels, got more"
-        metered = MeteredFile(file, MAX_METADATA, refusal)
+        refusal = f"the image must have at most {MAX_METADATA} bytes besides the pixels, got more"
+        metered = MeteredFile(file, MAX_METADATA, _UnusableError(refusal))
         with Image.open(metered, formats=_FORMATS) as encoded:  # reads the metadata alone
             _check_size(encoded)
             metered.left = MAX_METADATA + _BYTES_PER_PIXEL * encoded.width * encoded.height

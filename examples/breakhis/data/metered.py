@@ -10,27 +10,23 @@ class MeteredFile:
         left: Bytes that may still be read; a caller may raise it when it knows that more are wanted.
     """
 
-    def __init__(self, file: BinaryIO, limit: int, refusal: str) -> None:
+    def __init__(self, file: BinaryIO, limit: int, refusal: ValueError) -> None:
         """Wrap a file.
 
         Args:
             file: The file; seeking in it is free.
             limit: The first value of `left`.
-            refusal: Message of the ValueError.
+            refusal: The error of reading too much.
         """
         self._file, self.left, self._refusal = file, limit, refusal
 
     def read(self, size: int = -1) -> bytes:
-        """Read `size` bytes, or fewer at the end of the file; a negative size reads the rest of the file.
-
-        Raises:
-            ValueError: More bytes than `left` would be read.
-        """
+        """Read `size` bytes, or fewer at the end of the file; a negative size reads the rest of the file."""
         if not 0 <= size <= self.left:
             # The file may end before `size`. One byte more than allowed is enough to tell.
             chunk = self._file.read(self.left + 1)
             if len(chunk) > self.left:
-                raise ValueError(self._refusal)
+                raise self._refusal
         else:
             chunk = self._file.read(size)
         self.left -= len(chunk)
