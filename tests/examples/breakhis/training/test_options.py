@@ -147,6 +147,9 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         ),
         (["--config", "none.yaml"], "argument --config: must be a YAML file that can be read"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--archive-sha256", "abc"], "argument --archive-sha256: must be 64 hexadecimal digits, got 'abc'"),
+        (["--archive-sha256", "0" * 63 + "g"], "argument --archive-sha256: must be 64 hexadecimal digits, got '000"),
+        (["--archive-sha256", "0" * 64], "argument --archive-sha256: not allowed without argument --download"),
     ],
 )
 def test_wrong_flags_are_named_with_their_values(tmp_path, arguments, message, capsys):
