@@ -2,7 +2,7 @@
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
+from breakhis.data.hashes import changed_files, hash_files
 from breakhis.files import write_atomically
 from breakhis.training.model_config import read_config
 from breakhis.training.stain import StainJitter
 from breakhis.training.weights import check_start, load_exactly, read_weights, record_loads
 
+FILES = ("config.json", "model.safetensors")
+"""The files of a saved model."""
 PRETRAINED_NOTE = "ImageNet weights of ConvNeXt V2 are licensed CC BY-NC 4.0: not for commercial use."
 
 
@@ -133,6 +136,21 @@ def save_model(model: nn.Module, folder: Path, classes: Sequence[str], model_arg
         raise OSError(f"{folder} must have room for the model, which cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def hash_checkpoint(folder: Path) -> dict[str, str]:
+    """Compute the SHA-256 of each file that `save_model` wrote, by name."""
+    return {path.name: digest for path, digest in hash_files(folder / name for name in FILES).items()}
+
+
+def check_checkpoint(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse a checkpoint whose files are not those that `hash_checkpoint` has seen.
+
+    Raises:
+        ValueError: A file is missing or has another content; the message names it.
+    """
+    if changed := changed_files({folder / name: hashes.get(name, "") for name in FILES}):
+        raise ValueError(f"{folder} must be the checkpoint that its run wrote, got another {changed[0].name}")
 
 
 def load_model(folder: Path) -> nn.Module:
