@@ -48,11 +48,18 @@ ALLOWED = {
 
 # room of examples/breakhis -> what it may import of its neighbours
 BREAKHIS = {
-    "data": ("breakhis.data", "breakhis.files"),
-    "results": ("breakhis.results", "breakhis.data", "breakhis.files"),
-    "training": ("breakhis.training", "breakhis.data", "breakhis.results.metrics", "breakhis.files"),
+    "data": ("breakhis.data", "breakhis.files", "breakhis.mappings"),
+    "results": ("breakhis.results", "breakhis.data", "breakhis.files", "breakhis.mappings"),
+    "training": (
+        "breakhis.training",
+        "breakhis.data",
+        "breakhis.results.metrics",
+        "breakhis.files",
+        "breakhis.mappings",
+    ),
     "commands.py": (),
     "files.py": (),
+    "mappings.py": (),
     "__init__.py": (),
 }
 

@@ -14,7 +14,7 @@ import yaml
 from breakhis.data.naming import BREAKHIS
 from breakhis.training.flags import ABLATION, SOURCES, make_parser
 
-# Flags that a resumed run may change: they affect no result. Its division of the images is compared separately.
+# Flags that a resumed run may change: they affect no result. Its images are compared separately.
 _FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256")
 _VARIANT = re.compile(r"[\w.+-]+")  # a variant is the name of a folder
 

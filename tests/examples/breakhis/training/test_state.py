@@ -1,15 +1,8 @@
-from pathlib import Path
-
 import pytest
 import torch
 from breakhis.training.state import load_state, save_state
 
-
-class CreatesAFile:
-    """Pickled, it creates a file when it is loaded."""
-
-    def __reduce__(self):
-        return (Path.touch, (Path("executed"),))
+from tests.support.pickles import CreatesAFile
 
 
 def test_a_state_holds_tensors_and_plain_values_and_runs_no_code(tmp_path, monkeypatch):
