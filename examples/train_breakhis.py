@@ -34,6 +34,7 @@ from breakhis.data.records import ImageDataset, Record, patients
 from breakhis.data.splits import Split, absent_classes, fold_split, official_split
 from breakhis.data.synthetic import draw_tree
 from breakhis.files import write_atomically, write_csv
+from breakhis.names import printable
 from breakhis.results.figures import draw_calibration, draw_confusion_matrix, draw_curves, draw_roc
 from breakhis.results.metrics import score
 from breakhis.results.report import describe_protocol, log_split, prediction_rows, split_rows, summarise
@@ -68,13 +69,13 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
             download(data_dir, args.archive_sha256)
         if args.synthetic:
             magnifications = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
-            logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=magnifications), data_dir)
+            logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=magnifications), printable(data_dir))
     accelerator.wait_for_everyone()
     records, misnamed = SOURCES[args.dataset].find(data_dir)
     faults = find_faults([record.path for record in records]) if accelerator.is_main_process else {}
     (faults,) = broadcast_object_list([faults])
     for path, reason in {**misnamed, **faults}.items():
-        logger.warning("left out %s: %s", path, reason)
+        logger.warning("left out %s: %s", printable(path), reason)
     if misnamed or faults:
         unusable = f"{len(misnamed)} misnamed files, and {len(faults)} of {len(records)} images that cannot be read"
         if args.strict:

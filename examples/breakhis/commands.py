@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, ParamSpec, TypeVar
 
+from breakhis.names import printable
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -49,11 +51,11 @@ def one_line_errors(main: Callable[P, T]) -> Callable[P, T]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error as one line; of a traceback from a process of a DataLoader, the last line."""
+    """Return the message of an error as one line that can be printed, whatever names it holds; of a traceback from a process of a DataLoader, the last line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught ") and "Traceback" in str(error):
         lines = [lines[-1].partition(": ")[2] or lines[-1]]
-    return " ".join(line.strip() for line in lines)
+    return printable(" ".join(line.strip() for line in lines))
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
@@ -70,7 +72,8 @@ def run_script(main: Callable[[], object]) -> NoReturn:
         code = main()
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print("; ".join([f"{Path(sys.argv[0]).name}: {word}", *getattr(stop, "__notes__", [])]), file=sys.stderr)
+        notes = "; ".join([f"{Path(sys.argv[0]).name}: {word}", *getattr(stop, "__notes__", [])])
+        print(printable(notes), file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from breakhis.data.images import image_files
 from breakhis.data.metered import MeteredFile
+from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _fetch(url: str, archive: Path) -> None:
             part.replace(archive)
             stamp.unlink()
             return
-        logger.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, failure)
+        logger.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, printable(failure))
     raise ConnectionError(f"{url} failed {ATTEMPTS} times, at last with: {failure}") from failure
 
 

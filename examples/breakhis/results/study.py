@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from breakhis.files import read_csv, write_atomically, write_csv
+from breakhis.names import in_markdown
 from breakhis.results import paper
 from breakhis.results.intervals import Predictions, bootstrap
 from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
@@ -136,7 +137,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(in_markdown, line))} |" for line in lines)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from breakhis.files import read_csv, write_atomically, write_csv
 from breakhis.mappings import read_json, read_yaml
+from breakhis.names import printable
 from breakhis.training.options import differences
 from breakhis.training.state import STATE
 
@@ -57,7 +58,7 @@ def find_finished(out: Path, flags: dict[str, Any], rows: Sequence[dict[str, str
             f"{'; '.join(changed[:3])}{further}"
         )
     if (out / METRICS).is_file():
-        logger.info("%s is finished", out)
+        logger.info("%s is finished", printable(out))
         return read_json(out / METRICS)
     return None
 

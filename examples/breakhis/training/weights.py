@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from breakhis.names import printable
 from breakhis.training.finite import check_weights
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def check_start(model: nn.Module, loads: list[Loaded], path: Path) -> None:
     if problems:
         raise ValueError(f"{path} must hold weights of all of the model except the classifier: {_some(problems)}")
     if fills[0].missing:
-        logger.info("not in %s, so these start at random: %s", path, ", ".join(fills[0].missing))
+        logger.info("not in %s, so these start at random: %s", printable(path), ", ".join(fills[0].missing))
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:
