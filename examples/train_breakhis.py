@@ -69,7 +69,8 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
             download(data_dir, args.archive_sha256)
         if args.synthetic:
             magnifications = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
-            logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=magnifications), printable(data_dir))
+            count = draw_tree(data_dir, seed=0, magnifications=magnifications)
+            logger.info("drew %d images in %s", count, printable(data_dir))
     accelerator.wait_for_everyone()
     records, misnamed = SOURCES[args.dataset].find(data_dir)
     faults = find_faults([record.path for record in records]) if accelerator.is_main_process else {}

@@ -51,7 +51,10 @@ def one_line_errors(main: Callable[P, T]) -> Callable[P, T]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error as one line that can be printed, whatever names it holds; of a traceback from a process of a DataLoader, the last line."""
+    """Return the message of an error as one line without control characters.
+
+    Of a traceback from a process of a DataLoader, this is the last line.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught ") and "Traceback" in str(error):
         lines = [lines[-1].partition(": ")[2] or lines[-1]]

@@ -132,7 +132,8 @@ def official_split(records: Sequence[Record], task: str, group_by: str, fold_fil
     train, val = _carve_validation(listed["train"], task, group_by, seed)
     split = Split(train, val, listed["test"], "official protocol", fold_file.stem)
     for key in leaks(split, group_by):
-        logger.warning("WARNING: %s puts %s %s into both training and test", printable(fold_file.name), group_by, printable(key))
+        where = printable(fold_file.name)
+        logger.warning("WARNING: %s puts %s %s into both training and test", where, group_by, printable(key))
     return split
 
 
@@ -149,7 +150,7 @@ def read_fold_file(path: Path) -> dict[str, str]:
             raise ValueError(f"{path} line {number} must be file|magnification|fold|train or test, got {row!r}")
         name = Path(fields[0]).stem
         if sides.setdefault(name, fields[3]) != fields[3]:
-            raise ValueError(f"{path} line {number} must not put {name!r} on both sides, got {row!r}")
+            raise ValueError(f"{path} line {number} must not put {printable(name)} on both sides, got {row!r}")
     return sides
 
 
