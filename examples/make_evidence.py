@@ -8,13 +8,14 @@
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from breakhis.commands import one_line_errors, run_script
-from breakhis.files import read_csv, write_csv
+from breakhis.files import write_csv
+from breakhis.results.runs import read_metrics, read_predictions
+from breakhis.training.argument_types import path as file_path
 from train_breakhis import main as train
 
 STUDIES = Path(__file__).with_name("evidence")
@@ -29,9 +30,9 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
     """
     table: dict[str, dict[str, str]] = {}
     for folder in folders:
-        run = json.loads((folder / "metrics.json").read_text())
+        run = read_metrics(folder, ("variant", "seed", "fold", "classes"))
         column = f"{run['variant']} seed {run['seed']}"
-        for row in read_csv(folder / "predictions.csv"):
+        for row in read_predictions(folder, run["classes"]):
             image = {key: row[key] for key in ("file", "patient", "target")} | {"fold": run["fold"]}
             line = table.setdefault(row["file"], image)
             line |= {f"{column} {key}": f"{float(row[key]):.4f}" for key in row if key.startswith("prob_")}
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Run a study of examples/evidence and keep its results.")
     parser.add_argument("study", choices=sorted(path.stem for path in STUDIES.glob("*.yaml")))
     parser.add_argument("--data-dir", required=True, help="directory with the study's images")
-    parser.add_argument("--output-dir", type=Path, required=True, help="directory for the runs, in STUDY/")
+    parser.add_argument("--output-dir", type=file_path, required=True, help="directory for the runs, in STUDY/")
     args = parser.parse_args(argv)
     out, evidence = args.output_dir / args.study, STUDIES / args.study
     config = ["--config", str(STUDIES / f"{args.study}.yaml"), "--data-dir", args.data_dir]

@@ -4,10 +4,12 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+
+from breakhis.mappings import parse_yaml
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -34,9 +36,12 @@ def positive(text: str) -> float:
 
 def mapping(text: str) -> dict[str, Any]:
     """Parse a mapping in YAML, such as "{output_stride: 16, csfe: false}"."""
-    value = yaml.safe_load(text)
+    try:
+        value = parse_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r:.200}: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r:.200}")
     return value
 
 
@@ -45,6 +50,13 @@ def sha256(text: str) -> str:
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
         raise argparse.ArgumentTypeError(f"must be 64 hexadecimal digits, got {text!r}")
     return text.lower()
+
+
+def path(text: str) -> Path:
+    """Parse a path."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a path, which has no NUL character, got {text!r}")
+    return Path(text)
 
 
 def fold(text: str) -> int | str:
@@ -57,6 +69,8 @@ def torch_device(text: str) -> torch.device:
     if text == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=text).device
+        probe = torch.ones(1, device=text)
+        probe.tolist()  # "meta" has no numbers
+        return probe.device
     except (AssertionError, RuntimeError) as error:  # an AssertionError where PyTorch lacks the backend
         raise argparse.ArgumentTypeError(f"must be 'auto' or a device of this machine, got {text!r}") from error

@@ -12,6 +12,8 @@ import timm
 import yaml
 
 from breakhis.data.naming import BREAKHIS
+from breakhis.mappings import read_yaml
+from breakhis.training.argument_types import path
 from breakhis.training.flags import ABLATION, SOURCES, make_parser
 
 # Flags that a resumed run may change: they affect no result. Its images are compared separately.
@@ -33,14 +35,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = make_parser()
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", type=Path)
+    config_parser.add_argument("--config", type=path)
     known, rest = config_parser.parse_known_args(argv)
     if known.config is not None:
         try:
-            config = yaml.safe_load(known.config.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            config = read_yaml(known.config)
+        except (OSError, ValueError) as error:
             parser.error(f"argument --config: must be a YAML file that can be read, got {error}")
-        if not isinstance(config, dict) or "config" in config:
+        if "config" in config:
             parser.error(f"argument --config: must be a mapping from flags to values without config, got {config!r}")
         rest = ["--config", str(known.config), *_as_argv(config), *rest]
     args = parser.parse_args(rest)
@@ -101,6 +103,8 @@ def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(
             f"argument --magnification: must be pooled with --dataset {args.dataset}, got {args.magnification}"
         )
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"argument --output-dir: must be a directory, got the file {str(args.output_dir)!r}")
     if args.data_dir is not None and args.output_dir.resolve().is_relative_to(args.data_dir.resolve()):
         parser.error(
             "argument --output-dir: must not lie in --data-dir, where its figures would be taken for images, "
