@@ -123,7 +123,10 @@ def test_numbers_stay_numbers(tmp_path, value, cell):
 NAMES = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="\0")),
     st.binary().map(lambda name: os.fsdecode(name.replace(b"\0", b""))),
-    st.tuples(st.sampled_from([*FORMULAS, "'", '"', ",", "\n"]), st.text(st.characters(codec="ascii"))).map("".join),
+    st.tuples(
+        st.sampled_from([*FORMULAS, "'", '"', ",", "\n"]),
+        st.text(st.characters(codec="ascii", exclude_characters="\0")),
+    ).map("".join),
 )
 
 
@@ -142,17 +145,18 @@ def test_any_names_are_read_back(tmp_path_factory, rows, header):
             assert not cell.startswith(FORMULAS) or float(cell) is not None
 
 
+def test_a_row_that_was_cut_off_lacks_columns(tmp_path):
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n\n'-3\n")
+    assert read_csv(tmp_path / "table.csv") == [{"a": "1", "b": "2"}, {"a": "-3"}]
+    (tmp_path / "table.csv").write_text("")
+    assert read_csv(tmp_path / "table.csv") == []
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [
-        (b"", "an empty file"),
-        (b"a,b\n1\n", "line 2: 1 cells instead of 2"),
-        (b"a,b\n1,2\n1,2,3\n", "line 3: 3 cells instead of 2"),
-        (b'a,b\n"1,2\n', "line 2: unexpected end of data"),
-    ],
+    [(b'a,b\n"1,2\n', "unexpected end of data"), (b"a\0b\n", "a NUL character, which no text has")],
 )
-def test_no_table_is_refused_by_name_and_line(tmp_path, content, reason):
-    path = tmp_path / "table.csv"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^'{path}' must be a CSV table, got {reason}$"):
-        read_csv(path)
+def test_no_table_is_refused(tmp_path, content, reason):
+    (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(csv.Error, match=reason):
+        read_csv(tmp_path / "table.csv")
