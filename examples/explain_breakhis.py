@@ -113,6 +113,18 @@ def check_files(runs: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]],
     check_not_inputs(figures, [*models, *images, *tables, study / "results.json"])
 
 
+def load_run_model(run: dict[str, Any]) -> nn.Module:
+    """Load the model of a run.
+
+    Raises:
+        ValueError: The model has other classes than the run.
+    """
+    model = load_model(run["folder"] / "best")
+    if (labels := model.pretrained_cfg["label_names"]) != run["classes"]:
+        raise ValueError(f"{run['folder'] / 'best'} must have the classes of its run, {run['classes']}, got {labels}")
+    return model
+
+
 def load_images(run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, str]]) -> DataLoader:
     """Load images of a run's predictions as input of its model, in batches of (image, target, index)."""
     records = [
@@ -132,7 +144,7 @@ def explain_images(
         for image, cam, index in zip(images, grad_cam(model, images, targets), indices, strict=True):
             picture, row = as_picture(model, image), prediction_of[rows[index]["file"]]
             probability = float(row[f"prob_{row['target']}"])
-            explained.append((picture, CamCell(overlay(picture, cam), row["target"], probability)))
+            explained.append((picture, CamCell(overlay(picture, cam), printable(row["target"]), probability)))
     return explained
 
 
@@ -159,14 +171,15 @@ def draw_cams(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, pat
         except ValueError as error:
             logger.warning("%s is left out of %s: %s", printable(run["variant"]), path.name, printable(error))
         else:
-            columns[run["variant"]] = explain_images(run, model, rows)
+            columns[printable(run["variant"])] = explain_images(run, model, rows)
     if not columns:
         return False
     panels = []
     for row, *explained in zip(rows, *columns.values(), strict=True):
         picture, _ = explained[0]
         overlays = {variant: cell for variant, (_, cell) in zip(columns, explained, strict=True)}
-        panels.append(CamRow(f"{row['target']}\npatient {row['patient']}", picture, overlays))
+        label = f"{printable(row['target'])}\npatient {printable(row['patient'])}"
+        panels.append(CamRow(label, picture, overlays))
     part = PARTS[first["scored_on"]]
     which = f"first {part} image" if count == 1 else f"first {count} {part} images"
     title = f"Grad-CAM of the true class, {which} of each class by file name; {describe_protocol(first)}"
@@ -192,6 +205,7 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
         The numbers in the figures, as rows of `decisions.csv`; a class without images has none.
     """
     rows, name = run["predictions"], f"{run['variant']}-{run['magnification']}"
+    classes = [printable(name) for name in run["classes"]]
     shown = rows if limit is None else rows[:: math.ceil(len(rows) / limit)]
     recorded = decisions(model, tqdm(load_images(run, model, shown), printable(name), unit="batch"))
     table = []
@@ -207,10 +221,10 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
             )
             stem = name if len(layers) == 1 else f"{name}-{module}"
             if kind == "gate":
-                draw_gates(means, run["classes"], title, out / file_name(f"gates-{stem}", ".png"))
+                draw_gates(means, classes, title, out / file_name(f"gates-{stem}", ".png"))
             else:
                 figure = out / file_name(f"branches-{stem}", ".png")
-                draw_branch_weights(means, deviations, parts, run["classes"], title, figure)
+                draw_branch_weights(means, deviations, parts, classes, title, figure)
             common = {key: run[key] for key in ("variant", "magnification", "fold", "seed")}
             table += [
                 common
@@ -247,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_files(runs, [run for group in groups.values() for run in group], args.runs, out)
         out.mkdir(parents=True, exist_ok=True)
         for magnification, group in groups.items():
-            pairs = [(run, load_model(run["folder"] / "best").to(args.device)) for run in group]
+            pairs = [(run, load_run_model(run).to(args.device)) for run in group]
             any_cam |= draw_cams(pairs, args.images_per_class, out / file_name(f"cam-{magnification}", ".png"))
             for run, model in pairs:
                 if any(isinstance(module, (CFE, MFDF)) for module in model.modules()):

@@ -73,11 +73,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse now what could not be written after the images are predicted."""
-    if args.output.is_dir():
-        parser.error(f"argument --output: must be a file, got the directory {str(args.output)!r}")
     if args.output.suffix.lower() in IMAGE_SUFFIXES:
         parser.error(f"argument --output: must be a CSV file, not named like an image, got {str(args.output)!r}")
     try:
+        if args.output.is_dir():
+            parser.error(f"argument --output: must be a file, got the directory {str(args.output)!r}")
         check_table(args.output, COLUMNS)
         check_table(patients_file(args.output), PATIENT_COLUMNS)
     except (OSError, ValueError) as error:  # an OSError for a name that is too long

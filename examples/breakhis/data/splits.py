@@ -144,7 +144,8 @@ def read_fold_file(path: Path) -> dict[str, str]:
         ValueError: A row is not `file|magnification|fold|train or test`, or a file is on both sides.
     """
     sides: dict[str, str] = {}
-    for number, row in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # A byte that is no UTF-8 is refused in its row.
+    for number, row in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         fields = row.strip().split("|")
         if len(fields) != 4 or fields[3] not in ("train", "test"):
             raise ValueError(f"{path} line {number} must be file|magnification|fold|train or test, got {row!r}")
