@@ -64,6 +64,21 @@ def test_the_error_of_a_process_that_loads_images_is_its_last_line():
     assert one_line(raised.value) == "path must be an image file, got 'a: b.png'"
 
 
+class KilledImages(BrokenImages):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow  # a process is started
+def test_a_process_that_loads_images_and_dies_is_one_line():
+    @one_line_errors
+    def main() -> None:
+        list(DataLoader(KilledImages(), num_workers=1))
+
+    with pytest.raises(SystemExit, match=r"error: DataLoader worker .* --num-workers 0 needs the least of it.$"):
+        main()
+
+
 SCRIPT = """
 import sys, time
 from breakhis.commands import one_line_errors, run_script
