@@ -19,15 +19,15 @@ from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
 from tests.support.locks import lock_holder
-from tests.support.runs import SMALL, read_rows
+from tests.support.runs import SMALL, launch, read_rows
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["--img-size", "32", "--epochs", "4", "--num-workers", "0", "--num-folds", "3", "--drop-path", "0.2"]
 RECIPE += ["--mixup", "0.3", "--ema-decay", "0.9", "--stain-jitter", "0.2", "--lr", "1e-3", "--resume"]
 
 
-def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
-    """Return the exit status of a run in a process that is killed after some seconds of training."""
+def run_and_signal(arguments: list[str], wait_for: Path, seconds: float, number: int) -> tuple[int, str]:
+    """Return exit status and errors of a run that gets a signal some seconds after it has written a file."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "train_breakhis.py"), *arguments],
@@ -37,13 +37,19 @@ def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (out / "config.yaml").is_file() and time.monotonic() < deadline:
+    while not wait_for.is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode
+    return process.returncode, errors
+
+
+def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
+    """Return the exit status of a run in a process that is killed after some seconds of training."""
+    status, errors = run_and_signal(arguments, out / "config.yaml", seconds, signal.SIGKILL)
+    assert status in (0, -signal.SIGKILL), errors
+    return status
 
 
 @pytest.mark.slow
@@ -224,3 +230,28 @@ def test_a_folder_in_use_is_refused_before_anything_is_written(synthetic_tree, t
         with pytest.raises(SystemExit, match=f"--output-dir {tmp_path} must not be in use, but {owner}"):
             main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *RECIPE])
         assert [path.name for path in tmp_path.iterdir()] == names
+
+
+@needs_local_dir
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_says_what_is_saved_and_leaves_no_lock(synthetic_tree, tmp_path, number, code):
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL]
+    arguments += ["--epochs", "500", "--model", "test_convnext", "--num-workers", "1"]
+    status, errors = run_and_signal(arguments, tmp_path / "state.pt", 0.1, number)
+    word = {143: "terminated", 130: "interrupted"}[code]
+    sentence = f"{tmp_path} has every complete epoch; the same command with --resume goes on from there"
+    assert (status, errors.splitlines()[-1]) == (code, f"train_breakhis.py: {word}; {sentence}")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run.lock").exists()
+    assert load_state(tmp_path / "state.pt", ["history"])["history"]
+
+
+@needs_local_dir
+@pytest.mark.slow
+def test_all_processes_stop_when_the_folder_is_in_use(synthetic_tree, tmp_path):
+    with lock_holder(tmp_path) as holder:
+        process = launch(tmp_path, 2, "--data-dir", str(synthetic_tree), *SMALL)
+    assert process.returncode != 0
+    message = f"train_breakhis.py: error: --output-dir {tmp_path} must not be in use, but process {holder.pid} on "
+    assert process.stderr.count(message) == 2
