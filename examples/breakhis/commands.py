@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from breakhis.names import printable
 
@@ -71,6 +71,8 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of `accelerate launch`, whose other processes may end at once
         signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _raise_again
+    sys.excepthook = functools.partial(_print_traceback, os.getpid())
     try:
         code = main()
     except KeyboardInterrupt as stop:
@@ -83,3 +85,25 @@ def run_script(main: Callable[[], object]) -> NoReturn:
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     raise Terminated
+
+
+def _raise_again(unraisable: Any) -> None:
+    """Raise a KeyboardInterrupt a little later where Python would drop it, as in `__del__` or around a fork."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(unraisable)
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise unraisable.exc_type
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _print_traceback(pid: int, *error: Any) -> None:
+    """Print a traceback in the main process alone.
+
+    The processes that load images send their errors to the main process. What they would print themselves is only that
+    the main process has gone, after a signal.
+    """
+    if os.getpid() == pid:
+        sys.__excepthook__(*error)

@@ -4,11 +4,8 @@ import ast
 import functools
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
 from tests.support.pages import python_blocks, run_block
-from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
+from tests.support.runs import SMALL, SUBTYPES, launch, load_input, load_with_timm, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
 ROOT = Path(__file__).parents[2]
@@ -222,16 +219,6 @@ def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, lea
     assert metrics["n_images"]["val"] == 0
     assert metrics["best_epoch"] == 2
     assert any("best = last epoch" in message for message in caplog.messages)
-
-
-def launch(out: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script with `accelerate launch`, on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # several processes need this flag on any device
-    command += [str(ROOT / "examples" / "train_breakhis.py"), "--output-dir", str(out), *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_two_processes_do_the_same_as_one(

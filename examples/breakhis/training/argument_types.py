@@ -11,6 +11,8 @@ import torch
 
 from breakhis.mappings import parse_yaml
 
+LARGEST = 1e6
+
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Make the type of a finite number from `low` to `high`."""
@@ -27,10 +29,12 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 
 
 def positive(text: str) -> float:
-    """Parse a finite number above 0."""
+    """Parse a number above 0 that the weights' number formats can hold with what they are multiplied by."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {value}")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST:g}, got {value}")
     return value
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from timm.data import create_transform, resolve_data_config
@@ -50,16 +51,18 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         model_args.setdefault("identity_start", not kfde_keys or any(key.endswith(".blend") for key in kfde_keys))
     if args.drop_path is not None:
         model_args["drop_path_rate"] = args.drop_path
-    if timm.models.get_pretrained_cfg(args.model).fixed_input_size:
-        model_args["img_size"] = args.img_size
     source = None if path is None else {"file": str(path)}
     try:
+        if timm.models.get_pretrained_cfg(args.model).fixed_input_size:
+            model_args["img_size"] = args.img_size
         with record_loads() as filled:
             model = timm.create_model(
                 args.model, pretrained=loads, pretrained_cfg_overlay=source, num_classes=num_classes, **model_args
             )
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"model {args.model} with arguments {model_args} cannot be built: {error}") from error
+    except Exception as error:  # with arguments of the user, a model can fail in any way
+        raise ValueError(
+            f"model {args.model} with arguments {model_args} cannot be built: {error or type(error).__name__}"
+        ) from error
     if path is not None:
         check_start(model, filled, path)
     # Use the complete height of the field instead of timm's usual 7/8: a diagnosis may depend on the border.
@@ -76,7 +79,28 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         **resolve_data_config(data_config, model=model),
         **dict.fromkeys(wrong),
     }
+    try:
+        _try_image(model, num_classes)
+    except Exception as error:  # as above
+        raise ValueError(
+            f"model {args.model} with arguments {model_args} must classify images of {args.img_size} px into "
+            f"{num_classes} classes, got {error!r}"
+        ) from error
     return model, model_args
+
+
+@torch.no_grad()  # not inference mode: a model may keep a tensor, which Grad-CAM then needs in its backward pass
+def _try_image(model: nn.Module, num_classes: int) -> None:
+    """Classify one grey image. The model is in the mode of before afterwards.
+
+    Raises:
+        Exception: Of any type, from the depths of the model, or because its output is not one row of scores.
+    """
+    training = model.training
+    scores = model.eval()(eval_transform(model)(Image.new("RGB", (64, 48), "grey"))[None])
+    model.train(training)
+    if len(scores.tolist()) != 1 or scores.shape != (1, num_classes):
+        raise ValueError(f"an output of shape {tuple(scores.shape)}")
 
 
 def train_transform(args: argparse.Namespace, model: nn.Module, example: Image.Image) -> Callable[..., Tensor]:
@@ -168,10 +192,10 @@ def load_model(folder: Path) -> nn.Module:
         raise ValueError(f"{path} must describe a model that timm can build, got {error!r}") from error
     if model.num_classes != config["num_classes"]:
         raise ValueError(f"{path} must have num_classes {model.num_classes}, as its model, got {config['num_classes']}")
-    try:
-        eval_transform(model)(Image.new("RGB", (64, 48)))
-    except Exception as error:  # as above
-        raise ValueError(f"{path} must describe how images become inputs, got {error!r}") from error
     weights = folder / "model.safetensors"
     load_exactly(model, read_weights(weights), weights)
+    try:
+        _try_image(model, model.num_classes)
+    except Exception as error:  # as above
+        raise ValueError(f"{path} must describe how images become inputs of its model, got {error!r}") from error
     return model

@@ -152,7 +152,9 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
     group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
-    group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
+    group.add_argument(
+        "--batch-size", type=number(int, 1, 2**31 - 1), default=8, help="images per step, over all processes"
+    )
     group.add_argument("--grad-accum-steps", type=count, default=1, help="batches per update")
     group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
     group.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")

@@ -18,6 +18,9 @@ from breakhis.training.flags import ABLATION, SOURCES, make_parser
 
 # Flags that a resumed run may change: they affect no result. Its images are compared separately.
 _FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256")
+# Arguments of timm by which a model could get other inputs and outputs, or weights that nobody has checked.
+_OWN_ARGUMENTS = {"num_classes", "in_chans", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_OWN_ARGUMENTS |= {"checkpoint_path", "cache_dir"}
 _VARIANT = re.compile(r"[\w.+-]+")  # a variant is the name of a folder
 
 
@@ -144,6 +147,12 @@ def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 "argument --variants: must map names of letters, digits and .+-_ to mappings of model arguments, "
                 f"got {name!r}: {kwargs!r}"
             )
+    for flag, kwargs in (
+        ("model-kwargs", args.model_kwargs),
+        *(("variants", kwargs) for kwargs in args.variants.values()),
+    ):
+        if own := sorted(_OWN_ARGUMENTS & set(map(str, kwargs or {}))):
+            parser.error(f"argument --{flag}: must not have {own[0]}, which this script sets itself, got {kwargs!r}")
     if args.pretrained and args.checkpoint_path is not None:
         parser.error("argument --checkpoint-path: not allowed with argument --pretrained")
     if args.checkpoint_path is not None and not args.checkpoint_path.is_file():

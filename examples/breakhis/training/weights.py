@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -33,18 +34,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         weights = load_state_dict(str(path), device="cpu")
     except Exception as error:  # for a damaged file, torch and safetensors raise a dozen types
         raise ValueError(f"{path} must be a checkpoint of weights, got {reason(error)}") from error
-    strange = [f"{key!r}: {type(value).__name__}" for key, value in weights.items() if not isinstance(value, Tensor)]
+    strange = [f"{key!r}: {_kind(value)}" for key, value in weights.items() if _kind(value) != "tensor"]
     if strange or not weights:
         got = strange[0] if strange else "no tensor"
-        raise ValueError(f"{path} must be a checkpoint that maps names to tensors, got {got}")
+        raise ValueError(f"{path} must be a checkpoint that maps names to plain tensors, got {got}")
     check_weights(weights, path)
     return weights
+
+
+def _kind(value: Any) -> str:
+    """Name what a checkpoint holds; "tensor" is a dense one of real numbers."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex() and not value.is_meta
+    return "tensor" if plain else f"tensor of {value.dtype} on {value.device}, {value.layout}"
 
 
 def reason(error: Exception) -> str:
     """Return the first sentence of an error about a damaged file; further ones advise torch's own users."""
     first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first.partition('. ')[0]}"
+    return f"{type(error).__name__}: {first.partition('. ')[0]}".removesuffix(": ")
 
 
 def load_exactly(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -64,15 +64,36 @@ def test_the_error_of_a_process_that_loads_images_is_its_last_line():
     assert one_line(raised.value) == "path must be an image file, got 'a: b.png'"
 
 
+class KilledImages(BrokenImages):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow  # a process is started
+def test_a_process_that_loads_images_and_dies_is_one_line():
+    @one_line_errors
+    def main() -> None:
+        list(DataLoader(KilledImages(), num_workers=1))
+
+    with pytest.raises(SystemExit, match=r"error: DataLoader worker .* --num-workers 0 needs the least of it.$"):
+        main()
+
+
 SCRIPT = """
 import sys, time
 from breakhis.commands import one_line_errors, run_script
+
+class Sleeper:
+    def __del__(self):
+        time.sleep(60)
 
 @one_line_errors
 def main():
     try:
         print("ready", flush=True)
-        time.sleep(60 if sys.argv[1] == "wait" else 0)
+        if sys.argv[1] == "dropped":
+            Sleeper()  # Python drops what is raised in __del__
+        time.sleep(60 if sys.argv[1] in ("wait", "dropped") else 0)
         return {"code": 3, "list": [1], "none": None}[sys.argv[1]]
     except KeyboardInterrupt as stop:
         stop.add_note("o is complete")
@@ -96,13 +117,36 @@ def start(tmp_path: Path, argument: str) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_signal_ends_the_script_after_its_clean_up_and_says_what_is_saved(tmp_path, number, code, word):
-    process = start(tmp_path, "wait")
+@pytest.mark.parametrize("moment", ["wait", "dropped"])
+def test_a_signal_ends_the_script_after_its_clean_up_and_says_what_is_saved(tmp_path, moment, number, code, word):
+    process = start(tmp_path, moment)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.05)
     process.send_signal(number)
     out, errors = process.communicate(timeout=30)
     assert (process.returncode, out, errors) == (code, "cleaned up\n", f"script.py: {word}; o is complete\n")
+
+
+FORK = """
+import os, sys
+from breakhis.commands import run_script
+
+def main():
+    if os.fork() == 0:
+        raise EOFError("in the child")
+    os.wait()
+    raise TypeError("in the main process")
+
+run_script(main)
+"""
+
+
+def test_only_the_main_process_prints_a_traceback(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES)}
+    result = subprocess.run([sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "TypeError: in the main process" in result.stderr
+    assert "in the child" not in result.stderr
 
 
 @pytest.mark.parametrize(("argument", "code"), [("code", 3), ("list", 0), ("none", 0), ("nonsense", 1)])

@@ -144,9 +144,9 @@ def test_a_saved_model_is_loaded_with_all_its_weights(saved):
         ({"architecture": "resnet18"}, r"exactly: conv1.weight is missing, .* and \d+ more"),
         ({"model_args": {"foo": 1}}, "config.json must describe a model that timm can build, got .*foo"),
         ({"model_args": 7}, "config.json must describe a model that timm can build, got "),
-        ({"model_args": {"in_chans": 1}}, "must describe how images become inputs|must hold the weights"),
-        ({"interpolation": "magic"}, "config.json must describe how images become inputs, got .*magic"),
-        ({"crop_pct": "all"}, "config.json must describe how images become inputs, got "),
+        ({"model_args": {"in_chans": 1}}, "must hold the weights"),
+        ({"interpolation": "magic"}, "config.json must describe how images become inputs of its model, got .*magic"),
+        ({"crop_pct": "all"}, "config.json must describe how images become inputs of its model, got "),
     ],
 )
 def test_a_configuration_that_is_not_that_of_the_weights_is_refused(saved, changes, message):
@@ -197,6 +197,37 @@ def test_a_full_disk_keeps_the_model_of_before(saved, monkeypatch):
     with pytest.raises(OSError, match=r"best must have room for the model, which cannot be written: .*No space left"):
         save_model(load_model(saved), saved, ["a", "b"], {})
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_kwargs": {"depths": "abc"}}, "with arguments {'depths': 'abc'} cannot be built: "),
+        ({"model_kwargs": {"act_layer": "nonsense"}}, "cannot be built: 'nonsense'"),
+        ({"model": "test_convnext.nonesuch"}, "cannot be built: Invalid pretrained tag"),
+        ({"model_kwargs": {"global_pool": ""}}, r"classify images of 96 px into 2 classes, got .*shape \(1, 2, 3, 3\)"),
+        ({"model_kwargs": {"device": "meta"}}, "classify images of 96 px into 2 classes, got .*meta"),
+        ({"model": "inception_v3", "img_size": 32}, "classify images of 32 px into 2 classes, got RuntimeError"),
+    ],
+)
+def test_a_model_that_cannot_classify_the_images_is_refused_before_training(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(make_flags(**{"model": "test_convnext"} | changes), num_classes=2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_tried_without_a_trace(training, monkeypatch):
+    """Neither its mode, its buffers nor the random numbers after it depend on the trial."""
+    modes, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs).train(training))
+    torch.manual_seed(0)
+    expected, number = create("test_resnet", num_classes=2).state_dict(), torch.rand(1)
+    torch.manual_seed(0)
+    model, _ = build_model(make_flags(model="test_resnet"), num_classes=2)
+    assert torch.equal(torch.rand(1), number)
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+    modes += [module.training for module in model.modules()]
+    assert set(modes) == {training}
 
 
 def test_evaluation_is_deterministic_and_sees_the_whole_height():

@@ -4,23 +4,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from breakhis.training.lock import LOCK, lock_folder
 
-EXAMPLES = Path(__file__).parents[4] / "examples"
-HOLD = """
-import sys, time
-from pathlib import Path
-from breakhis.training.lock import lock_folder
-with lock_folder(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+from tests.support.locks import lock_holder, start
+
 RACE = """
 import sys
 from pathlib import Path
@@ -47,28 +36,9 @@ with lock_folder(Path(sys.argv[1])):
 """
 
 
-def start(code: str, folder: Path) -> subprocess.Popen:
-    """Start a process that takes the lock, and wait for its first line."""
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment, **pipes)
-    assert process.stdout.readline() in ("locked\n", "ready\n")
-    return process
-
-
-@contextmanager
-def holder(folder: Path):
-    """A process that holds the lock until the block ends."""
-    process = start(HOLD, folder)
-    try:
-        yield process
-    finally:
-        process.communicate(timeout=30)
-
-
 def test_a_second_run_is_refused_and_the_first_is_named(tmp_path):
     folder = tmp_path / "new" / "folder"
-    with holder(folder) as process:
+    with lock_holder(folder) as process:
         owner = rf"process {process.pid} on {socket.gethostname()}, since \d+-"
         message = rf"--output-dir {folder} must not be in use, but {owner}"
         for _ in range(3):
@@ -88,7 +58,7 @@ def test_the_file_is_removed_after_an_error(tmp_path):
 
 
 def test_the_lock_of_a_run_that_was_killed_is_taken_over(tmp_path):
-    with holder(tmp_path) as process:
+    with lock_holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == process.pid
@@ -124,7 +94,7 @@ def test_the_lock_of_another_machine_is_refused_with_the_file_to_delete(tmp_path
 
 
 def test_of_two_that_take_over_at_once_one_gets_the_lock(tmp_path):
-    with holder(tmp_path) as dead:
+    with lock_holder(tmp_path) as dead:
         dead.kill()
     racers = [start(RACE, tmp_path) for _ in range(6)]
     for process in racers:
