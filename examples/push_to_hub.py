@@ -16,6 +16,7 @@ from typing import Any
 
 from breakhis.commands import one_line_errors, run_script
 from breakhis.mappings import read_json
+from breakhis.names import in_markdown
 from breakhis.results.report import describe_protocol
 from breakhis.results.runs import read_metrics
 from breakhis.training.argument_types import path
@@ -93,11 +94,11 @@ def write_card(repo_id: str, model: nn.Module, metrics: dict[str, Any]) -> str:
         repo_id=repo_id,
         model=metrics["model"],
         version=metrics["versions"]["kfde_layers"],
-        classes=", ".join(metrics["classes"]),
+        classes=in_markdown(", ".join(metrics["classes"])),
         input=f"RGB, {height} x {width} px",
         start=_start(flags),
         source=SYNTHETIC if metrics["synthetic"] else SOURCES[metrics["dataset"]],
-        protocol=describe_protocol(metrics),
+        protocol=in_markdown(describe_protocol(metrics)),
         parts="\n".join(_part_row(metrics, part) for part in PARTS),
         best_epoch=metrics["best_epoch"],
         epochs=len(metrics["history"]),
@@ -126,7 +127,7 @@ def _start(flags: dict[str, Any]) -> str:
 
 def _part_row(metrics: dict[str, Any], part: str) -> str:
     """Write the row of training, validation or test."""
-    absent = ", ".join(metrics["absent_classes"][part]) or "none"
+    absent = in_markdown(", ".join(metrics["absent_classes"][part])) or "none"
     return f"| {PARTS[part]} | {metrics['n_images'][part]} | {metrics['n_patients'][part]} | {absent} |"
 
 

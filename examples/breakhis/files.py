@@ -43,11 +43,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, completely or not at all, with the same line ends on every system."""
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))
-
-
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write at least one row; None becomes an empty cell.
 

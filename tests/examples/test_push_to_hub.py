@@ -145,6 +145,14 @@ def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_
     assert rows["started from"] == ["a checkpoint"]
 
 
+def test_names_in_the_card_are_no_markup(run, metrics):
+    image = "<img src=x>|"
+    changes = {"classes": [image], "absent_classes": {part: [image] for part in metrics["absent_classes"]}}
+    card = write_card(REPO_ID, load_model(run / "best"), metrics | changes | {"fold_in_words": image})
+    assert "<img" not in card
+    assert card.count("&lt;img src=x&gt;&#124;") == 1 + 3 + 1
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from breakhis.files import read_csv, write_atomically, write_csv, write_text
+from breakhis.files import read_csv, write_atomically, write_csv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -76,11 +76,6 @@ def test_the_longest_name_is_written(tmp_path):
     path = tmp_path / ("x" * 251 + ".csv")
     write_csv(path, [{"a": 1}])
     assert read_csv(path) == [{"a": "1"}]
-
-
-def test_text_has_the_same_bytes_on_every_system(tmp_path):
-    write_text(tmp_path / "file", "± 1\n2\n")
-    assert (tmp_path / "file").read_bytes() == b"\xc2\xb1 1\n2\n"
 
 
 def test_the_disk_has_the_content_before_the_name(tmp_path, monkeypatch):
