@@ -10,10 +10,11 @@
 import argparse
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from breakhis.commands import one_line_errors, run_script
-from breakhis.files import write_csv
+from breakhis.files import write_atomically, write_csv
 from breakhis.results.runs import read_metrics, read_predictions
 from breakhis.training.argument_types import path as file_path
 from train_breakhis import main as train
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train([*config, "--output-dir", str(out), "--resume"])
     evidence.mkdir(exist_ok=True)
     for name in ("results.json", "results.csv", "results.md"):
-        shutil.copyfile(out / name, evidence / name)
+        write_atomically(evidence / name, partial(shutil.copyfile, out / name))
     keep_predictions(sorted((out / "runs").iterdir()), evidence / "predictions.csv")
 
 

@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from breakhis.commands import one_line_errors, run_script
+from breakhis.files import write_atomically
 from breakhis.mappings import read_json
 from breakhis.names import in_markdown
 from breakhis.results.report import describe_protocol
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output_dir is not None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         save_model(model, args.output_dir, config["label_names"], config.get("model_args", {}))
-        (args.output_dir / "README.md").write_text(card, encoding="utf-8")
+        write_atomically(args.output_dir / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
         print(f"wrote {args.output_dir}")
         return 0
     push(args.repo_id, model, card, config, args.private)

@@ -6,6 +6,7 @@ after SIGTERM.
 
 import functools
 import inspect
+import io
 import os
 import signal
 import sys
@@ -71,6 +72,8 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of `accelerate launch`, whose other processes may end at once
         signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters of a name
     sys.unraisablehook = _raise_again
     sys.excepthook = functools.partial(_print_traceback, os.getpid())
     try:

@@ -49,6 +49,19 @@ def test_a_fault_of_the_program_is_a_traceback(error):
         script(error)()
 
 
+def test_no_name_reaches_the_terminal_raw():
+    with pytest.raises(SystemExit) as stopped:
+        script(OSError("got 'a\x1b[2J\x9b\u202eb.png'\nforged"))()
+    assert stopped.value.code == r"test_commands.py: error: got 'a\x1b[2J\x9b\u202eb.png' forged"
+
+
+def test_a_terminal_may_lack_letters():
+    code = "from breakhis.commands import run_script; run_script(lambda: print('größe'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "gr\\xf6\\xdfe\n")
+
+
 class BrokenImages(Dataset):
     def __len__(self) -> int:
         return 1
