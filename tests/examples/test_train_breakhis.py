@@ -203,9 +203,16 @@ def test_synthetic_draws_its_own_data_and_says_so(tmp_path, leak_checker, capsys
 
 
 def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch, leak_checker):
-    monkeypatch.setattr("train_breakhis.download", lambda directory: shutil.copytree(synthetic_tree, directory))
+    hashes = []
+
+    def download(directory: Path, sha256: str | None) -> None:
+        hashes.append(sha256)
+        shutil.copytree(synthetic_tree, directory)
+
+    monkeypatch.setattr("train_breakhis.download", download)
     arguments = ["--download", "--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")]
-    main([*arguments, *SMALL])
+    main([*arguments, *SMALL, "--archive-sha256", "AB" * 32])
+    assert hashes == ["ab" * 32]
     assert_consistent(tmp_path / "out", tmp_path / "data", leak_checker)
 
 
