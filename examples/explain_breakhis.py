@@ -25,7 +25,7 @@ from breakhis.results.figures import CamCell, CamRow, draw_branch_weights, draw_
 from breakhis.results.outputs import check_not_inputs, check_table
 from breakhis.results.report import describe_protocol
 from breakhis.results.study import group_runs
-from breakhis.training.argument_types import number, path, torch_device
+from breakhis.training.argument_types import Parser, number, path, torch_device
 from breakhis.training.checkpoints import FILES, eval_transform, load_model
 from breakhis.training.flags import ABLATION
 from PIL import Image
@@ -44,7 +44,7 @@ FAILED = 2  # exit code, the same as argparse's
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, or `argv` if it is not None."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw where the models of finished runs look, and what their KFDE layers decide.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -7,7 +7,6 @@
 `predictions.csv`, from which the scores can be computed again, up to the four digits that are kept.
 """
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from breakhis.commands import one_line_errors, run_script
 from breakhis.files import write_atomically, write_csv
 from breakhis.results.runs import read_metrics, read_predictions
+from breakhis.training.argument_types import Parser
 from breakhis.training.argument_types import path as file_path
 from train_breakhis import main as train
 
@@ -43,7 +43,7 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; a study that was interrupted goes on."""
-    parser = argparse.ArgumentParser(description="Run a study of examples/evidence and keep its results.")
+    parser = Parser(description="Run a study of examples/evidence and keep its results.")
     parser.add_argument("study", choices=sorted(path.stem for path in STUDIES.glob("*.yaml")))
     parser.add_argument("--data-dir", required=True, help="directory with the study's images")
     parser.add_argument("--output-dir", type=file_path, required=True, help="directory for the runs, in STUDY/")

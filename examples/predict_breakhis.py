@@ -25,7 +25,7 @@ from breakhis.files import write_atomically, write_csv
 from breakhis.names import printable
 from breakhis.results.explain import as_picture, cam_target, grad_cam, overlay
 from breakhis.results.outputs import check_not_inputs, check_outside, check_table, overlay_paths
-from breakhis.training.argument_types import number, torch_device
+from breakhis.training.argument_types import Parser, number, torch_device
 from breakhis.training.argument_types import path as path_type
 from breakhis.training.checkpoints import eval_transform, load_model
 from breakhis.training.finite import check_scores
@@ -45,7 +45,7 @@ COLUMNS, PATIENT_COLUMNS = ("file", "patient", "prediction"), ("patient", "n_ima
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, or `argv` if it is not None."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Classify a folder of images with a model that train_breakhis.py saved.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

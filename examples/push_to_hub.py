@@ -20,7 +20,7 @@ from breakhis.mappings import read_json
 from breakhis.names import in_markdown
 from breakhis.results.report import describe_protocol
 from breakhis.results.runs import read_metrics
-from breakhis.training.argument_types import path
+from breakhis.training.argument_types import Parser, path
 from breakhis.training.checkpoints import check_checkpoint, load_model, save_model
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -53,7 +53,7 @@ SOURCES = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, or `argv` if it is not None."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Publish the model of a finished run on the Hugging Face Hub, with its card.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

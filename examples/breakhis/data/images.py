@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from breakhis.data.metered import MeteredFile
-from breakhis.data.search import is_broken_link, search, special_kind
+from breakhis.data.search import broken_link, search, special_kind
 from breakhis.names import printable
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
@@ -106,8 +106,8 @@ class _UnusableError(ValueError):
 
 
 def _decode(path: Path) -> Image.Image:
-    if is_broken_link(path):
-        raise _UnusableError("it is a link to nothing")
+    if reason := broken_link(path):
+        raise _UnusableError(reason)
     if kind := special_kind(path):
         raise _UnusableError(f"it is {kind}, not a file")
     with path.open("rb") as file:  # PIL maps a path into memory, and a file that shrinks would then kill the process

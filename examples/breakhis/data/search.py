@@ -30,7 +30,7 @@ def search(directory: Path, suffixes: Collection[str]) -> Tree:
     Links to folders and files are followed. A folder or a file that is reached in several ways counts once, by the way
     with no link if there is one; so loops end. Hidden names, and those that macOS adds to archives (`._name`,
     `__MACOSX`), are left out. Links to nothing and special files are in the list if they have the suffix: nothing is
-    opened here. The log names the folders that cannot be read, and links to nothing without the suffix.
+    opened here. The log names the folders that cannot be read, and broken links without the suffix.
 
     Args:
         directory: The folder.
@@ -55,12 +55,12 @@ def search(directory: Path, suffixes: Collection[str]) -> Tree:
             continue
         for entry in entries:
             path, is_link = folder / entry.name, entry.is_symlink()
-            if path.is_dir() if is_link else entry.is_dir():
+            if os.path.isdir(path) if is_link else entry.is_dir():
                 (links if is_link else pending).append(path)
             elif path.suffix.lower() in suffixes:
                 files.append((is_link, path.as_posix(), path))
-            elif is_link and is_broken_link(path):
-                logger.warning("WARNING: left out %s: it is a link to nothing", printable(path))
+            elif is_link and (reason := broken_link(path)):
+                logger.warning("WARNING: left out %s: %s", printable(path), reason)
     paths = _drop_repeats(path for _, _, path in sorted(files))
     return Tree(sorted(paths, key=lambda path: path.relative_to(directory).as_posix()), list(folders.values()))
 
@@ -76,13 +76,15 @@ def identity(path: Path) -> Identity:
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
-def is_broken_link(path: Path) -> bool:
-    """Return whether a path is a link to nothing, or to itself."""
+def broken_link(path: Path) -> str | None:
+    """Return in one sentence why a link leads nowhere, or None for links that lead somewhere and for no links."""
     try:
         path.stat()
     except OSError as error:
-        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and path.is_symlink()
-    return False
+        leads_to_nothing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        reason = "it is a link to nothing" if leads_to_nothing else f"it is a link that fails: {error.strerror}"
+        return reason if path.is_symlink() else None
+    return None
 
 
 def special_kind(path: Path) -> str | None:

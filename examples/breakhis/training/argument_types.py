@@ -5,13 +5,22 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from breakhis.mappings import parse_yaml
+from breakhis.names import printable
 
 LARGEST = 1e6
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors can be printed: the command line may hold names of files, which may hold anything."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with exit code 2."""
+        super().error(printable(message))
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:

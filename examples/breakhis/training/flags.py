@@ -7,7 +7,7 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.idc import IDC
 from breakhis.data.naming import BREAKHIS
 from breakhis.data.splits import PROTOCOLS
-from breakhis.training.argument_types import fold, mapping, number, path, positive, sha256
+from breakhis.training.argument_types import Parser, fold, mapping, number, path, positive, sha256
 from breakhis.training.model_config import SIDES
 
 SOURCES = {"breakhis": BREAKHIS, "idc": IDC}
@@ -23,7 +23,7 @@ SWITCH = argparse.BooleanOptionalAction  # the command line can switch off what 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of every flag."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_breakhis.py",
         description="Train timm models on breast-cancer histopathology and score them on unseen patients.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

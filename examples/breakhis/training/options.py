@@ -13,7 +13,7 @@ import yaml
 
 from breakhis.data.naming import BREAKHIS
 from breakhis.mappings import read_yaml
-from breakhis.training.argument_types import path
+from breakhis.training.argument_types import Parser, path
 from breakhis.training.flags import ABLATION, SOURCES, make_parser
 
 # Flags that a resumed run may change: they affect no result. Its images are compared separately.
@@ -37,7 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: A flag is wrong; the message says which one and why.
     """
     parser = make_parser()
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser = Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=path)
     known, rest = config_parser.parse_known_args(argv)
     if known.config is not None:

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from breakhis.data.images import find_faults
 from breakhis.data.search import search
 
 
@@ -109,6 +110,26 @@ def test_broken_links_are_named(tmp_path, caplog):
         f"WARNING: left out {tmp_path}/folder\\x1b: it is a link to nothing",
         f"WARNING: left out {tmp_path}/through: it is a link to nothing",
     ]
+
+
+def test_a_link_that_may_not_be_followed_is_named(tmp_path, caplog, monkeypatch):
+    touch(tmp_path / "secret/x.png", tmp_path / "data/a.png")
+    (tmp_path / "data/link").symlink_to(tmp_path / "secret")
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "secret/x.png")
+    system_stat = os.stat
+
+    def refuse(path, **arguments):
+        if Path(path).name.startswith("link") and arguments.get("follow_symlinks", True):
+            raise PermissionError(13, "Permission denied")
+        return system_stat(path, **arguments)
+
+    monkeypatch.setattr(os, "stat", refuse)  # a test may run as root, who may follow every link
+    monkeypatch.setattr(Path, "stat", lambda path, **arguments: refuse(path, **arguments))
+    assert found(tmp_path / "data") == ["a.png", "link.png"]
+    assert caplog.messages == [f"WARNING: left out {tmp_path}/data/link: it is a link that fails: Permission denied"]
+    assert find_faults([tmp_path / "data/link.png"]) == {
+        tmp_path / "data/link.png": "it is a link that fails: Permission denied"
+    }
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypatch):

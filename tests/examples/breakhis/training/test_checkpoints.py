@@ -215,6 +215,13 @@ def test_a_model_that_cannot_classify_the_images_is_refused_before_training(chan
         build_model(make_flags(**{"model": "test_convnext"} | changes), num_classes=2)
 
 
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "kfde_convnextv2_atto"])
+def test_a_file_that_does_not_fill_the_backbone_starts_no_training(model, tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "donor.pth")
+    with pytest.raises(ValueError, match=r"donor.pth must hold weights of all of the model|does not fit the model"):
+        build_model(make_flags(model=model, checkpoint_path=tmp_path / "donor.pth"), num_classes=2)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_is_tried_without_a_trace(training, monkeypatch):
     """Neither its mode, its buffers nor the random numbers after it depend on the trial."""

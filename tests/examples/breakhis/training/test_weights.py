@@ -1,10 +1,12 @@
 import logging
 import re
+import warnings
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from breakhis.training.weights import check_start, load_exactly, read_weights, record_loads
+from breakhis.training.weights import Loaded, check_start, load_exactly, read_weights, record_loads
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,6 +26,9 @@ def test_weights_are_read_in_each_layout(layout, tmp_path):
 
 def broken_files() -> dict[str, object]:
     """Return contents of files that are no checkpoints: bytes, or an object to pickle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates such tensors; files of them remain
+        quantised = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
     return {
         "empty.pth": b"",
         "empty.safetensors": b"",
@@ -41,6 +46,10 @@ def broken_files() -> dict[str, object]:
         "nested.pth": {"net": {"a": torch.ones(1)}},
         "key.pth": {3: torch.ones(1)},
         "code.pth": {"a": CreatesAFile()},
+        "complex.pth": {"a": torch.ones(2, dtype=torch.complex64)},
+        "sparse.pth": {"a": torch.eye(2).to_sparse()},
+        "quantised.pth": {"a": quantised},
+        "meta.pth": {"a": torch.ones(3, device="meta")},
     }
 
 
@@ -147,6 +156,24 @@ def test_a_self_supervised_file_has_no_head_at_all(tmp_path):
     torch.save(changed(weights, **{"head.norm.weight": None}), path)
     with pytest.raises(ValueError, match=r"except the classifier: head.\S+ is left over"):
         start_from(path, "test_convnext", 2)
+
+
+def test_a_missing_part_of_a_head_is_refused():
+    model = timm.create_model("test_convnext", num_classes=2)
+    classifier, norm = ["head.fc.weight", "head.fc.bias"], ["head.norm.weight", "head.norm.bias"]
+    for missing in ([], classifier, [*classifier, *norm]):
+        check_start(model, [Loaded(model, missing, [])], Path("w.pth"))
+    for missing in ([*classifier, norm[0]], norm, ["stem.0.bias"]):
+        with pytest.raises(ValueError, match=r"^w.pth must hold weights .*: (head.norm|stem.0)\.\w+ is missing"):
+            check_start(model, [Loaded(model, missing, [])], Path("w.pth"))
+
+
+def test_a_load_that_was_not_seen_is_refused():
+    """Else another way of loading, in a later version of timm, would not be checked."""
+    model, another = nn.Linear(1, 1), nn.Linear(1, 1)
+    for loads in ([], [Loaded(another, [], [])], 2 * [Loaded(model, [], [])]):
+        with pytest.raises(ValueError, match=r"^w.pth must be loaded once by timm, got [02] times$"):
+            check_start(model, loads, Path("w.pth"))
 
 
 def test_buffers_that_timm_computes_may_be_in_the_file(tmp_path):
