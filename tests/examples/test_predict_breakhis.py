@@ -221,6 +221,14 @@ def test_wrong_arguments_are_named_with_their_values(
     assert message in capsys.readouterr().err
 
 
+def test_names_on_the_command_line_are_printed_without_control_characters(checkpoint, images, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(checkpoint, images, tmp_path / "out.csv", "\x1b[2J.png"))  # as `*` in a shell gives them
+    message = capsys.readouterr().err
+    assert r"unrecognized arguments: \x1b[2J.png" in message
+    assert "\x1b" not in message
+
+
 def test_a_checkpoint_without_weights_is_refused(checkpoint, images, tmp_path, capsys):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())

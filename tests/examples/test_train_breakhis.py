@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import math
+import os
 import random
 import shutil
 from collections import defaultdict
@@ -207,7 +208,10 @@ def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch,
 
     def download(directory: Path, sha256: str | None) -> None:
         hashes.append(sha256)
-        shutil.copytree(synthetic_tree, directory)
+        """Put the images into a folder whose name is no UTF-8, behind a link."""
+        directory.mkdir()
+        shutil.copytree(synthetic_tree, tmp_path / os.fsdecode(b"f\xe4rbung"))
+        (directory / os.fsdecode(b"l\xefnk")).symlink_to(tmp_path / os.fsdecode(b"f\xe4rbung"))
 
     monkeypatch.setattr("train_breakhis.download", download)
     arguments = ["--download", "--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")]

@@ -19,7 +19,7 @@ BINARY, SUBTYPES = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of a CSV file."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
 
 
