@@ -43,6 +43,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_atomically` has left in a folder of a process that was killed. Nobody may be writing there."""
+    for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
+        part.unlink()
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write at least one row; None becomes an empty cell.
 

@@ -1,11 +1,13 @@
 import csv
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-from breakhis.files import read_csv, write_atomically, write_csv
+from breakhis.files import read_csv, remove_parts, write_atomically, write_csv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +36,22 @@ def test_nothing_is_left_of_a_file_that_cannot_get_its_name(tmp_path):
     with pytest.raises(OSError, match="folder"):
         write_atomically(tmp_path / "folder", lambda part: part.write_text("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_process_has_half_written_is_removed_and_nothing_else(tmp_path):
+    code = "import os, sys, pathlib; from breakhis.files import write_atomically\n"
+    code += "write_atomically(pathlib.Path(sys.argv[1]), lambda part: os.kill(os.getpid(), 9))"
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "examples")}
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    (leftover,) = tmp_path.iterdir()
+    names = ["a.part", ".part", ".0123456789abcdef", ".0123456789abcdefg.part", "x.0123456789abcdef.part"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_parts(tmp_path)
+    assert not leftover.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    remove_parts(tmp_path / "none")
 
 
 def test_writers_of_the_same_file_do_not_meet(tmp_path):
