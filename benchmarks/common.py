@@ -163,7 +163,7 @@ def result(suite: str, settings: Settings, rows: list[Row], problems: Problems) 
 def write(result: Result, path: Path) -> None:
     """Write a result file, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def machine(device: str) -> Machine:
@@ -181,7 +181,8 @@ def machine(device: str) -> Machine:
 def processor() -> str:
     """Return the market name of the processor, or its architecture if the system does not know the name."""
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line for line in lines if line.startswith("model name")]
     return names[0].split(":", 1)[1].strip() if names else platform.processor()
 
 

@@ -76,7 +76,7 @@ def _allocations(profiler: profile) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     memory = [event for event in events if event.get("name") == "[memory]"]
     return [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["ts"])]
 

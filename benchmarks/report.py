@@ -185,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     results = [load(path) for path in args.results]
     (args.output / "figures").mkdir(parents=True, exist_ok=True)
-    (args.output / "report.md").write_text(f"## Results\n\n{page(results)}\n")
+    (args.output / "report.md").write_text(f"## Results\n\n{page(results)}\n", encoding="utf-8")
     for name, svg in figures(results).items():
         (args.output / "figures" / name).write_bytes(svg)
 

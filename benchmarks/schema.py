@@ -91,7 +91,7 @@ def load(path: Path) -> Result:
     Raises:
         ValueError: The file is not a result; the message names the file and the place.
     """
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     try:
         return validate(result)
     except ValueError as error:

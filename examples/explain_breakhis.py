@@ -4,11 +4,10 @@
 
 OUT is the output directory of `train_breakhis.py`, for a single run or a study. At each magnification the first run of
 each variant, by fold and then by seed, represents the variant. Only images that the run was scored on are shown, and
-they are chosen by their names, so that nobody can choose good-looking ones.
+they are chosen by their names, so that nobody can choose good-looking ones. No input is ever replaced.
 """
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -16,14 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from breakhis.commands import one_line_errors, run_script
 from breakhis.data.records import ImageDataset, Record
-from breakhis.files import read_csv, write_csv
+from breakhis.files import write_csv
+from breakhis.names import file_name, printable
 from breakhis.results.explain import as_picture, by_class, cam_target, decisions, grad_cam, overlay
+from breakhis.results.explained_runs import PARTS, read_run, study_variants
 from breakhis.results.figures import CamCell, CamRow, draw_branch_weights, draw_cam_panels, draw_gates
+from breakhis.results.outputs import check_not_inputs, check_table
 from breakhis.results.report import describe_protocol
 from breakhis.results.study import group_runs
-from breakhis.training.argument_types import torch_device
-from breakhis.training.checkpoints import eval_transform, load_model
+from breakhis.training.argument_types import Parser, number, path, torch_device
+from breakhis.training.checkpoints import FILES, eval_transform, load_model
 from breakhis.training.flags import ABLATION
 from PIL import Image
 from torch import nn
@@ -34,31 +37,30 @@ from kfde_layers import CFE, MFDF  # the import also registers the kfde_* models
 
 logger = logging.getLogger("breakhis")
 
-PARTS = {"test": "test", "val": "validation"}
+COLUMNS = ("variant", "magnification", "fold", "seed", "module", "kind", "class", "channel_or_branch", "mean", "sd")
+FIGURES = ("cam-*.png", "gates-*.png", "branches-*.png")
 FAILED = 2  # exit code, the same as argparse's
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, or `argv` if it is not None."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw where the models of finished runs look, and what their KFDE layers decide.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    required = {"type": Path, "required": True, "default": argparse.SUPPRESS}
+    required = {"type": path, "required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--runs", **required, help="output directory of train_breakhis.py")
     parser.add_argument(
-        "--data-dir", type=Path, help="directory with the images; unset: the one in the flags of each run"
+        "--data-dir", type=path, help="directory with the images; unset: the one in the flags of each run"
     )
-    parser.add_argument("--output-dir", type=Path, help="directory for all figures; unset: RUNS/explain")
-    parser.add_argument("--images-per-class", type=int, default=1, help="images of each class in the Grad-CAM figures")
-    parser.add_argument("--max-gate-images", type=int, help="images for gates and branches at most; unset: all")
+    parser.add_argument("--output-dir", type=path, help="directory for all figures; unset: RUNS/explain")
+    count = number(int, 1)
+    parser.add_argument(
+        "--images-per-class", type=count, default=1, help="images of each class in the Grad-CAM figures"
+    )
+    parser.add_argument("--max-gate-images", type=count, help="images for gates and branches at most; unset: all")
     parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
-    args = parser.parse_args(argv)
-    for name in ("images_per_class", "max_gate_images"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {value}")
-    return args
+    return parser.parse_args(argv)
 
 
 def find_runs(out: Path, data_dir: Path | None) -> list[dict[str, Any]]:
@@ -73,23 +75,54 @@ def find_runs(out: Path, data_dir: Path | None) -> list[dict[str, Any]]:
         `predictions.csv`), sorted by the study's order of variants, then by fold, then by seed.
 
     Raises:
-        ValueError: There is no finished run, or a data directory does not exist.
+        ValueError: There is no finished run, a file of a run is damaged, or a data directory does not exist.
     """
     runs = []
-    for file in sorted([*out.glob("metrics.json"), *out.glob("runs/*/metrics.json")]):
-        run = json.loads(file.read_text())
-        images = data_dir or (out / "synthetic" if run["synthetic"] else Path(run["flags"]["data_dir"]))
+    for folder in sorted(file.parent for file in [*out.glob("metrics.json"), *out.glob("runs/*/metrics.json")]):
+        run = read_run(folder)
+        images = data_dir or (out / "synthetic" if run["synthetic"] else Path(str(run["flags"].get("data_dir"))))
         if not images.is_dir():
-            raise ValueError(f"--data-dir must be a directory with the images of {file.parent}, got {str(images)!r}")
-        runs.append(
-            run | {"folder": file.parent, "data_dir": images, "predictions": read_csv(file.parent / "predictions.csv")}
-        )
+            raise ValueError(f"--data-dir must be a directory with the images of {folder}, got {str(images)!r}")
+        runs.append(run | {"data_dir": images})
     if not runs:
         raise ValueError(f"--runs must be a directory with a finished run, which has metrics.json, got {str(out)!r}")
-    study = out / "results.json"  # exists when all runs of a study are finished
-    cells = json.loads(study.read_text())["cells"] if study.is_file() else []
-    order = [*(cell["variant"] for cell in cells), *ABLATION, *(run["variant"] for run in runs)]
+    order = [*study_variants(out / "results.json"), *ABLATION, *(run["variant"] for run in runs)]
     return sorted(runs, key=lambda run: (order.index(run["variant"]), run["fold"], run["seed"]))
+
+
+def check_files(runs: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]], study: Path, out: Path) -> None:
+    """Refuse a run that is shown and has no model, and an output that would replace an input.
+
+    Args:
+        runs: All runs, from `find_runs`.
+        shown: Those whose models are needed.
+        study: Output directory of the runs.
+        out: Directory for the figures.
+
+    Raises:
+        ValueError: The message names the file.
+    """
+    models = [run["folder"] / "best" / name for run in shown for name in FILES]
+    for file in models:
+        if not file.is_file():
+            raise ValueError(f"{str(file)!r} must be a file of a finished run, got none")
+    images = [run["data_dir"] / row["file"] for run in runs for row in run["predictions"]]
+    tables = [run["folder"] / name for run in runs for name in ("metrics.json", "predictions.csv")]
+    check_table(out / "decisions.csv", COLUMNS)
+    figures = [file for pattern in FIGURES for file in out.glob(pattern)]
+    check_not_inputs(figures, [*models, *images, *tables, study / "results.json"])
+
+
+def load_run_model(run: dict[str, Any]) -> nn.Module:
+    """Load the model of a run.
+
+    Raises:
+        ValueError: The model has other classes than the run.
+    """
+    model = load_model(run["folder"] / "best")
+    if (labels := model.pretrained_cfg["label_names"]) != run["classes"]:
+        raise ValueError(f"{run['folder'] / 'best'} must have the classes of its run, {run['classes']}, got {labels}")
+    return model
 
 
 def load_images(run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, str]]) -> DataLoader:
@@ -111,7 +144,7 @@ def explain_images(
         for image, cam, index in zip(images, grad_cam(model, images, targets), indices, strict=True):
             picture, row = as_picture(model, image), prediction_of[rows[index]["file"]]
             probability = float(row[f"prob_{row['target']}"])
-            explained.append((picture, CamCell(overlay(picture, cam), row["target"], probability)))
+            explained.append((picture, CamCell(overlay(picture, cam), printable(row["target"]), probability)))
     return explained
 
 
@@ -136,16 +169,17 @@ def draw_cams(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, pat
                 raise ValueError("it tests other images")
             cam_target(model)
         except ValueError as error:
-            logger.warning("%s is left out of %s: %s", run["variant"], path.name, error)
+            logger.warning("%s is left out of %s: %s", printable(run["variant"]), path.name, printable(error))
         else:
-            columns[run["variant"]] = explain_images(run, model, rows)
+            columns[printable(run["variant"])] = explain_images(run, model, rows)
     if not columns:
         return False
     panels = []
     for row, *explained in zip(rows, *columns.values(), strict=True):
         picture, _ = explained[0]
         overlays = {variant: cell for variant, (_, cell) in zip(columns, explained, strict=True)}
-        panels.append(CamRow(f"{row['target']}\npatient {row['patient']}", picture, overlays))
+        label = f"{printable(row['target'])}\npatient {printable(row['patient'])}"
+        panels.append(CamRow(label, picture, overlays))
     part = PARTS[first["scored_on"]]
     which = f"first {part} image" if count == 1 else f"first {count} {part} images"
     title = f"Grad-CAM of the true class, {which} of each class by file name; {describe_protocol(first)}"
@@ -171,8 +205,9 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
         The numbers in the figures, as rows of `decisions.csv`; a class without images has none.
     """
     rows, name = run["predictions"], f"{run['variant']}-{run['magnification']}"
+    classes = [printable(name) for name in run["classes"]]
     shown = rows if limit is None else rows[:: math.ceil(len(rows) / limit)]
-    recorded = decisions(model, tqdm(load_images(run, model, shown), name, unit="batch"))
+    recorded = decisions(model, tqdm(load_images(run, model, shown), printable(name), unit="batch"))
     table = []
     for kind, layers in (("gate", recorded.gates), ("branch", recorded.branches)):
         for module, values in layers.items():
@@ -186,9 +221,10 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
             )
             stem = name if len(layers) == 1 else f"{name}-{module}"
             if kind == "gate":
-                draw_gates(means, run["classes"], title, out / f"gates-{stem}.png")
+                draw_gates(means, classes, title, out / file_name(f"gates-{stem}", ".png"))
             else:
-                draw_branch_weights(means, deviations, parts, run["classes"], title, out / f"branches-{stem}.png")
+                figure = out / file_name(f"branches-{stem}", ".png")
+                draw_branch_weights(means, deviations, parts, classes, title, figure)
             common = {key: run[key] for key in ("variant", "magnification", "fold", "seed")}
             table += [
                 common
@@ -208,8 +244,9 @@ def branch_names(layer: MFDF) -> list[str]:
     ]
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; return 0, or 2 if there is nothing to draw."""
+    """Run the script; return 0, or 2 if there is nothing to draw or a file of a run is wrong."""
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO)
@@ -217,26 +254,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     any_cam, table = False, []
     try:
         runs = find_runs(args.runs, args.data_dir)
+        groups = {
+            magnification: [variant[0] for variant in group_runs(group, "variant").values()]
+            for (magnification,), group in group_runs(runs, "magnification").items()
+        }
+        check_files(runs, [run for group in groups.values() for run in group], args.runs, out)
         out.mkdir(parents=True, exist_ok=True)
-        for (magnification,), group in group_runs(runs, "magnification").items():
-            firsts = [part[0] for part in group_runs(group, "variant").values()]
-            pairs = [(run, load_model(run["folder"] / "best").to(args.device)) for run in firsts]
-            any_cam |= draw_cams(pairs, args.images_per_class, out / f"cam-{magnification}.png")
+        for magnification, group in groups.items():
+            pairs = [(run, load_run_model(run).to(args.device)) for run in group]
+            any_cam |= draw_cams(pairs, args.images_per_class, out / file_name(f"cam-{magnification}", ".png"))
             for run, model in pairs:
                 if any(isinstance(module, (CFE, MFDF)) for module in model.modules()):
                     table += draw_decisions(run, model, args.max_gate_images, out)
                 else:
-                    logger.info("%s at %s has no KFDE layer, so no gates and branches", run["variant"], magnification)
+                    names = printable(run["variant"]), printable(magnification)
+                    logger.info("%s at %s has no KFDE layer, so no gates and branches", *names)
         if not any_cam and not table:
             raise ValueError(f"--runs must have a model with a feature map or KFDE layers, got none in {args.runs}")
     except ValueError as error:
-        logger.error("error: %s", error)
+        logger.error("error: %s", printable(error))
         return FAILED
     if table:
         write_csv(out / "decisions.csv", table)
-    logger.info("drawn in %s", out)
+    logger.info("drawn in %s", printable(out))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -7,13 +7,16 @@
 `predictions.csv`, from which the scores can be computed again, up to the four digits that are kept.
 """
 
-import argparse
-import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from breakhis.files import read_csv, write_csv
+from breakhis.commands import one_line_errors, run_script
+from breakhis.files import write_atomically, write_csv
+from breakhis.results.runs import read_metrics, read_predictions
+from breakhis.training.argument_types import Parser
+from breakhis.training.argument_types import path as file_path
 from train_breakhis import main as train
 
 STUDIES = Path(__file__).with_name("evidence")
@@ -28,30 +31,31 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
     """
     table: dict[str, dict[str, str]] = {}
     for folder in folders:
-        run = json.loads((folder / "metrics.json").read_text())
+        run = read_metrics(folder, ("variant", "seed", "fold", "classes"))
         column = f"{run['variant']} seed {run['seed']}"
-        for row in read_csv(folder / "predictions.csv"):
+        for row in read_predictions(folder, run["classes"]):
             image = {key: row[key] for key in ("file", "patient", "target")} | {"fold": run["fold"]}
             line = table.setdefault(row["file"], image)
             line |= {f"{column} {key}": f"{float(row[key]):.4f}" for key in row if key.startswith("prob_")}
     write_csv(path, list(table.values()))
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; a study that was interrupted goes on."""
-    parser = argparse.ArgumentParser(description="Run a study of examples/evidence and keep its results.")
+    parser = Parser(description="Run a study of examples/evidence and keep its results.")
     parser.add_argument("study", choices=sorted(path.stem for path in STUDIES.glob("*.yaml")))
     parser.add_argument("--data-dir", required=True, help="directory with the study's images")
-    parser.add_argument("--output-dir", type=Path, required=True, help="directory for the runs, in STUDY/")
+    parser.add_argument("--output-dir", type=file_path, required=True, help="directory for the runs, in STUDY/")
     args = parser.parse_args(argv)
     out, evidence = args.output_dir / args.study, STUDIES / args.study
     config = ["--config", str(STUDIES / f"{args.study}.yaml"), "--data-dir", args.data_dir]
     train([*config, "--output-dir", str(out), "--resume"])
     evidence.mkdir(exist_ok=True)
     for name in ("results.json", "results.csv", "results.md"):
-        shutil.copyfile(out / name, evidence / name)
+        write_atomically(evidence / name, partial(shutil.copyfile, out / name))
     keep_predictions(sorted((out / "runs").iterdir()), evidence / "predictions.csv")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

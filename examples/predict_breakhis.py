@@ -2,8 +2,8 @@
 
     python examples/predict_breakhis.py --checkpoint OUT/best --images DIR --output predictions.csv --cam-dir CAMS
 
-Images may have any name and lie at any depth. Images with names like BreakHis' are also combined by patient, in
-`predictions_patients.csv`.
+Images may have any name and lie at any depth, also behind links. Images with names like BreakHis' are also combined by
+patient, in `predictions_patients.csv`. No input is ever replaced.
 """
 
 import argparse
@@ -17,12 +17,18 @@ from tempfile import TemporaryFile
 
 import numpy as np
 import torch
-from breakhis.data.images import find_faults, image_files, open_rgb
+from breakhis.commands import one_line_errors, run_script
+from breakhis.data.images import IMAGE_SUFFIXES, find_faults, open_rgb
 from breakhis.data.naming import parse_name
-from breakhis.files import write_csv
+from breakhis.data.search import Tree, search
+from breakhis.files import write_atomically, write_csv
+from breakhis.names import printable
 from breakhis.results.explain import as_picture, cam_target, grad_cam, overlay
-from breakhis.training.argument_types import torch_device
+from breakhis.results.outputs import check_not_inputs, check_outside, check_table, overlay_paths
+from breakhis.training.argument_types import Parser, number, torch_device
+from breakhis.training.argument_types import path as path_type
 from breakhis.training.checkpoints import eval_transform, load_model
+from breakhis.training.finite import check_scores
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -33,22 +39,26 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 logger = logging.getLogger("breakhis")
 
 NOTHING_PREDICTED = 2  # exit code, the same as argparse's
+COLUMNS, PATIENT_COLUMNS = ("file", "patient", "prediction"), ("patient", "n_images", "prediction")
+"""First columns of the tables. The probabilities follow."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, or `argv` if it is not None."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Classify a folder of images with a model that train_breakhis.py saved.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    required = {"type": Path, "required": True, "default": argparse.SUPPRESS}
+    required = {"type": path_type, "required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--checkpoint", **required, help="folder with config.json and model.safetensors")
     parser.add_argument("--images", **required, help="directory with images at any depth")
     parser.add_argument("--output", **required, help="CSV file to write, with one row for each image")
-    parser.add_argument("--cam-dir", type=Path, help="directory for a Grad-CAM of each image's predicted class, as PNG")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument(
-        "--num-workers", type=int, default=2, help="processes that load images; 0: the main process does"
+        "--cam-dir", type=path_type, help="directory for a Grad-CAM of each image's predicted class, as PNG"
+    )
+    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="images per step")
+    parser.add_argument(
+        "--num-workers", type=number(int, 0), default=2, help="processes that load images; 0: the main process does"
     )
     parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
     args = parser.parse_args(argv)
@@ -57,8 +67,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --checkpoint: must be a folder with {name}, got {str(args.checkpoint)!r}")
     if not args.images.is_dir():
         parser.error(f"argument --images: must be a directory, got {str(args.images)!r}")
-    if args.output.is_dir():
-        parser.error(f"argument --output: must be a file, got the directory {str(args.output)!r}")
+    _check_outputs(parser, args)
+    return args
+
+
+def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse now what could not be written after the images are predicted."""
+    if args.output.suffix.lower() in IMAGE_SUFFIXES:
+        parser.error(f"argument --output: must be a CSV file, not named like an image, got {str(args.output)!r}")
+    try:
+        if args.output.is_dir():
+            parser.error(f"argument --output: must be a file, got the directory {str(args.output)!r}")
+        check_table(args.output, COLUMNS)
+        check_table(patients_file(args.output), PATIENT_COLUMNS)
+    except (OSError, ValueError) as error:  # an OSError for a name that is too long
+        parser.error(f"argument --output: {error}")
     if args.cam_dir is not None and args.cam_dir.resolve().is_relative_to(args.images.resolve()):
         parser.error(
             "argument --cam-dir: must not lie below --images, whose next run would take the overlays for images, "
@@ -69,49 +92,76 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 TemporaryFile(dir=folder).close()
-        except OSError as error:  # refuse now, not after the images are predicted
+        except OSError as error:
             parser.error(f"argument --{name}: must be in a writable folder, got {str(folder)!r}: {error}")
-    for name, minimum in (("batch_size", 1), ("num_workers", 0)):
-        if getattr(args, name) < minimum:
-            flag = name.replace("_", "-")
-            parser.error(f"argument --{flag}: must be at least {minimum}, got {getattr(args, name)}")
-    return args
 
 
-def usable_images(directory: Path) -> list[Path]:
+def patients_file(output: Path) -> Path:
+    """Return the file for the votes of the patients, next to that for the images."""
+    return output.with_name(f"{output.stem}_patients.csv")
+
+
+def usable_images(directory: Path, paths: Sequence[Path]) -> list[Path]:
     """List the images below a directory that can be read; the log names the other ones and counts both."""
-    paths = image_files(directory)
     faults = find_faults(paths)
     for path, reason in faults.items():
-        logger.warning("skipped %s: %s", path.relative_to(directory), reason)
+        logger.warning("skipped %s: %s", printable(path.relative_to(directory)), reason)
     usable = [path for path in paths if path not in faults]
     logger.info("%d images, %d skipped", len(usable), len(faults))
     return usable
 
 
-def predict(model: nn.Module, loader: DataLoader, overlays: Sequence[Path] | None) -> np.ndarray:
+def choose_overlays(args: argparse.Namespace, tree: Tree) -> dict[Path, Path]:
+    """Choose a file for the Grad-CAM of each image, before any image is opened.
+
+    Raises:
+        ValueError: An overlay would replace an input, or the next run would take it for an image.
+    """
+    check_outside(args.cam_dir, tree.folders)  # links lead to folders elsewhere
+    names = [path.relative_to(args.images).as_posix() for path in tree.files]
+    overlays = overlay_paths(names, args.cam_dir)
+    check_not_inputs(overlays, [*tree.files, *args.checkpoint.rglob("*")])
+    return dict(zip(tree.files, overlays, strict=True))
+
+
+def predict(
+    model: nn.Module, loader: DataLoader, paths: Sequence[Path], checkpoint: Path, overlays: dict[Path, Path]
+) -> np.ndarray:
     """Predict every image, and draw where the model looks.
 
     Args:
         model: The model, in evaluation mode.
         loader: Batches of images, (N, 3, H, W), in order.
-        overlays: For each image, the PNG file for the Grad-CAM of its predicted class; None: no Grad-CAM.
+        paths: The image files, in the same order.
+        checkpoint: Folder of the model, for the error.
+        overlays: For each image file, the PNG file for the Grad-CAM of its predicted class; empty: no Grad-CAM.
 
     Returns:
         Probabilities, a row for each image and a column for each class.
+
+    Raises:
+        FloatingPointError: A logit is not finite. The message names the model and the image.
     """
     device, rows = next(model.parameters()).device, []
     for inputs in tqdm(loader, "predicting", unit="batch"):
-        inputs = inputs.to(device)
+        inputs, files = inputs.to(device), paths[len(rows) : len(rows) + len(inputs)]
         with torch.inference_mode():
-            probabilities = model(inputs).softmax(1)
-        if overlays is not None:
-            cams = grad_cam(model, inputs, probabilities.argmax(1).tolist())
-            for image, cam, path in zip(inputs, cams, overlays[len(rows) :], strict=False):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                overlay(as_picture(model, image), cam).save(path)
-        rows += probabilities.tolist()
+            logits = model(inputs)
+        check_scores(logits, files, checkpoint)
+        if overlays:
+            for image, cam, path in zip(inputs, grad_cam(model, inputs, logits.argmax(1).tolist()), files, strict=True):
+                draw_overlay(overlay(as_picture(model, image), cam), overlays[path])
+        rows += logits.softmax(1).tolist()
     return np.array(rows)
+
+
+def draw_overlay(picture: Image.Image, path: Path) -> None:
+    """Write a Grad-CAM. One that cannot be written is named in the log: it must not cost the predictions."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda part: picture.save(part, "PNG"))
+    except OSError as error:
+        logger.warning("WARNING: no Grad-CAM in %s: %s", printable(path), printable(error.strerror or error))
 
 
 def patient_votes(
@@ -163,42 +213,46 @@ def _load(transform: Callable[[Image.Image], Tensor], paths: Sequence[Path]) -> 
     return torch.stack([transform(open_rgb(path)) for path in paths])
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; return 0, or 2 if there is nothing to predict."""
+    """Run the script; return 0, or 2 if there is nothing to predict or an input would be replaced."""
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO)
-    paths = usable_images(args.images)
+    tree, overlays = search(args.images, IMAGE_SUFFIXES), {}
+    if args.cam_dir is not None:
+        try:
+            overlays = choose_overlays(args, tree)
+        except ValueError as error:
+            logger.error("argument --cam-dir: %s", printable(error))
+            return NOTHING_PREDICTED
+    paths = usable_images(args.images, tree.files)
     if not paths:
         logger.error("argument --images: must hold an image that can be used, got none in %r", str(args.images))
         return NOTHING_PREDICTED
     model = load_model(args.checkpoint).to(args.device)
-    names = [path.relative_to(args.images).as_posix() for path in paths]
-    overlays = None
-    if args.cam_dir is not None:
+    if overlays:
         try:
             cam_target(model)
         except ValueError as error:
-            logger.error("argument --cam-dir: %s", error)
+            logger.error("argument --cam-dir: %s", printable(error))
             return NOTHING_PREDICTED
-        # Keep the suffix and add another one, so that a.png and a.jpg in one folder get different overlays.
-        overlays = [args.cam_dir / f"{name}.png" for name in names]
 
     load = partial(_load, eval_transform(model))
     loader = DataLoader(paths, args.batch_size, num_workers=args.num_workers, collate_fn=load)
-    probabilities = predict(model, loader, overlays)
+    probabilities = predict(model, loader, paths, args.checkpoint, overlays)
     classes, patient_ids = model.pretrained_cfg["label_names"], [_patient_id(path) for path in paths]
     rows = [
-        {"file": name, "patient": patient_id, **_prediction(row, classes)}
-        for name, patient_id, row in zip(names, patient_ids, probabilities, strict=True)
+        {"file": path.relative_to(args.images).as_posix(), "patient": patient_id, **_prediction(row, classes)}
+        for path, patient_id, row in zip(paths, patient_ids, probabilities, strict=True)
     ]
     write_csv(args.output, rows)
     named = [index for index, patient_id in enumerate(patient_ids) if patient_id]
     if named:
         votes = patient_votes([patient_ids[index] for index in named], probabilities[named], classes)
-        write_csv(args.output.with_name(f"{args.output.stem}_patients.csv"), votes)
+        write_csv(patients_file(args.output), votes)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -8,22 +8,29 @@ to a folder and needs no network; read the card there. The second line pushes th
 """
 
 import argparse
-import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from breakhis.commands import one_line_errors, run_script
+from breakhis.files import write_atomically
+from breakhis.mappings import read_json
+from breakhis.names import in_markdown
 from breakhis.results.report import describe_protocol
-from breakhis.training.checkpoints import load_model, save_model
+from breakhis.results.runs import read_metrics
+from breakhis.training.argument_types import Parser, path
+from breakhis.training.checkpoints import check_checkpoint, load_model, save_model
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from timm.models import push_to_hf_hub
 from torch import nn
 
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 
+# The second one is the base error of the Hub's HTTP client, which depends on the version of huggingface_hub.
+HUB_ERRORS = (HfHubHTTPError, *HfHubHTTPError.__bases__)
 TEMPLATE = Path(__file__).with_name("model_card.md")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OWN_LICENCE = "apache-2.0"
@@ -46,19 +53,24 @@ SOURCES = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, or `argv` if it is not None."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Publish the model of a finished run on the Hugging Face Hub, with its card.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     required = {"required": True, "default": argparse.SUPPRESS}
-    parser.add_argument("--run", type=Path, **required, help="output directory of one run of train_breakhis.py")
+    parser.add_argument("--run", type=path, **required, help="output directory of one run of train_breakhis.py")
     parser.add_argument("--repo-id", **required, help="owner/name on the Hub; the repository is made if needed")
-    parser.add_argument("--output-dir", type=Path, help="write the files to this directory, and push nothing")
+    parser.add_argument("--output-dir", type=path, help="write the files to this directory, and push nothing")
     parser.add_argument("--private", action="store_true", help="make a new repository a private one")
     args = parser.parse_args(argv)
     for name in ("metrics.json", "best/config.json", "best/model.safetensors"):
         if not (args.run / name).is_file():
             parser.error(f"argument --run: must be the folder of a finished run, with {name}, got {str(args.run)!r}")
+    if args.output_dir is not None and args.output_dir.exists():
+        if not args.output_dir.is_dir():
+            parser.error(f"argument --output-dir: must be a directory, got the file {str(args.output_dir)!r}")
+        if args.output_dir.resolve().is_relative_to(args.run.resolve()):
+            parser.error(f"argument --output-dir: must not lie in --run, got {str(args.output_dir)!r}")
     if not REPO_ID.fullmatch(args.repo_id):
         parser.error(f"argument --repo-id: must be owner/name, got {args.repo_id!r}")
     return args
@@ -83,11 +95,11 @@ def write_card(repo_id: str, model: nn.Module, metrics: dict[str, Any]) -> str:
         repo_id=repo_id,
         model=metrics["model"],
         version=metrics["versions"]["kfde_layers"],
-        classes=", ".join(metrics["classes"]),
+        classes=in_markdown(", ".join(metrics["classes"])),
         input=f"RGB, {height} x {width} px",
         start=_start(flags),
         source=SYNTHETIC if metrics["synthetic"] else SOURCES[metrics["dataset"]],
-        protocol=describe_protocol(metrics),
+        protocol=in_markdown(describe_protocol(metrics)),
         parts="\n".join(_part_row(metrics, part) for part in PARTS),
         best_epoch=metrics["best_epoch"],
         epochs=len(metrics["history"]),
@@ -116,7 +128,7 @@ def _start(flags: dict[str, Any]) -> str:
 
 def _part_row(metrics: dict[str, Any], part: str) -> str:
     """Write the row of training, validation or test."""
-    absent = ", ".join(metrics["absent_classes"][part]) or "none"
+    absent = in_markdown(", ".join(metrics["absent_classes"][part])) or "none"
     return f"| {PARTS[part]} | {metrics['n_images'][part]} | {metrics['n_patients'][part]} | {absent} |"
 
 
@@ -137,28 +149,60 @@ def _limits(metrics: dict[str, Any]) -> list[str]:
     return limits
 
 
+def read_scored(run: Path) -> dict[str, Any]:
+    """Read the `metrics.json` of a run, and check that its scores are those of `best`.
+
+    Raises:
+        ValueError: The file is damaged, or `best` is another checkpoint than the run has scored.
+    """
+    metrics = read_metrics(run, ("best_sha256",))
+    check_checkpoint(run / "best", metrics["best_sha256"])
+    return metrics
+
+
+def push(repo_id: str, model: nn.Module, card: str, config: dict[str, Any], private: bool) -> None:
+    """Push the card and the model; the repository is made if needed.
+
+    Raises:
+        OSError: The Hub cannot be reached, or refuses.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        # First the card: timm keeps an existing card, and writes one of its own if there is none.
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo_id)
+        push_to_hf_hub(
+            model,
+            repo_id,
+            model_config={"label_names": config["label_names"]},
+            model_args=config.get("model_args", {}),
+            safe_serialization=True,
+        )
+    except HUB_ERRORS as error:
+        raise OSError(f"--repo-id {repo_id} cannot be pushed: {error or type(error).__name__}") from error
+
+
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script."""
     args = parse_args(argv)
     folder = args.run / "best"
-    model, metrics = load_model(folder), json.loads((args.run / "metrics.json").read_text())
-    model_args = json.loads((folder / "config.json").read_text()).get("model_args", {})
-    card = write_card(args.repo_id, model, metrics)
+    metrics = read_scored(args.run)
+    model, config = load_model(folder), read_json(folder / "config.json")
+    try:
+        card = write_card(args.repo_id, model, metrics)
+    except (KeyError, TypeError) as error:  # of an entry that is missing, or is no number or list
+        raise ValueError(f"{args.run / 'metrics.json'} must be written by train_breakhis.py, got {error!r}") from error
     if args.output_dir is not None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        save_model(model, args.output_dir, metrics["classes"], model_args)
-        (args.output_dir / "README.md").write_text(card, encoding="utf-8")
+        save_model(model, args.output_dir, config["label_names"], config.get("model_args", {}))
+        write_atomically(args.output_dir / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
         print(f"wrote {args.output_dir}")
         return 0
-    api = HfApi()
-    api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-    # First the card: timm keeps an existing card, and writes one of its own if there is none.
-    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=args.repo_id)
-    config = {"label_names": metrics["classes"]}
-    push_to_hf_hub(model, args.repo_id, model_config=config, model_args=model_args, safe_serialization=True)
+    push(args.repo_id, model, card, config, args.private)
     print(f"pushed https://huggingface.co/{args.repo_id}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

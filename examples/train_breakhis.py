@@ -12,9 +12,9 @@ import copy
 import json
 import logging
 import platform
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,32 +23,35 @@ import accelerate
 import sklearn
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
+from breakhis.commands import one_line_errors, run_script
 from breakhis.data.download import download
+from breakhis.data.hashes import changed_files, hash_files
 from breakhis.data.images import find_faults
 from breakhis.data.naming import BREAKHIS
 from breakhis.data.records import ImageDataset, Record, patients
 from breakhis.data.splits import Split, absent_classes, fold_split, official_split
 from breakhis.data.synthetic import draw_tree
-from breakhis.files import read_csv, write_atomically, write_csv
+from breakhis.files import remove_parts, write_atomically, write_csv
+from breakhis.names import printable
 from breakhis.results.figures import draw_calibration, draw_confusion_matrix, draw_curves, draw_roc
 from breakhis.results.metrics import score
 from breakhis.results.report import describe_protocol, log_split, prediction_rows, split_rows, summarise
 from breakhis.results.study import write_study
-from breakhis.training.checkpoints import PRETRAINED_NOTE, eval_transform, load_model
+from breakhis.training.checkpoints import PRETRAINED_NOTE, check_checkpoint, eval_transform, load_model
 from breakhis.training.engine import predict
-from breakhis.training.fit import STATE, fit
+from breakhis.training.fit import fit
 from breakhis.training.flags import SOURCES
-from breakhis.training.options import differences, expand, parse_args, recorded
+from breakhis.training.lock import lock_folder
+from breakhis.training.options import expand, parse_args, recorded
+from breakhis.training.resume import METRICS, begin, find_finished, identify
+from breakhis.training.state import STATE
 from torch.utils.data import DataLoader
 
 import kfde_layers  # registers the kfde_* models with timm
 
 logger = logging.getLogger("breakhis")
-
-CONFIG, DIVISION, METRICS = "config.yaml", "split.csv", "metrics.json"
 
 
 def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Path, list[Record]]:
@@ -63,16 +66,17 @@ def find_records(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Pa
     data_dir = args.output_dir / "synthetic" if args.synthetic else args.data_dir
     if accelerator.is_main_process:
         if args.download:
-            download(data_dir)
+            download(data_dir, args.archive_sha256)
         if args.synthetic:
             magnifications = BREAKHIS.magnifications if "pooled" in args.magnification else args.magnification
-            logger.info("drew %d images in %s", draw_tree(data_dir, seed=0, magnifications=magnifications), data_dir)
+            count = draw_tree(data_dir, seed=0, magnifications=magnifications)
+            logger.info("drew %d images in %s", count, printable(data_dir))
     accelerator.wait_for_everyone()
     records, misnamed = SOURCES[args.dataset].find(data_dir)
     faults = find_faults([record.path for record in records]) if accelerator.is_main_process else {}
     (faults,) = broadcast_object_list([faults])
     for path, reason in {**misnamed, **faults}.items():
-        logger.warning("left out %s: %s", path, reason)
+        logger.warning("left out %s: %s", printable(path), reason)
     if misnamed or faults:
         unusable = f"{len(misnamed)} misnamed files, and {len(faults)} of {len(records)} images that cannot be read"
         if args.strict:
@@ -132,38 +136,53 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Spli
     }
 
 
-def run_once(args: argparse.Namespace, accelerator: Accelerator, data_dir: Path, split: Split) -> dict[str, Any]:
+def run_once(
+    args: argparse.Namespace, accelerator: Accelerator, data_dir: Path, split: Split, hashes: Mapping[Path, str]
+) -> dict[str, Any]:
     """Train, test and write one run, or its missing part; return its `metrics.json`.
 
+    Args:
+        args: Flags of the run.
+        accelerator: Holds the device, the precision and the other processes.
+        data_dir: Directory of the images.
+        split: The division of the images.
+        hashes: SHA-256 of each image at the start.
+
     Raises:
-        ValueError: The run would go on with other flags, or another division of the images, than it was started with.
+        ValueError: The run would go on with other flags or images than it was started with, or something changed its
+            images or its checkpoint meanwhile.
     """
-    out, classes = args.output_dir, SOURCES[args.dataset].classes[args.task]
-    if args.resume and (metrics := resume(args, data_dir, split)) is not None:
+    out, classes, flags = args.output_dir, SOURCES[args.dataset].classes[args.task], recorded(args)
+    rows = split_rows(split, data_dir, hashes)
+    if args.resume and (metrics := find_finished(out, flags, rows)) is not None:
         return metrics
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        begin(args, data_dir, split)
+        begin(out, flags, rows, args.resume)
     accelerator.wait_for_everyone()
 
     log_split(split, args.task, classes)
-    history, best_epoch = fit(args, accelerator, split, classes)
+    progress = fit(args, accelerator, split, classes, identify(flags, rows, accelerator))
 
     # The test images are used here, for the first and only time. The model is the saved checkpoint, in float32 with any
     # training precision, so that everybody who loads the checkpoint gets the same numbers.
+    check_checkpoint(out / "best", progress.best_files)
     model = load_model(out / "best").to(accelerator.device)
     scored = split.parts()[args.score_on]
     data = ImageDataset(scored, args.task, classes, eval_transform(model))
     loader = accelerator.prepare(DataLoader(data, batch_size=args.batch_size, num_workers=args.num_workers))
-    probabilities = predict(accelerator, model, loader).softmax(1).tolist()
+    probabilities = predict(accelerator, model, loader, out / "best").softmax(1).tolist()
+    check_images(accelerator, [record.path for part in split.parts().values() for record in part], hashes)
 
-    metrics = describe_run(args, accelerator, split) | {"best_epoch": best_epoch, "history": history}
+    metrics = describe_run(args, accelerator, split) | {"best_epoch": progress.best_epoch, "history": progress.history}
+    metrics |= {"best_sha256": progress.best_files}
     metrics |= score(data.targets, probabilities, [record.patient_id for record in scored])
     if accelerator.is_main_process:
         write_csv(out / "predictions.csv", prediction_rows(scored, probabilities, args.task, classes, data_dir))
         draw_figures(metrics, data.targets, probabilities, out)
         # Last, because this file marks the run as finished.
-        write_atomically(out / METRICS, lambda part: part.write_text(json.dumps(metrics, indent=2) + "\n"))
+        text = json.dumps(metrics, indent=2) + "\n"
+        write_atomically(out / METRICS, lambda part: part.write_text(text, encoding="utf-8"))
         (out / STATE).unlink(missing_ok=True)
         print(summarise(metrics))
     accelerator.wait_for_everyone()
@@ -171,34 +190,16 @@ def run_once(args: argparse.Namespace, accelerator: Accelerator, data_dir: Path,
     return metrics
 
 
-def resume(args: argparse.Namespace, data_dir: Path, split: Split) -> dict[str, Any] | None:
-    """Check that a run may go on; return its `metrics.json` if it is finished."""
-    out = args.output_dir
-    if not (out / CONFIG).is_file():
-        return None
-    if changed := differences(yaml.safe_load((out / CONFIG).read_text()), recorded(args)):
-        raise ValueError(f"--resume must go on with the flags that {out} was started with: {'; '.join(changed)}")
-    division = out / DIVISION
-    if division.is_file() and read_csv(division) != split_rows(split, data_dir):
-        # With another division, patients that were trained on could now be tested.
-        raise ValueError(f"--resume must find the images that {out} was started with, as {division} lists them")
-    if (out / METRICS).is_file():
-        logger.info("%s is finished", out)
-        return json.loads((out / METRICS).read_text())
-    return None
+def check_images(accelerator: Accelerator, paths: Sequence[Path], hashes: Mapping[Path, str]) -> None:
+    """Refuse to score a run whose images changed since its start.
 
-
-def begin(args: argparse.Namespace, data_dir: Path, split: Split) -> None:
-    """Write the flags and the division of the images; without `--resume`, first remove results of an earlier run."""
-    out = args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        for name in (METRICS, STATE, DIVISION):
-            (out / name).unlink(missing_ok=True)
-        for name in ("best", "last"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    write_atomically(out / CONFIG, lambda part: part.write_text(yaml.safe_dump(recorded(args), sort_keys=False)))
-    write_csv(out / DIVISION, split_rows(split, data_dir))
+    Raises:
+        ValueError: An image was replaced, changed or removed; the message names the first one.
+    """
+    changed = changed_files({path: hashes[path] for path in paths}) if accelerator.is_main_process else []
+    (changed,) = broadcast_object_list([changed])
+    if changed:
+        raise ValueError(f"the images must not change during a run, but {len(changed)} did, such as {changed[0]}")
 
 
 def draw_figures(
@@ -212,6 +213,50 @@ def draw_figures(
     draw_calibration(targets, probabilities, title, out / "calibration.png")
 
 
+@contextmanager
+def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the lock of an output folder in the main process, and remove files that a killed run has half written.
+
+    If the lock is refused, all processes raise the error.
+
+    Raises:
+        ValueError: Another run holds the lock.
+    """
+    with ExitStack() as stack:
+        refusal = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(lock_folder(folder))
+                for place in (folder, folder / "best", folder / "last"):
+                    remove_parts(place)
+            except (OSError, ValueError) as error:
+                refusal = error
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield
+
+
+def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Find the images, do each run that the flags ask for, and write the tables of a study."""
+    scaler = copy.deepcopy(accelerator.scaler)
+    data_dir, records = find_records(args, accelerator)
+    runs = expand(args)
+    splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
+    (hashes,) = broadcast_object_list(
+        [hash_files(record.path for record in records) if accelerator.is_main_process else {}]
+    )
+    results = []
+    for run, split in zip(runs, splits, strict=True):
+        accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
+        with nullcontext() if len(runs) == 1 else locked(run.output_dir, accelerator):
+            results.append(run_once(run, accelerator, data_dir, split, hashes))
+    if len(runs) > 1 and accelerator.is_main_process:
+        print(write_study(args.output_dir, [run.output_dir for run in runs]))
+    return results
+
+
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the script; return the `metrics.json` of each run."""
     args = parse_args(argv)
@@ -224,29 +269,22 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     )
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if args.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"--batch-size must be a multiple of the {accelerator.num_processes} processes, got {args.batch_size}"
+        )
+    if args.pretrained and "convnextv2" in args.model:
+        logger.info(PRETRAINED_NOTE)
+    args.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have set it
     try:
-        if args.batch_size % accelerator.num_processes:
-            raise ValueError(
-                f"--batch-size must be a multiple of the {accelerator.num_processes} processes, got {args.batch_size}"
-            )
-        if args.pretrained and "convnextv2" in args.model:
-            logger.info(PRETRAINED_NOTE)
-        args.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have set it
-        scaler = copy.deepcopy(accelerator.scaler)
-        data_dir, records = find_records(args, accelerator)
-        runs = expand(args)
-        splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
-        results = []
-        for run, split in zip(runs, splits, strict=True):
-            accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
-            results.append(run_once(run, accelerator, data_dir, split))
-        if len(runs) > 1 and accelerator.is_main_process:
-            print(write_study(args.output_dir, [run.output_dir for run in runs]))
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"train_breakhis.py: error: {error}")
+        with locked(args.output_dir, accelerator):
+            results = run_all(args, accelerator)
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"{args.output_dir} has every complete epoch; the same command with --resume goes on from there")
+        raise
     accelerator.end_training()
     return results
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -48,10 +48,20 @@ ALLOWED = {
 
 # room of examples/breakhis -> what it may import of its neighbours
 BREAKHIS = {
-    "data": ("breakhis.data", "breakhis.files"),
-    "results": ("breakhis.results", "breakhis.data", "breakhis.files"),
-    "training": ("breakhis.training", "breakhis.data", "breakhis.results.metrics", "breakhis.files"),
+    "data": ("breakhis.data", "breakhis.files", "breakhis.mappings", "breakhis.names"),
+    "results": ("breakhis.results", "breakhis.data", "breakhis.files", "breakhis.mappings", "breakhis.names"),
+    "training": (
+        "breakhis.training",
+        "breakhis.data",
+        "breakhis.results.metrics",
+        "breakhis.files",
+        "breakhis.mappings",
+        "breakhis.names",
+    ),
+    "commands.py": ("breakhis.names",),
     "files.py": (),
+    "mappings.py": (),
+    "names.py": (),
     "__init__.py": (),
 }
 

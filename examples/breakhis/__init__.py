@@ -4,7 +4,9 @@
 - `results`: scores, tables and figures of finished runs.
 - `training`: flags, models and the training itself.
 
-`files` writes files safely; every room uses it. `data` imports no other room, `results` imports `data`, and `training`
-imports `data` and one module of `results`, the `metrics` by which it chooses the checkpoint. The scripts one folder up
-import everything.
+`files` writes files safely, `mappings` reads JSON and YAML, and `names` makes names safe to show; every room uses them.
+`commands` is the one door of all scripts: it turns errors and signals
+into one line and an exit code. `data` imports no other room, `results` imports `data`, and `training` imports `data`
+and one module of `results`, the `metrics` by which it chooses the checkpoint. The scripts one folder up import
+everything.
 """

@@ -1,39 +1,92 @@
 """Files that are written completely or not at all, and CSV tables: a row is a dict, the first row names the columns."""
 
 import csv
+import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from os import fsync
 from pathlib import Path
 from typing import Any
 
+# Spreadsheets run a cell that begins with one of these as a formula (OWASP, "CSV Injection"); the last four are = + - @
+# in full width. A quote in front marks such a cell as text. A text that begins with a quote is marked too, so that
+# it can be told from those.
+_MARKED = (*"=+-@\t\r\n\uff1d\uff0b\uff0d\uff20", "'")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+# On Linux, the name of a file may hold bytes that are no UTF-8. They are written and read as they are.
+_TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name and then rename it, so that it is never seen half written, even after a kill.
+
+    The other name is hidden, short and different at each call, so that two processes may write the same file. After an
+    error, Ctrl-C included, nothing is left of it. The file gets the mode of a new file (`umask`).
 
     Args:
         path: The file.
         write: Writes to the path that it is called with.
     """
-    part = path.with_name(path.name + ".part")
-    write(part)
-    with part.open("rb+") as file:
-        fsync(file.fileno())  # without it a power cut could keep the new name and lose the content
-    part.replace(path)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part.touch(exist_ok=False)
+    try:
+        mode = part.stat().st_mode
+        write(part)
+        with part.open("rb+") as file:
+            fsync(file.fileno())  # without it a power cut could keep the new name and lose the content
+        if part.stat().st_mode != mode:  # `write` may have put another file there
+            part.chmod(mode)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_atomically` has left in a folder of a process that was killed. Nobody may be writing there."""
+    for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
+        part.unlink()
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write at least one row; None becomes an empty cell."""
+    """Write at least one row; None becomes an empty cell.
+
+    A text that a spreadsheet would run as a formula gets a quote in front, which `read_csv` takes away again. Numbers
+    stay numbers.
+    """
+    names = list(rows[0])
+    table = [{key: _mark(value) for key, value in row.items()} for row in (dict(zip(names, names, strict=True)), *rows)]
+    # Before 3.13, Python does not quote a cell with a carriage return, and then reads that as the end of the row.
+    has_return = any("\r" in cell for row in table for cell in row.values())
 
     def write(part: Path) -> None:
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        with part.open("w", **_TEXT) as file:
+            quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+            csv.DictWriter(file, names, lineterminator="\n", quoting=quoting).writerows(table)
 
     write_atomically(path, write)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file, in their order."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """Read the rows of a CSV file from `write_csv`, in their order. A row that was cut off lacks the last columns.
+
+    Raises:
+        csv.Error: The file is no table.
+    """
+    with path.open(**_TEXT) as file:
+        rows = [[_unmark(cell) for cell in row] for row in csv.reader(file, strict=True) if row]
+    if any("\0" in cell for row in rows for cell in row):
+        raise csv.Error("a NUL character, which no text has")
+    return [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
+
+
+def _mark(value: object) -> str:
+    """Return the cell of a value, which no spreadsheet takes for a formula."""
+    text = "" if value is None else str(value)
+    return f"'{text}" if text.startswith(_MARKED) and not _NUMBER.fullmatch(text) else text
+
+
+def _unmark(cell: str) -> str:
+    """Return the text of a cell from `_mark`."""
+    return cell.removeprefix("'")

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 import train_breakhis
+from breakhis.files import read_csv, write_csv
 from breakhis.results.explain import as_picture, grad_cam, overlay
 from breakhis.training.checkpoints import save_model
 from explain_breakhis import branch_names, find_runs, main
@@ -201,6 +203,104 @@ def make_run(study, tmp_path):
         return folder
 
     return make
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files below a folder, by name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def other_table(run: Path) -> None:
+    (run / "explain").mkdir()
+    (run / "explain/decisions.csv").write_text("a,b\n")
+
+
+@pytest.fixture
+def nothing_computed(monkeypatch):
+    """Fail if a model is loaded."""
+    monkeypatch.setattr(explain_breakhis, "load_model", lambda folder: pytest.fail("loaded a model"))
+
+
+@pytest.mark.usefixtures("nothing_computed")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "metrics.json").write_text("{"), "metrics.json must be a mapping in JSON"),
+        (lambda run: (run / "metrics.json").write_text("{}"), "metrics.json must be written by train_breakhis.py"),
+        (lambda run: (run / "metrics.json").write_bytes(b"\xff"), "metrics.json must be a mapping in JSON"),
+        (lambda run: (run / "predictions.csv").write_text("file\na.png\n"), "predictions.csv must have a value for"),
+        (lambda run: shutil.rmtree(run / "best"), "best/config.json' must be a file of a finished run, got none"),
+        (lambda run: (run / "best/model.safetensors").unlink(), "best/model.safetensors' must be a file of a finished"),
+        (lambda run: (run / "results.json").write_text("[1]"), "results.json must be a mapping in JSON"),
+        (
+            lambda run: (run / "explain").mkdir() or (run / "explain/decisions.csv").write_text("a,b\n"),
+            "decisions.csv'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_run_is_named_before_a_model_is_loaded(make_run, caplog, damage, message):
+    run = make_run("resnet10t", "resnet")
+    damage(run)
+    before = contents(run)
+    assert run_script(run) == (2, {})
+    (line,) = caplog.messages
+    assert line.startswith("error: ")
+    assert message in line
+    assert line.isprintable()
+    assert contents(run) == before
+
+
+@pytest.mark.usefixtures("nothing_computed")
+def test_a_run_without_predictions_ends_in_one_line(make_run):
+    run = make_run("resnet10t", "resnet")
+    (run / "predictions.csv").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        run_script(run)
+    assert stopped.value.code == (
+        f"explain_breakhis.py: error: [Errno 2] No such file or directory: '{run}/predictions.csv'"
+    )
+
+
+@pytest.mark.usefixtures("nothing_computed")
+@pytest.mark.parametrize("link", [lambda target, path: os.link(target, path), os.symlink], ids=["hard", "soft"])
+@pytest.mark.parametrize("name", ["cam-100X.png", "gates-KFDE-100X.png", "branches-KFDE-100X.png"])
+@pytest.mark.parametrize("target", ["image", "best/model.safetensors", "metrics.json"])
+def test_no_input_is_replaced_by_a_figure(make_run, synthetic_tree, caplog, link, name, target):
+    run = make_run("resnet10t", "resnet")
+    (run / "explain").mkdir()
+    image = synthetic_tree / read_rows(run / "predictions.csv")[-1]["file"]
+    link(image if target == "image" else run / target, run / "explain" / name)
+    before = contents(run)
+    assert run_script(run) == (2, {})
+    assert f"error: must not replace an input, got '{run}/explain/{name}', which is the file '" in caplog.text
+    assert contents(run) == before
+
+
+def test_names_of_a_run_stay_in_the_folder_and_off_the_terminal(make_run, caplog):
+    run = make_run("resnet10t", "resnet")
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics |= {"variant": "../\x1b[31m$x^{$" + "x" * 300, "magnification": "../../40X\n"}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    rows = read_csv(run / "predictions.csv")
+    write_csv(run / "predictions.csv", [row | {"patient": os.fsdecode(b"f\xe4\n")} for row in rows])
+    before = set(contents(run.parents[2]))
+    code, drawn = run_script(run)
+    assert code == 0
+    (name,) = written_files(run)
+    assert drawn[name][0][0].label.endswith(r"patient f\udce4\n")
+    assert name.startswith("cam-.._.._40X_-")
+    assert set(contents(run.parents[2])) - before == {f"out/runs/{run.name}/explain/{name}"}
+    assert all(message.isprintable() for message in caplog.messages)
+    assert any(r"\x1b[31m$x" in message for message in caplog.messages)
+
+
+def test_a_model_with_other_classes_than_its_run_is_refused(make_run, caplog):
+    run = make_run("resnet10t", "resnet")
+    config = json.loads((run / "best/config.json").read_text())
+    config["label_names"] = config["label_names"][::-1]
+    (run / "best/config.json").write_text(json.dumps(config))
+    assert run_script(run) == (2, {})
+    assert f"error: {run}/best must have the classes of its run, ['A', 'F'," in caplog.text
 
 
 def written_files(out: Path) -> set[str]:

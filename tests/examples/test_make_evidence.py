@@ -55,6 +55,32 @@ def test_a_study_is_run_and_kept(synthetic_tree, tmp_path, monkeypatch, no_figur
     assert_predictions_match_scores(folder)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonesuch", "--data-dir", ".", "--output-dir", "out"], "argument study: invalid choice: 'nonesuch'"),
+        (["idc", "--data-dir", "none", "--output-dir", "out"], "argument --data-dir: must be a directory, got 'none'"),
+        (["idc", "--data-dir", ".", "--output-dir", "a\0b"], "argument --output-dir: must be a path, which has no NUL"),
+    ],
+)
+def test_wrong_arguments_are_named_with_their_values(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        make_evidence.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_predictions_that_are_broken_are_not_kept(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"variant": "a", "seed": 0, "fold": 0, "classes": ["x"]}))
+    (tmp_path / "predictions.csv").write_text("file,patient,target,prob_x\n1.png,p,x,\n")
+    with pytest.raises(
+        ValueError, match=r"predictions.csv must have a value for prob_x in each line, got none in line 2"
+    ):
+        make_evidence.keep_predictions([tmp_path], tmp_path / "kept.csv")
+    assert not (tmp_path / "kept.csv").exists()
+
+
 @pytest.mark.parametrize("folder", STUDY_FOLDERS, ids=lambda folder: folder.name)
 def test_the_kept_results_agree_with_each_other_and_with_the_flags(folder):
     assert_predictions_match_scores(folder)

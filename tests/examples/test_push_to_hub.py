@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from breakhis.training.checkpoints import load_model
 from huggingface_hub import ModelCard
-from push_to_hub import main, write_card
+from push_to_hub import HUB_ERRORS, main, write_card
 from train_breakhis import main as train
 
 from tests.support.hub import hub_in_folder, needs_local_dir
@@ -144,6 +145,14 @@ def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_
     assert rows["started from"] == ["a checkpoint"]
 
 
+def test_names_in_the_card_are_no_markup(run, metrics):
+    image = "<img src=x>|"
+    changes = {"classes": [image], "absent_classes": {part: [image] for part in metrics["absent_classes"]}}
+    card = write_card(REPO_ID, load_model(run / "best"), metrics | changes | {"fold_in_words": image})
+    assert "<img" not in card
+    assert card.count("&lt;img src=x&gt;&#124;") == 1 + 3 + 1
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -177,6 +186,8 @@ def test_the_card_names_the_limits_of_a_run(run, metrics, changes, sentence):
         ),
         ({"--repo-id": "kfde"}, "argument --repo-id: must be owner/name, got 'kfde'"),
         ({"--repo-id": "a/b/c"}, "argument --repo-id: must be owner/name, got 'a/b/c'"),
+        ({"--run": "a\0b"}, "argument --run: must be a path, which has no NUL character"),
+        ({"--output-dir": __file__}, "argument --output-dir: must be a directory, got the file"),
     ],
 )
 def test_wrong_arguments_are_named_with_their_values(run, changes, message, capsys):
@@ -185,3 +196,77 @@ def test_wrong_arguments_are_named_with_their_values(run, changes, message, caps
         main([part for pair in flags.items() for part in pair])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_folder_of_the_run_is_not_written_to(run, capsys):
+    before = contents(run / "best")
+    for folder in (run, run / "best", run / "best" / ".." / "last"):
+        with pytest.raises(SystemExit):
+            main(["--run", str(run), "--repo-id", REPO_ID, "--output-dir", str(folder)])
+        assert f"argument --output-dir: must not lie in --run, got '{folder}'" in capsys.readouterr().err
+    assert contents(run / "best") == before
+
+
+@pytest.fixture
+def copied(run, tmp_path) -> Path:
+    return shutil.copytree(run, tmp_path / "copied")
+
+
+def change_metrics(folder: Path, **changes) -> None:
+    """Change entries of `metrics.json`; None removes one."""
+    path = folder / "metrics.json"
+    metrics = {key: value for key, value in (json.loads(path.read_text()) | changes).items() if value is not None}
+    path.write_text(json.dumps(metrics))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "metrics.json").write_text("{"), "metrics.json must be a mapping in JSON, got text"),
+        (lambda run: (run / "metrics.json").write_bytes(b"\xff"), "metrics.json must be a mapping in JSON, got text"),
+        (lambda run: (run / "metrics.json").write_text("[]"), r"metrics.json must be a mapping in JSON, got \[\]"),
+        (lambda run: change_metrics(run, best_sha256=None), "metrics.json must be written by .*, got no best_sha256"),
+        (lambda run: change_metrics(run, classes=None), "metrics.json must be written by .*, got KeyError.'classes'"),
+        (lambda run: change_metrics(run, n_images=3), "metrics.json must be written by .*, got TypeError"),
+        (
+            lambda run: change_metrics(run, best_sha256={}),
+            "best must be the checkpoint that its run wrote, got another",
+        ),
+        # The scores of one run must not be published with the weights of another.
+        (
+            lambda run: flip(run / "best/model.safetensors"),
+            "checkpoint that its run wrote, got another model.safetensors",
+        ),
+        (lambda run: flip(run / "best/config.json"), "checkpoint that its run wrote, got another config.json"),
+    ],
+)
+def test_a_run_with_broken_or_foreign_files_is_not_published(copied, damage, message, tmp_path):
+    damage(copied)
+    with pytest.raises(SystemExit, match=f"^push_to_hub.py: error: .*{message}"):
+        main(["--run", str(copied), "--repo-id", REPO_ID, "--output-dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_a_network_the_error_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        SystemExit, match=rf"^push_to_hub.py: error: --repo-id {REPO_ID} cannot be pushed: \S"
+    ) as stopped:
+        main(["--run", str(run), "--repo-id", REPO_ID])
+    assert "\n" not in stopped.value.code
+
+
+def test_a_refusal_of_the_hub_is_one_line(run, monkeypatch):
+    class Api:
+        def create_repo(self, *args, **kwargs):
+            raise HUB_ERRORS[1]("403 Forbidden\nyou are not its owner")
+
+    monkeypatch.setattr("push_to_hub.HfApi", Api)
+    with pytest.raises(SystemExit, match=r"cannot be pushed: 403 Forbidden you are not its owner$"):
+        main(["--run", str(run), "--repo-id", REPO_ID])

@@ -11,18 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from breakhis.training.engine import train_one_epoch
+from breakhis.training.checkpoints import check_checkpoint
+from breakhis.training.engine import predict, train_one_epoch
+from breakhis.training.state import load_state, save_state
+from safetensors.torch import load_file, save_file
 from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
+from tests.support.locks import lock_holder
+from tests.support.runs import SMALL, launch, read_rows
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["--img-size", "32", "--epochs", "4", "--num-workers", "0", "--num-folds", "3", "--drop-path", "0.2"]
 RECIPE += ["--mixup", "0.3", "--ema-decay", "0.9", "--stain-jitter", "0.2", "--lr", "1e-3", "--resume"]
 
 
-def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
-    """Return the exit status of a run in a process that is killed after some seconds of training."""
+def run_and_signal(arguments: list[str], wait_for: Path, seconds: float, number: int) -> tuple[int, str]:
+    """Return exit status and errors of a run that gets a signal some seconds after it has written a file."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "train_breakhis.py"), *arguments],
@@ -32,13 +37,19 @@ def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (out / "config.yaml").is_file() and time.monotonic() < deadline:
+    while not wait_for.is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode
+    return process.returncode, errors
+
+
+def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
+    """Return the exit status of a run in a process that is killed after some seconds of training."""
+    status, errors = run_and_signal(arguments, out / "config.yaml", seconds, signal.SIGKILL)
+    assert status in (0, -signal.SIGKILL), errors
+    return status
 
 
 @pytest.mark.slow
@@ -83,10 +94,19 @@ def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_p
         return record(accelerator, trainer, loader, epoch, names)
 
     monkeypatch.setattr("breakhis.training.fit.train_one_epoch", stop_in_the_third)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         main(arguments)
+    assert stopped.value.__notes__ == [
+        f"{tmp_path} has every complete epoch; the same command with --resume goes on from there"
+    ]
+    assert_refuses_what_is_not_of_this_run(arguments, tmp_path, monkeypatch)
+    assert epochs == [0, 1, 2]
+    leftovers = [tmp_path / folder / ".0123456789abcdef.part" for folder in (".", "best", "last")]
+    for path in leftovers:
+        path.touch()
     (metrics,) = main(arguments)
     assert epochs == [0, 1, 2, 2, 3]
+    assert not any(path.exists() for path in leftovers)
     assert "resumed after epoch 2" in caplog.messages
     assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3, 4]
     # Without --resume, the run in this directory starts again.
@@ -96,19 +116,146 @@ def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_p
     assert epochs == [0, 1, 2, 3]
 
 
+def assert_refuses_what_is_not_of_this_run(arguments: list[str], out: Path, monkeypatch) -> None:
+    """Check that a run with a state on disk does not go on from damaged or foreign files; leave them as they were."""
+
+    def refused(message: str) -> None:
+        with pytest.raises(SystemExit, match=rf"^train_breakhis.py: error: .*{message}") as stopped:
+            main(arguments)
+        assert "\n" not in stopped.value.code
+        assert not (out / "run.lock").exists()
+
+    state, path = (out / "state.pt").read_bytes(), out / "state.pt"
+    flipped = bytearray(state)
+    flipped[len(state) // 2] ^= 1
+    content = load_state(path)
+    foreign = content | {"identity": content["identity"] | {"seeds": [1]}}
+    for damaged, message in (
+        (flipped, "state.pt must be a state as this script wrote it, got bytes with another SHA-256"),
+        (state[:1000], "state.pt must be a state as this script wrote it, got bytes with another SHA-256"),
+        ({key: value for key, value in content.items() if key != "ema"}, "state.pt must be .*, got none of ema"),
+        (foreign, r"--resume must go on with what .*state.pt was written with, .*: seeds was \[1\], now \[0\]"),
+    ):
+        path.write_bytes(damaged) if isinstance(damaged, bytes | bytearray) else save_state(path, damaged)
+        refused(message)
+    path.write_bytes(state)
+    for name in ("config.yaml", "split.csv"):
+        (out / name).rename(out / "away")
+        refused(f"--resume must find {name} next to state.pt, got none in {out}")
+        (out / "away").rename(out / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 17)
+        refused(r"state.pt was written with, .*: threads \(OMP_NUM_THREADS\) was 1, now 17")
+
+
 @needs_local_dir
 def test_a_run_does_not_go_on_with_another_division_of_the_images(synthetic_tree, tmp_path, monkeypatch):
     tree, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(synthetic_tree, tree)
     arguments = ["--data-dir", str(tree), "--output-dir", str(out), *RECIPE]
 
-    def stop(*args):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("breakhis.training.fit.train_one_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
-    image = next(tree.rglob("SOB_B_F-*.png"))
+    image, another = sorted(tree.rglob("SOB_B_F-*.png"))[:2]
+    content = image.read_bytes()
+    image.write_bytes(another.read_bytes())
+    with pytest.raises(SystemExit, match=rf"as .*split.csv lists them: .*{image.name}: sha256 was '\w+', now '\w+'$"):
+        main(arguments)
+    image.write_bytes(content)
     image.with_name("SOB_B_F-14-999-100-001.png").write_bytes(image.read_bytes())
     with pytest.raises(SystemExit, match=r"--resume must find the images that .*out was started with, as .*split.csv"):
         main(arguments)
+
+
+def stop(*args):
+    raise KeyboardInterrupt
+
+
+@needs_local_dir
+@pytest.mark.slow
+def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree, tmp_path, monkeypatch, no_figures):
+    tree, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(synthetic_tree, tree)
+    arguments = ["--data-dir", str(tree), "--output-dir", str(out), *SMALL, "--model", "test_convnext", "--resume"]
+
+    def refused(message: str) -> None:
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+        assert not (out / "metrics.json").exists()
+        assert not (out / "predictions.csv").exists()
+
+    # The best checkpoint becomes that of another run, after training and before the scores.
+    def swap(folder, hashes):
+        weights = load_file(folder / "model.safetensors")
+        save_file({key: value + 1 for key, value in weights.items()}, folder / "model.safetensors")
+        return check_checkpoint(folder, hashes)
+
+    monkeypatch.setattr("train_breakhis.check_checkpoint", swap)
+    refused(rf"{out / 'best'} must be the checkpoint that its run wrote, got another model.safetensors")
+    monkeypatch.undo()
+    refused(rf"{out / 'best'} must be the checkpoint that its run wrote, got another model.safetensors")
+    # The weights of the last epoch are those of the best one.
+    shutil.copytree(out / "last", out / "best", dirs_exist_ok=True)
+
+    monkeypatch.setattr("train_breakhis.draw_figures", lambda *args: None)
+    image = tree / next(row["file"] for row in read_rows(out / "split.csv") if row["split"] == "test")
+    content = image.read_bytes()
+
+    def replace_image(accelerator, model, loader, checkpoint):
+        scores = predict(accelerator, model, loader, checkpoint)
+        image.write_bytes(content[:-1] + b"x")
+        return scores
+
+    monkeypatch.setattr("train_breakhis.predict", replace_image)
+    refused(rf"the images must not change during a run, but 1 did, such as {image}$")
+    monkeypatch.undo()
+    image.write_bytes(content)
+
+    # Weights that are not finite score nothing.
+    def nan_scores(accelerator, model, loader, checkpoint):
+        with torch.no_grad():
+            model.get_classifier().bias[1] = torch.nan
+        return predict(accelerator, model, loader, checkpoint)
+
+    monkeypatch.setattr("train_breakhis.predict", nan_scores)
+    refused(rf"scores must be finite, got \[\S+, nan\] from {out / 'best'} for the image {tree}.*\.png$")
+    monkeypatch.undo()
+    monkeypatch.setattr("train_breakhis.draw_figures", lambda *args: None)
+    (metrics,) = main(arguments)
+    assert metrics["best_sha256"].keys() == {"config.json", "model.safetensors"}
+
+
+@needs_local_dir
+def test_a_folder_in_use_is_refused_before_anything_is_written(synthetic_tree, tmp_path):
+    with lock_holder(tmp_path) as process:
+        names = [path.name for path in tmp_path.iterdir()]
+        owner = f"process {process.pid} on"
+        with pytest.raises(SystemExit, match=f"--output-dir {tmp_path} must not be in use, but {owner}"):
+            main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *RECIPE])
+        assert [path.name for path in tmp_path.iterdir()] == names
+
+
+@needs_local_dir
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_says_what_is_saved_and_leaves_no_lock(synthetic_tree, tmp_path, number, code):
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL]
+    arguments += ["--epochs", "500", "--model", "test_convnext", "--num-workers", "1"]
+    status, errors = run_and_signal(arguments, tmp_path / "state.pt", 0.1, number)
+    word = {143: "terminated", 130: "interrupted"}[code]
+    sentence = f"{tmp_path} has every complete epoch; the same command with --resume goes on from there"
+    assert (status, errors.splitlines()[-1]) == (code, f"train_breakhis.py: {word}; {sentence}")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run.lock").exists()
+    assert load_state(tmp_path / "state.pt", ["history"])["history"]
+
+
+@needs_local_dir
+@pytest.mark.slow
+def test_all_processes_stop_when_the_folder_is_in_use(synthetic_tree, tmp_path):
+    with lock_holder(tmp_path) as holder:
+        process = launch(tmp_path, 2, "--data-dir", str(synthetic_tree), *SMALL)
+    assert process.returncode != 0
+    message = f"train_breakhis.py: error: --output-dir {tmp_path} must not be in use, but process {holder.pid} on "
+    assert process.stderr.count(message) == 2

@@ -7,8 +7,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
 from tests.support.pages import python_blocks, run_block
-from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
+from tests.support.runs import SMALL, SUBTYPES, launch, load_input, load_with_timm, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
 ROOT = Path(__file__).parents[2]
@@ -206,9 +204,19 @@ def test_synthetic_draws_its_own_data_and_says_so(tmp_path, leak_checker, capsys
 
 
 def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch, leak_checker):
-    monkeypatch.setattr("train_breakhis.download", lambda directory: shutil.copytree(synthetic_tree, directory))
+    hashes = []
+
+    def download(directory: Path, sha256: str | None) -> None:
+        hashes.append(sha256)
+        """Put the images into a folder whose name is no UTF-8, behind a link."""
+        directory.mkdir()
+        shutil.copytree(synthetic_tree, tmp_path / os.fsdecode(b"f\xe4rbung"))
+        (directory / os.fsdecode(b"l\xefnk")).symlink_to(tmp_path / os.fsdecode(b"f\xe4rbung"))
+
+    monkeypatch.setattr("train_breakhis.download", download)
     arguments = ["--download", "--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")]
-    main([*arguments, *SMALL])
+    main([*arguments, *SMALL, "--archive-sha256", "AB" * 32])
+    assert hashes == ["ab" * 32]
     assert_consistent(tmp_path / "out", tmp_path / "data", leak_checker)
 
 
@@ -222,16 +230,6 @@ def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, lea
     assert metrics["n_images"]["val"] == 0
     assert metrics["best_epoch"] == 2
     assert any("best = last epoch" in message for message in caplog.messages)
-
-
-def launch(out: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script with `accelerate launch`, on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # several processes need this flag on any device
-    command += [str(ROOT / "examples" / "train_breakhis.py"), "--output-dir", str(out), *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_two_processes_do_the_same_as_one(

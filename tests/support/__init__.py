@@ -13,6 +13,8 @@ imports `kfde_layers` and other libraries, and no test. `tests/test_architecture
 - `distributed_worker`, `accelerate_worker`: the code of the processes that train together.
 - `kernels`: record the launches of Triton kernels, and compile them without a GPU.
 - `servers`, `archives`, `runs`: a server of archives, damaged archives, and runs of the example's scripts.
+- `locks`: a process that holds the lock of a folder.
+- `pickles`: an object that runs code when it is loaded.
 - `parts`: layers computed part by part.
 - `hub`: a folder in the place of the Hugging Face Hub.
 - `pages`: the code, the tables and the addresses of a page.

@@ -1,6 +1,9 @@
 """Runs of the BreakHis example: small flags, and reading results without the code of the example."""
 
 import csv
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
 BINARY, SUBTYPES = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of a CSV file."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -36,3 +40,13 @@ def predict_with_timm(folder: Path, path: Path) -> Tensor:
     model, transform = load_with_timm(folder)
     with torch.inference_mode():
         return model(load_input(transform, path)).softmax(1)[0]
+
+
+def launch(out: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script that trains with `accelerate launch`, on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # several processes need this flag on any device
+    command += [str(ROOT / "examples" / "train_breakhis.py"), "--output-dir", str(out), *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -1,29 +1,35 @@
 """Fetch BreakHis from its authors and unpack it.
 
-The authors publish no checksum. Three checks take its place: the size that the server announces, the checksum inside
-the gzip file, and the number of unpacked images.
+The authors publish no hash. Four checks take its place: the connection is encrypted, and the server proves its name;
+the size that the server announces; the checksum inside the gzip file; the number of unpacked images. The log says the
+SHA-256 of the archive, with which a later download can be compared.
 """
 
 import gzip
+import hashlib
 import logging
 import shutil
 import tarfile
 import time
 import zlib
-from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from http.client import HTTPException, HTTPMessage
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from breakhis.data.images import image_files
+from breakhis.data.metered import MeteredFile
+from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
 
-ARCHIVE_URL = "http://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz"
+ARCHIVE_URL = "https://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz"
 NUM_IMAGES = 7909
 MAX_BYTES = 16 * 2**30  # bytes that may be unpacked at most
+MAX_HEADERS = 64 * 2**20  # bytes for names and sizes at most; 8,000 files with long names take 12 MB
 ATTEMPTS = 8  # connections before giving up
 PAUSE = 1.0  # s; the wait before the second attempt, each further one is twice as long
 TIMEOUT = 60.0  # s; how long a connection may be silent
@@ -32,7 +38,7 @@ _CHUNK = 1 << 16  # bytes; a stalled connection loses this much at most
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def download(directory: Path) -> Path:
+def download(directory: Path, sha256: str | None = None) -> Path:
     """Fetch the archive from `ARCHIVE_URL`, about 4 GB, and unpack it; leave out the steps that are already done.
 
     An incomplete archive is kept as `BreaKHis_v1.tar.gz.part`, and a later call goes on from there unless the server's
@@ -41,23 +47,30 @@ def download(directory: Path) -> Path:
 
     Args:
         directory: Directory for the archive and the folder; made if needed. It must have space for both, about 8 GB.
+        sha256: Hash that the archive must have before it is unpacked, in lower-case hexadecimal digits; None: any.
 
     Returns:
         The folder `BreaKHis_v1` in `directory`.
 
     Raises:
-        ValueError: The answer of the server, the archive or the folder is wrong; the message says how.
+        ValueError: The answer of the server, the archive, its hash or the folder is wrong; the message says how.
         ConnectionError: The server refused, or every attempt failed.
         OSError: The disk has too little space.
     """
     archive, tree = directory / "BreaKHis_v1.tar.gz", directory / "BreaKHis_v1"
-    if tree.exists():
+    if tree.exists() and sha256 is None:
         _check_images(tree, tree)
         return tree
+    if tree.exists() and not archive.exists():
+        raise ValueError(f"{tree} must lie next to its archive, {archive.name}, for the check of the SHA-256, got none")
     directory.mkdir(parents=True, exist_ok=True)
     if not archive.exists():
         _fetch(ARCHIVE_URL, archive)
-    _unpack(archive, tree)
+    _check_hash(archive, sha256)
+    if tree.exists():
+        _check_images(tree, tree)
+    else:
+        _unpack(archive, tree)
     return tree
 
 
@@ -84,8 +97,19 @@ def _fetch(url: str, archive: Path) -> None:
             part.replace(archive)
             stamp.unlink()
             return
-        logger.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, failure)
+        logger.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, printable(failure))
     raise ConnectionError(f"{url} failed {ATTEMPTS} times, at last with: {failure}") from failure
+
+
+class _StayEncrypted(HTTPRedirectHandler):
+    """Follows a redirection, but never from https to a protocol in which others could change the answer."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        if req.type == "https" and not newurl.lower().startswith("https:"):
+            raise ValueError(f"{req.full_url} must not lead away from https, got a redirection to {newurl!r}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _fetch_rest(url: str, part: Path, stamp: Path) -> None:
@@ -99,7 +123,7 @@ def _fetch_rest(url: str, part: Path, stamp: Path) -> None:
     if start and total == str(start):  # an earlier run was killed after the last byte and before the renaming
         return
     headers = {"Range": f"bytes={start}-", "If-Range": version} if version else {}
-    with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as answer:
+    with build_opener(_StayEncrypted).open(Request(url, headers=headers), timeout=TIMEOUT) as answer:
         if answer.status == 206:
             content_range = answer.headers.get("Content-Range", "")
             if not (content_range.startswith(f"bytes {start}-") and content_range.endswith(f"/{total}")):
@@ -140,19 +164,24 @@ def _unpack(archive: Path, tree: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
     try:
         scratch.mkdir()
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            unpacked = 0
-            for member in tqdm(tar, "unpacking", unit="file"):
-                unpacked += tarfile.BLOCKSIZE + member.size  # one block each, so that empty files count too
-                if unpacked > MAX_BYTES:
-                    raise ValueError(f"{archive} must unpack to at most {MAX_BYTES} bytes, got more")
-                _check_member(member)
-                _extract(tar, member, scratch / member.name)
-            while stream.read(_CHUNK):  # the checksum comes last, after the part that tarfile reads
-                pass
+        refusal = ValueError(f"{archive} must have at most {MAX_HEADERS} bytes of headers, got more")
+        with gzip.open(archive) as stream:
+            # tarfile reads a header of any size that the archive states, so its reads are limited.
+            metered = MeteredFile(stream, MAX_HEADERS, refusal)
+            with tarfile.open(fileobj=metered, mode="r:") as tar:
+                unpacked = 0
+                for member in tqdm(tar, "unpacking", unit="file"):
+                    unpacked += tarfile.BLOCKSIZE + member.size  # one block each, so that empty files count too
+                    if unpacked > MAX_BYTES:
+                        raise ValueError(f"{archive} must unpack to at most {MAX_BYTES} bytes, got more")
+                    _check_member(member)
+                    metered.left += member.size  # the file's content
+                    _extract(tar, member, scratch / member.name)
+                while metered.read(_CHUNK):  # the checksum comes last, after the part that tarfile reads
+                    pass
         _check_images(scratch, archive)
         scratch.rename(tree)
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, RecursionError) as error:
         raise ValueError(f"{archive} must be a whole archive, got: {error}; delete it to fetch it again") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -170,10 +199,21 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
 
 def _check_member(member: tarfile.TarInfo) -> None:
     """Refuse a member that could write outside of the folder."""
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
+    names = PurePosixPath(member.name), PureWindowsPath(member.name)  # to Windows, `C:` is a disk and `\` a slash
+    is_plain = member.isdir() or (member.isreg() and not member.issparse())  # of a sparse file, the size is only stated
+    leaves = any(name.anchor or ".." in name.parts for name in names)
+    if leaves or not is_plain:
         kind = {tarfile.SYMTYPE: "symbolic link", tarfile.LNKTYPE: "hard link"}.get(member.type, "member")
         raise ValueError(f"the archive must hold only files and folders of its own, got the {kind} {member.name!r}")
+
+
+def _check_hash(archive: Path, sha256: str | None) -> None:
+    """Say the hash of the archive in the log, and refuse another one than wanted."""
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    logger.info("SHA-256 of %s: %s", archive.name, digest)
+    if sha256 is not None and digest != sha256:
+        raise ValueError(f"{archive} must have the SHA-256 {sha256}, got {digest}; delete it to fetch it again")
 
 
 def _check_images(directory: Path, origin: Path) -> None:

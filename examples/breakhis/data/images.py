@@ -1,26 +1,38 @@
 """Read image files of any common kind as 8-bit RGB, and find the files that cannot be read."""
 
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from breakhis.data.metered import MeteredFile
+from breakhis.data.search import broken_link, search, special_kind
+from breakhis.names import printable
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MIN_SIDE = 32  # px; the networks halve height and width five times
+# The largest sensors of cameras have as many pixels, BreakHis 0.3 million. Files above are whole slides, which must be
+# cut into fields, or bombs. Decoding takes up to 16 bytes per pixel, so this bounds the memory of a process to 1.6 GB.
+MAX_PIXELS = 100_000_000
+MAX_METADATA = 16 * 2**20  # bytes of a file that are no pixels: text, colour profile, camera data, tables of offsets
 
 # Judged by content. PIL reads other formats too, and would give PostScript to an interpreter.
 _FORMATS = ("BMP", "JPEG", "PNG", "TIFF")
-_THREADS = 8  # this many decoded images are in memory at once
+_THREADS = 8  # this many images are decoded at once, but of the large ones only one
+_LARGE = MAX_PIXELS // _THREADS  # px
+_ONE_LARGE_IMAGE = threading.Lock()
+_BYTES_PER_PIXEL = 8  # of uncompressed data: four channels of 16 bits
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 
 
 def image_files(directory: Path) -> list[Path]:
-    """List the image files below a directory, at any depth, recognised by their suffix.
-
-    Hidden files and folders are left out, and so are the files that macOS adds to archives (`._name`, `__MACOSX`).
+    """List the image files below a directory, at any depth, recognised by their suffix; `search` says how.
 
     Args:
         directory: Directory to look in.
@@ -33,13 +45,7 @@ def image_files(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise ValueError(f"directory must be a directory, got {str(directory)!r}")
-    names = [
-        path.relative_to(directory)
-        for path in directory.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()  # keep a broken link: it is a fault to report
-    ]
-    visible = [name for name in names if not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)]
-    return [directory / name for name in sorted(visible, key=Path.as_posix)]
+    return search(directory, IMAGE_SUFFIXES).files
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -55,11 +61,12 @@ def open_rgb(path: Path) -> Image.Image:
         The complete image in 8-bit RGB.
 
     Raises:
-        ValueError: The file cannot be decoded, for example because it is truncated; the message says why. Flipped bits
-            in a JPEG may stay unnoticed: it has no checksum.
+        ValueError: The file cannot be decoded, for example because it is truncated; it is a special file, such as a
+            pipe; or it has more than `MAX_PIXELS` pixels or `MAX_METADATA` other bytes, which is found out before they
+            are read. The message says why. Flipped bits in a JPEG may stay unnoticed: it has no checksum.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about odd metadata and large images; both are read anyway
+        warnings.simplefilter("ignore")  # about odd metadata, which does no harm
         try:
             return _decode(path)
         except Exception as error:  # PIL raises a dozen types for damaged data
@@ -94,16 +101,44 @@ def _fault(path: Path) -> str | None:
     return None
 
 
+class _UnusableError(ValueError):
+    """A reason that is a complete sentence."""
+
+
 def _decode(path: Path) -> Image.Image:
+    if reason := broken_link(path):
+        raise _UnusableError(reason)
+    if kind := special_kind(path):
+        raise _UnusableError(f"it is {kind}, not a file")
     with path.open("rb") as file:  # PIL maps a path into memory, and a file that shrinks would then kill the process
         if not file.peek(1):
             raise ValueError("it has zero bytes")
-        with Image.open(file, formats=_FORMATS) as encoded:
-            image = ImageOps.exif_transpose(encoded)
-    if image.mode in ("I", "F", "La"):
-        raise ValueError(f"its pixel mode {image.mode!r} is not supported")
+        refusal = f"the image must have at most {MAX_METADATA} bytes besides the pixels, got more"
+        metered = MeteredFile(file, MAX_METADATA, _UnusableError(refusal))
+        with Image.open(metered, formats=_FORMATS) as encoded:  # reads the metadata alone
+            _check_size(encoded)
+            metered.left = MAX_METADATA + _BYTES_PER_PIXEL * encoded.width * encoded.height
+            with _ONE_LARGE_IMAGE if encoded.width * encoded.height > _LARGE else nullcontext():
+                ImageOps.exif_transpose(encoded, in_place=True)
+                return _to_rgb(encoded)
+
+
+def _check_size(encoded: Image.Image) -> None:
+    """Refuse an image by what its header says, before the pixels are decoded."""
+    tags = getattr(encoded, "tag_v2", {})
+    tile = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)  # the decoder has one whole tile in memory
+    for name, (width, height) in (("image", encoded.size), ("tile", tile)):
+        if width * height > MAX_PIXELS:
+            raise _UnusableError(f"the {name} must have at most {MAX_PIXELS} px, got {width} x {height} px")
+    if encoded.mode in ("I", "F", "La"):
+        raise ValueError(f"its pixel mode {encoded.mode!r} is not supported")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return the pixels as 8-bit RGB."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # PIL alone would clip at 255
+        # PIL alone would clip at 255. This is v / 257, rounded, in less memory than floating-point numbers take.
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -112,8 +147,10 @@ def _decode(path: Path) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     """Return one sentence for an error of PIL or the file system."""
+    if isinstance(error, _UnusableError):
+        return str(error)
     if isinstance(error, UnidentifiedImageError):
         return "it is not a BMP, JPEG, PNG or TIFF image"
     if isinstance(error, OSError) and error.strerror:
         return f"it cannot be opened: {error.strerror}"
-    return f"it cannot be decoded: {str(error) or type(error).__name__}"
+    return f"it cannot be decoded: {printable(error) or type(error).__name__}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from breakhis.data.images import open_rgb
+from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Source(NamedTuple):
 def report_copies(copies: Sequence[Path]) -> None:
     """Say in the log how many files were left out as copies of others."""
     if copies:
-        logger.warning("left out %d further copies of images, such as %s", len(copies), copies[0])
+        logger.warning("left out %d further copies of images, such as %s", len(copies), printable(copies[0]))
 
 
 def patients(records: Iterable[Record]) -> set[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
 from breakhis.data.records import Record
+from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def fold_split(records: Sequence[Record], task: str, group_by: str, num_folds: i
     if len(groups) < num_folds:
         raise ValueError(
             f"num_folds must be at most the number of {group_by}s, {len(groups)}, got {num_folds}; "
-            f"they are {', '.join(sorted(groups))}"
+            f"they are {', '.join(map(printable, sorted(groups)))}"
         )
     if not 0 <= fold < num_folds:
         raise ValueError(f"fold must be from 0 to {num_folds - 1}, got {fold}")
@@ -97,7 +98,7 @@ def fold_split(records: Sequence[Record], task: str, group_by: str, num_folds: i
     train, val = _carve_validation(rest, task, group_by, seed)
     split = Split(train, val, test, protocol, f"fold {fold} of {num_folds}")
     if leaking := leaks(split, group_by):  # a fault of this program, which must not lead to a score
-        raise RuntimeError(f"the split puts {group_by}s on two sides: {', '.join(leaking)}")
+        raise RuntimeError(f"the split puts {group_by}s on two sides: {', '.join(map(printable, leaking))}")
     return split
 
 
@@ -127,11 +128,12 @@ def official_split(records: Sequence[Record], task: str, group_by: str, fold_fil
             raise ValueError(f"{fold_file} must list images of the data set for {side}, got none")
     unlisted = len(records) - len(listed["train"]) - len(listed["test"])
     if unlisted:
-        logger.warning("WARNING: left out %d images that %s does not list", unlisted, fold_file.name)
+        logger.warning("WARNING: left out %d images that %s does not list", unlisted, printable(fold_file.name))
     train, val = _carve_validation(listed["train"], task, group_by, seed)
     split = Split(train, val, listed["test"], "official protocol", fold_file.stem)
     for key in leaks(split, group_by):
-        logger.warning("WARNING: %s puts %s %s into both training and test", fold_file.name, group_by, key)
+        where = printable(fold_file.name)
+        logger.warning("WARNING: %s puts %s %s into both training and test", where, group_by, printable(key))
     return split
 
 
@@ -142,13 +144,14 @@ def read_fold_file(path: Path) -> dict[str, str]:
         ValueError: A row is not `file|magnification|fold|train or test`, or a file is on both sides.
     """
     sides: dict[str, str] = {}
-    for number, row in enumerate(path.read_text().splitlines(), start=1):
+    # A byte that is no UTF-8 is refused in its row.
+    for number, row in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         fields = row.strip().split("|")
         if len(fields) != 4 or fields[3] not in ("train", "test"):
             raise ValueError(f"{path} line {number} must be file|magnification|fold|train or test, got {row!r}")
         name = Path(fields[0]).stem
         if sides.setdefault(name, fields[3]) != fields[3]:
-            raise ValueError(f"{path} line {number} must not put {name} on both sides, got {row!r}")
+            raise ValueError(f"{path} line {number} must not put {printable(name)} on both sides, got {row!r}")
     return sides
 
 

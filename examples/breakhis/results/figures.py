@@ -18,7 +18,11 @@ from PIL import Image
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 
+from breakhis.files import write_atomically
+from breakhis.names import printable
 from breakhis.results.metrics import CALIBRATION_BINS, expected_calibration_error
+
+plt.rcParams["text.parse_math"] = False  # a name with two $ is no formula
 
 
 class CamCell(NamedTuple):
@@ -228,6 +232,8 @@ def _legend_outside(axes: Axes) -> None:
 
 def _save(figure: Figure, title: str, path: Path) -> None:
     """Put a title, in as many lines as it needs, over the whole figure, write the figure and close it."""
-    figure.suptitle(textwrap.fill(title, width=int(13 * figure.get_figwidth())), fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.suptitle(textwrap.fill(printable(title), width=int(13 * figure.get_figwidth())), fontsize="small")
+    try:
+        write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
+    finally:
+        plt.close(figure)

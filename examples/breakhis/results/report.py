@@ -1,7 +1,7 @@
 """Tables and sentences about a run. Every sentence with a score names the protocol."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,21 @@ def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
         logger.warning("WARNING: too few patients or images for a validation set, so best = last epoch")
 
 
-def split_rows(split: Split, data_dir: Path) -> list[dict[str, str]]:
-    """Make the rows of `split.csv`: `file` (relative to `data_dir`), `patient`, `case`, `split` for each image."""
+def split_rows(split: Split, data_dir: Path, hashes: Mapping[Path, str]) -> list[dict[str, str]]:
+    """Make the rows of `split.csv`: `file`, `patient`, `case`, `split`, `sha256` for each image.
+
+    Args:
+        split: The division of the images.
+        data_dir: Directory that `file` is relative to.
+        hashes: SHA-256 of each file.
+    """
     return [
         {
             "file": record.path.relative_to(data_dir).as_posix(),
             "patient": record.patient_id,
             "case": record.case_id,
             "split": name,
+            "sha256": hashes[record.path],
         }
         for name, records in split.parts().items()
         for record in records

@@ -12,13 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from breakhis.files import read_csv, write_atomically, write_csv
+from breakhis.files import write_atomically, write_csv
+from breakhis.names import in_markdown
 from breakhis.results import paper
 from breakhis.results.intervals import Predictions, bootstrap
 from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
 from breakhis.results.report import name_source
+from breakhis.results.runs import read_metrics, read_predictions
 
 SCORES = ("image_accuracy", "patient_recognition_rate", "balanced_accuracy", "macro_f1", "auc", "ece")
+KEYS = ("dataset", "synthetic", "protocol_in_words", "task", "classes", "variant", "magnification", "fold", "seed")
+KEYS += ("scored_on", "n_images", "n_patients", "best_epoch", *SCORES)
+"""Entries of `metrics.json` that a study uses."""
 COMPARED = {"image_accuracy": image_accuracy, "balanced_accuracy": balanced_accuracy, "auc": auc}
 """Scores that get intervals, and their functions of weighted predictions."""
 
@@ -33,7 +38,7 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     Returns:
         The content of `results.md`.
     """
-    runs = [json.loads((folder / "metrics.json").read_text()) | {"folder": folder} for folder in folders]
+    runs = [read_metrics(folder, KEYS) | {"folder": folder} for folder in folders]
     results = {
         "dataset": runs[0]["dataset"],
         "synthetic": runs[0]["synthetic"],
@@ -44,9 +49,9 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
         "intervals": compare_variants(runs),
     }
     tables = markdown(results)
-    write_atomically(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+    write_atomically(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n", "utf-8"))
     write_csv(out / "results.csv", [_row(run) for run in runs])
-    write_atomically(out / "results.md", lambda part: part.write_text(tables + "\n"))
+    write_atomically(out / "results.md", lambda part: part.write_text(tables + "\n", "utf-8"))
     return tables
 
 
@@ -67,7 +72,7 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     cells = []
     for (variant, magnification), group in group_runs(runs, "variant", "magnification").items():
-        tested = {row["patient"] for run in group for row in read_csv(run["folder"] / "predictions.csv")}
+        tested = {row["patient"] for run in group for row in read_predictions(run["folder"], run["classes"])}
         cell: dict[str, Any] = {"variant": variant, "magnification": magnification}
         cell |= {"n_runs": len(group), "n_patients": len(tested)}
         for score in SCORES:
@@ -114,7 +119,7 @@ def _pool(runs: Sequence[dict[str, Any]]) -> Predictions:
     """Pool the predictions of one variant: join the folds of each seed, and stack the seeds."""
     by_seed = []
     for (_,), folds in group_runs(runs, "seed").items():
-        by_seed.append([row for run in folds for row in read_csv(run["folder"] / "predictions.csv")])
+        by_seed.append([row for run in folds for row in read_predictions(run["folder"], run["classes"])])
     classes = runs[0]["classes"]
     return Predictions(
         targets=np.array([classes.index(row["target"]) for row in by_seed[0]]),
@@ -136,7 +141,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(in_markdown, line))} |" for line in lines)
 
 
 def markdown(results: dict[str, Any]) -> str:

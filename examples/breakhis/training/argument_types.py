@@ -2,11 +2,25 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-import yaml
+
+from breakhis.mappings import parse_yaml
+from breakhis.names import printable
+
+LARGEST = 1e6
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors can be printed: the command line may hold names of files, which may hold anything."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with exit code 2."""
+        super().error(printable(message))
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -24,19 +38,38 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 
 
 def positive(text: str) -> float:
-    """Parse a finite number above 0."""
+    """Parse a number above 0 that the weights' number formats can hold with what they are multiplied by."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {value}")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST:g}, got {value}")
     return value
 
 
 def mapping(text: str) -> dict[str, Any]:
     """Parse a mapping in YAML, such as "{output_stride: 16, csfe: false}"."""
-    value = yaml.safe_load(text)
+    try:
+        value = parse_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r:.200}: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a mapping in YAML, got {text!r:.200}")
     return value
+
+
+def sha256(text: str) -> str:
+    """Parse a SHA-256 in hexadecimal digits."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"must be 64 hexadecimal digits, got {text!r}")
+    return text.lower()
+
+
+def path(text: str) -> Path:
+    """Parse a path."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a path, which has no NUL character, got {text!r}")
+    return Path(text)
 
 
 def fold(text: str) -> int | str:
@@ -49,6 +82,8 @@ def torch_device(text: str) -> torch.device:
     if text == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=text).device
+        probe = torch.ones(1, device=text)
+        probe.tolist()  # "meta" has no numbers
+        return probe.device
     except (AssertionError, RuntimeError) as error:  # an AssertionError where PyTorch lacks the backend
         raise argparse.ArgumentTypeError(f"must be 'auto' or a device of this machine, got {text!r}") from error

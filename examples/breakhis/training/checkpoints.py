@@ -2,19 +2,27 @@
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data import create_transform, resolve_data_config
-from timm.models import load_state_dict, save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
+from breakhis.data.hashes import changed_files, hash_files
 from breakhis.files import write_atomically
+from breakhis.training.model_config import read_config
 from breakhis.training.stain import StainJitter
+from breakhis.training.weights import check_start, load_exactly, read_weights, record_loads
 
+FILES = ("config.json", "model.safetensors")
+"""The files of a saved model."""
 PRETRAINED_NOTE = "ImageNet weights of ConvNeXt V2 are licensed CC BY-NC 4.0: not for commercial use."
 
 
@@ -34,24 +42,29 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     Raises:
         ValueError: The model does not accept the arguments, or the weights do not fit it.
     """
-    model_args = dict(args.model_kwargs)
+    model_args, path = dict(args.model_kwargs), args.checkpoint_path
+    start = {} if path is None else read_weights(path)
     has_blocks = model_args.get("csfe", True) is not False or model_args.get("mfdf", True) is not False
-    loads = args.pretrained or args.checkpoint_path is not None
+    loads = args.pretrained or path is not None
     if loads and args.model.startswith("kfde_") and has_blocks:
-        keys = [] if args.checkpoint_path is None else load_state_dict(str(args.checkpoint_path), device="cpu")
-        kfde_keys = [key for key in keys if ".kfde." in key]  # a KFDE checkpoint keeps its own choice
+        kfde_keys = [key for key in start if ".kfde." in key]  # a KFDE checkpoint keeps its own choice
         model_args.setdefault("identity_start", not kfde_keys or any(key.endswith(".blend") for key in kfde_keys))
     if args.drop_path is not None:
         model_args["drop_path_rate"] = args.drop_path
-    if timm.models.get_pretrained_cfg(args.model).fixed_input_size:
-        model_args["img_size"] = args.img_size
-    source = None if args.checkpoint_path is None else {"file": str(args.checkpoint_path)}
+    source = None if path is None else {"file": str(path), "custom_load": False}  # not as timm's own files of weights
     try:
-        model = timm.create_model(
-            args.model, pretrained=loads, pretrained_cfg_overlay=source, num_classes=num_classes, **model_args
-        )
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"model {args.model} with arguments {model_args} cannot be built: {error}") from error
+        if timm.models.get_pretrained_cfg(args.model).fixed_input_size:
+            model_args["img_size"] = args.img_size
+        with record_loads() as filled:
+            model = timm.create_model(
+                args.model, pretrained=loads, pretrained_cfg_overlay=source, num_classes=num_classes, **model_args
+            )
+    except Exception as error:  # with arguments of the user, a model can fail in any way
+        raise ValueError(
+            f"model {args.model} with arguments {model_args} cannot be built: {error or type(error).__name__}"
+        ) from error
+    if path is not None:
+        check_start(model, filled, path)
     # Use the complete height of the field instead of timm's usual 7/8: a diagnosis may depend on the border.
     data_config = {"img_size": args.img_size, "crop_pct": 1.0, "crop_mode": "center"}
     # Drop config entries that describe ImageNet testing, and the origin and licence of weights that were not loaded.
@@ -66,7 +79,28 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         **resolve_data_config(data_config, model=model),
         **dict.fromkeys(wrong),
     }
+    try:
+        _try_image(model, num_classes)
+    except Exception as error:  # as above
+        raise ValueError(
+            f"model {args.model} with arguments {model_args} must classify images of {args.img_size} px into "
+            f"{num_classes} classes, got {error!r}"
+        ) from error
     return model, model_args
+
+
+@torch.no_grad()  # not inference mode: a model may keep a tensor, which Grad-CAM then needs in its backward pass
+def _try_image(model: nn.Module, num_classes: int) -> None:
+    """Classify one grey image. The model is in the mode of before afterwards.
+
+    Raises:
+        Exception: Of any type, from the depths of the model, or because its output is not one row of scores.
+    """
+    training = model.training
+    scores = model.eval()(eval_transform(model)(Image.new("RGB", (64, 48), "grey"))[None])
+    model.train(training)
+    if len(scores.tolist()) != 1 or scores.shape != (1, num_classes):
+        raise ValueError(f"an output of shape {tuple(scores.shape)}")
 
 
 def train_transform(args: argparse.Namespace, model: nn.Module, example: Image.Image) -> Callable[..., Tensor]:
@@ -116,12 +150,52 @@ def save_model(model: nn.Module, folder: Path, classes: Sequence[str], model_arg
     part = folder / "part"
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
     config = {"label_names": list(classes)}
-    save_for_hf(model, str(part), model_config=config, model_args=model_args, safe_serialization=True)
-    for file in part.iterdir():
-        write_atomically(folder / file.name, file.replace)
-    part.rmdir()
+    try:
+        save_for_hf(model, str(part), model_config=config, model_args=model_args, safe_serialization=True)
+        # safetensors gives its file mode 0600. The other one was made with the mode that the user's umask gives.
+        (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)
+        for file in part.iterdir():
+            write_atomically(folder / file.name, file.replace)
+    except SafetensorError as error:  # for a full disk too
+        raise OSError(f"{folder} must have room for the model, which cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def hash_checkpoint(folder: Path) -> dict[str, str]:
+    """Compute the SHA-256 of each file that `save_model` wrote, by name."""
+    return {path.name: digest for path, digest in hash_files(folder / name for name in FILES).items()}
+
+
+def check_checkpoint(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse a checkpoint whose files are not those that `hash_checkpoint` has seen.
+
+    Raises:
+        ValueError: A file is missing or has another content; the message names it.
+    """
+    if changed := changed_files({folder / name: hashes.get(name, "") for name in FILES}):
+        raise ValueError(f"{folder} must be the checkpoint that its run wrote, got another {changed[0].name}")
 
 
 def load_model(folder: Path) -> nn.Module:
-    """Load a model that `save_model` wrote, with its weights, in evaluation mode."""
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    """Load a model that `save_model` wrote, in evaluation mode. Every weight of the file and of the model is checked.
+
+    Raises:
+        OSError: A file cannot be opened.
+        ValueError: A file is damaged, or the two do not describe the same model. The message names the file.
+    """
+    path = folder / "config.json"
+    config = read_config(path)
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False).eval()
+    except Exception as error:  # arguments from a file can make a model fail in any way
+        raise ValueError(f"{path} must describe a model that timm can build, got {error!r}") from error
+    if model.num_classes != config["num_classes"]:
+        raise ValueError(f"{path} must have num_classes {model.num_classes}, as its model, got {config['num_classes']}")
+    weights = folder / "model.safetensors"
+    load_exactly(model, read_weights(weights), weights)
+    try:
+        _try_image(model, model.num_classes)
+    except Exception as error:  # as above
+        raise ValueError(f"{path} must describe how images become inputs of its model, got {error!r}") from error
+    return model

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from breakhis.training.finite import check_scores
 from breakhis.training.recipe import set_train
 
 MAX_GRADIENT_NORM = 1.0  # without clipping, training from random weights collapses to a constant prediction
@@ -96,16 +98,20 @@ def updates_per_epoch(accelerator: Accelerator, loader: DataLoader) -> int:
 
 
 @torch.inference_mode()
-def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> Tensor:
+def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader, checkpoint: Path | str) -> Tensor:
     """Predict every image once.
 
     Args:
         accelerator: Holds the device, the precision and the other processes.
         model: The model, on the device of `accelerator`; prepared by it or not.
-        loader: Batches of (image, target, index) in any order, prepared by `accelerator`.
+        loader: Batches of (image, target, index) of an `ImageDataset` in any order, prepared by `accelerator`.
+        checkpoint: Folder or name of the model, for the error.
 
     Returns:
         Logits, (N, classes), in float32 on the CPU. Row i belongs to index i. They are the same on each process.
+
+    Raises:
+        FloatingPointError: A logit is not finite. The message names the model and the image.
     """
     model.eval()
     rows: dict[int, Tensor] = {}
@@ -114,4 +120,6 @@ def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> T
         # All processes get the same number of images, so some images come twice. Gathering drops the second ones.
         logits, indices = accelerator.gather_for_metrics((logits.float(), indices))
         rows.update(zip(indices.tolist(), logits.cpu(), strict=True))
-    return torch.stack([rows[index] for index in range(len(loader.dataset))])
+    logits = torch.stack([rows[index] for index in range(len(loader.dataset))])
+    check_scores(logits, [record.path for record in loader.dataset.records], checkpoint)
+    return logits

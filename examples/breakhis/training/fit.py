@@ -3,12 +3,13 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
@@ -18,19 +19,42 @@ from breakhis.data.images import open_rgb
 from breakhis.data.records import ImageDataset, mix_seeds
 from breakhis.data.splits import Split
 from breakhis.results.metrics import balanced_accuracy, image_accuracy
-from breakhis.training.checkpoints import build_model, eval_transform, save_model, train_transform
+from breakhis.training.checkpoints import (
+    build_model,
+    eval_transform,
+    hash_checkpoint,
+    save_model,
+    train_transform,
+)
 from breakhis.training.engine import Trainer, predict, train_one_epoch, updates_per_epoch
+from breakhis.training.options import differences
 from breakhis.training.recipe import Loss, freeze_backbone, make_mixup, make_optimizer, make_scheduler
-from breakhis.training.state import load_state, save_state
+from breakhis.training.state import STATE, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.pt"
+
+@dataclass
+class Progress:
+    """What the epochs have led to so far."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    """A row of losses and validation scores for each epoch."""
+    best_epoch: int = 0
+    """Number of the best epoch, from 1; 0 before there is one."""
+    best_rank: list[float] | None = None
+    """The validation scores of the best epoch, by which epochs are compared."""
+    best_files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file in `best`, by name."""
 
 
 def fit(
-    args: argparse.Namespace, accelerator: Accelerator, split: Split, classes: Sequence[str]
-) -> tuple[list[dict[str, float]], int]:
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    split: Split,
+    classes: Sequence[str],
+    identity: dict[str, Any],
+) -> Progress:
     """Train, and write `last` after each epoch and `best` after each epoch that is the best so far on validation.
 
     Every epoch starts from a seed of its own, so that weights, optimiser and average are the whole state: a run that
@@ -41,13 +65,14 @@ def fit(
         accelerator: Holds the device, the precision and the other processes.
         split: The images to train on, and those to choose the checkpoint on.
         classes: Class names in the order of the outputs.
+        identity: Everything that the weights depend on. A state on disk with another identity is refused.
 
     Returns:
-        A row of losses and validation scores for each epoch, and the number of the best epoch, from 1.
+        The progress after the last epoch, the same on each process.
 
     Raises:
-        FloatingPointError: The loss is not finite.
-        ValueError: There are too few training images for the batch.
+        FloatingPointError: The loss, or a score on validation, is not finite.
+        ValueError: There are too few training images for the batch, or the state on disk is not of this run.
     """
     set_seed(args.seed)
     model, model_args = _make_model(args, accelerator, len(classes))
@@ -55,10 +80,10 @@ def fit(
     trainer = _make_trainer(args, accelerator, model, data, len(classes))
     unwrapped = accelerator.unwrap_model(trainer.model)
     scored_model: nn.Module = unwrapped if trainer.ema is None else trainer.ema.module
-    state = _State(args.output_dir / STATE, accelerator, unwrapped, trainer)
-    history, best_epoch, best_rank = state.restore()
+    state = _State(args.output_dir / STATE, identity, accelerator, unwrapped, trainer)
+    progress = state.restore()
 
-    for epoch in range(len(history), args.epochs):
+    for epoch in range(len(progress.history), args.epochs):
         data.train.epoch = epoch
         data.order.manual_seed(mix_seeds(args.seed, epoch))
         set_seed(mix_seeds(args.seed, epoch), device_specific=True)  # other drop path and mixup in each process
@@ -68,22 +93,24 @@ def fit(
         for buffer in scored_model.buffers():  # else each process would validate its own batch norm statistics
             buffer.copy_(broadcast(buffer))
         if split.val:
-            scores, rank = _validate(accelerator, scored_model, data)
+            scores, rank = _validate(accelerator, scored_model, data, epoch)
             row |= scores
-            is_best = best_rank is None or rank > best_rank
+            is_best = progress.best_rank is None or rank > progress.best_rank
             if is_best:
-                best_epoch, best_rank = epoch + 1, rank
+                progress.best_epoch, progress.best_rank = epoch + 1, rank
         else:
-            is_best, best_epoch = epoch + 1 == args.epochs, args.epochs
-        history.append(row)
+            is_best, progress.best_epoch = epoch + 1 == args.epochs, args.epochs
+        progress.history.append(row)
         logger.info(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
         if accelerator.is_main_process:
             # The models first: a run that is killed before the state is written repeats the epoch and the models.
             for name in ("last", "best") if is_best else ("last",):
                 save_model(scored_model, args.output_dir / name, classes, model_args)
-            state.save(history, best_epoch, best_rank)
-    accelerator.wait_for_everyone()
-    return history, best_epoch
+            if is_best:
+                progress.best_files = hash_checkpoint(args.output_dir / "best")
+            state.save(progress)
+    (progress,) = broadcast_object_list([progress])
+    return progress
 
 
 class _Data(NamedTuple):
@@ -143,9 +170,12 @@ def _make_trainer(
     return Trainer(model, optimizer, scheduler, loss_fn, mixup, ema)
 
 
-def _validate(accelerator: Accelerator, model: nn.Module, data: _Data) -> tuple[dict[str, float], list[float]]:
+def _validate(
+    accelerator: Accelerator, model: nn.Module, data: _Data, epoch: int
+) -> tuple[dict[str, float], list[float]]:
     """Score the model on validation; return the scores, and the rank of the epoch, of which the larger is better."""
-    logits, targets = predict(accelerator, model, data.val_loader), torch.tensor(data.val.targets)
+    logits = predict(accelerator, model, data.val_loader, f"the model after epoch {epoch + 1}")
+    targets = torch.tensor(data.val.targets)
     scores = {
         "val_loss": F.cross_entropy(logits, targets).item(),
         "val_balanced_accuracy": balanced_accuracy(targets, logits),
@@ -167,24 +197,37 @@ def _check_mixable(args: argparse.Namespace, accelerator: Accelerator, only_full
 class _State:
     """Everything that an epoch changes, to and from one file."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, model: nn.Module, trainer: Trainer) -> None:
-        self.path, self.parts = path, {"model": model, "optimizer": trainer.optimizer}
+    def __init__(
+        self, path: Path, identity: dict[str, Any], accelerator: Accelerator, model: nn.Module, trainer: Trainer
+    ) -> None:
+        self.path, self.identity = path, identity
+        self.parts = {"model": model, "optimizer": trainer.optimizer}
         if trainer.ema is not None:
             self.parts["ema"] = trainer.ema
         if accelerator.scaler is not None:  # with fp16
             self.parts["scaler"] = accelerator.scaler
 
-    def save(self, history: list[dict[str, float]], best_epoch: int, best_rank: list[float] | None) -> None:
+    def save(self, progress: Progress) -> None:
         """Write the state after an epoch."""
         parts: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
-        save_state(self.path, parts | {"history": history, "best_epoch": best_epoch, "best_rank": best_rank})
+        save_state(self.path, parts | asdict(progress) | {"identity": self.identity})
 
-    def restore(self) -> tuple[list[dict[str, float]], int, list[float] | None]:
-        """Read the state; without a file, return an empty history, no best epoch and no rank."""
-        state = load_state(self.path)
+    def restore(self) -> Progress:
+        """Read the state, if there is one, and return the progress.
+
+        Raises:
+            ValueError: The file is damaged, or the state of another run.
+        """
+        names = [entry.name for entry in fields(Progress)]
+        state = load_state(self.path, ["identity", *names, *self.parts])
         if state is None:
-            return [], 0, None
+            return Progress()
+        if changed := differences(state["identity"], self.identity):
+            raise ValueError(
+                f"--resume must go on with what {self.path} was written with, since each of these changes the weights: "
+                f"{'; '.join(changed)}"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         logger.info("resumed after epoch %d", len(state["history"]))
-        return state["history"], state["best_epoch"], state["best_rank"]
+        return Progress(**{name: state[name] for name in names})

@@ -1,14 +1,14 @@
 """The command line of the trainer."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.idc import IDC
 from breakhis.data.naming import BREAKHIS
 from breakhis.data.splits import PROTOCOLS
-from breakhis.training.argument_types import fold, mapping, number, positive
+from breakhis.training.argument_types import Parser, fold, mapping, number, path, positive, sha256
+from breakhis.training.model_config import SIDES
 
 SOURCES = {"breakhis": BREAKHIS, "idc": IDC}
 ABLATION: dict[str, dict[str, Any]] = {
@@ -17,12 +17,13 @@ ABLATION: dict[str, dict[str, Any]] = {
     "MFDF": {"csfe": False},
     "KFDE": {},
 }
+MAX_SEED = 2**32 - 1  # of NumPy's and scikit-learn's generators
 SWITCH = argparse.BooleanOptionalAction  # the command line can switch off what a file switches on
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of every flag."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_breakhis.py",
         description="Train timm models on breast-cancer histopathology and score them on unseen patients.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -36,9 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the run itself."""
     group = parser.add_argument_group("run")
-    group.add_argument("--config", type=Path, default=None, help="YAML file of flags; the command line goes before it")
+    group.add_argument("--config", type=path, default=None, help="YAML file of flags; the command line goes before it")
     group.add_argument(
-        "--output-dir", type=Path, required=True, default=argparse.SUPPRESS, help="directory for all results"
+        "--output-dir", type=path, required=True, default=argparse.SUPPRESS, help="directory for all results"
     )
     group.add_argument(
         "--resume", action=SWITCH, default=False, help="go on where a run into this directory was cut off, or start"
@@ -58,8 +59,9 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the images."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=sorted(SOURCES), default="breakhis", help="data set in DATA_DIR")
-    group.add_argument("--data-dir", type=Path, default=None, help="directory with the images at any depth")
+    group.add_argument("--data-dir", type=path, default=None, help="directory with the images at any depth")
     group.add_argument("--download", action=SWITCH, default=False, help="fetch BreakHis, 4 GB, into DATA_DIR first")
+    group.add_argument("--archive-sha256", type=sha256, default=None, help="hash that the fetched archive must have")
     group.add_argument(
         "--synthetic",
         action=SWITCH,
@@ -102,7 +104,7 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-folds", type=number(int, 2), default=5, help="number of folds; official has five")
     group.add_argument("--folds", nargs="+", type=fold, default=[0], help="test folds from 0, one run for each; or all")
     group.add_argument(
-        "--fold-dir", type=Path, default=None, help="directory with the authors' lists, dsfold1.txt to dsfold5.txt"
+        "--fold-dir", type=path, default=None, help="directory with the authors' lists, dsfold1.txt to dsfold5.txt"
     )
     group.add_argument(
         "--score-on",
@@ -110,7 +112,9 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
         default="test",
         help="images that are scored; val: while you choose settings",
     )
-    group.add_argument("--split-seed", type=number(int, 0), default=0, help="shuffles patients before they are split")
+    group.add_argument(
+        "--split-seed", type=number(int, 0, MAX_SEED), default=0, help="shuffles patients before they are split"
+    )
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +134,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrained", action=SWITCH, default=False, help="start from timm's weights (needs a network)")
     group.add_argument(
         "--checkpoint-path",
-        type=Path,
+        type=path,
         default=None,
         help="start from the weights in this file, except those of the classifier",
     )
@@ -138,7 +142,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--freeze-backbone", action=SWITCH, default=False, help="train only the KFDE blocks and the classifier"
     )
     group.add_argument("--drop-path", type=share, default=None, help="stochastic depth; unset leaves it to the model")
-    group.add_argument("--img-size", type=number(int, 32), default=224, help="height and width of the input, px")
+    group.add_argument(
+        "--img-size", type=number(int, SIDES[0], SIDES[-1]), default=224, help="height and width of the input, px"
+    )
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +152,9 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
     group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
-    group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
+    group.add_argument(
+        "--batch-size", type=number(int, 1, 2**31 - 1), default=8, help="images per step, over all processes"
+    )
     group.add_argument("--grad-accum-steps", type=count, default=1, help="batches per update")
     group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
     group.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")
@@ -167,12 +175,15 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cutmix", type=rate, default=0, help="alpha of cutmix; 0: none")
     group.add_argument("--smoothing", type=share, default=0, help="label smoothing")
     group.add_argument(
-        "--color-jitter", type=rate, default=0.2, help="random change of brightness, contrast and saturation"
+        "--color-jitter",
+        type=number(float, 0, 2.5),
+        default=0.2,
+        help="random change of brightness, contrast and saturation",
     )
     group.add_argument(
-        "--stain-jitter", type=rate, default=0, help="random change of the amounts of haematoxylin and eosin"
+        "--stain-jitter", type=share, default=0, help="random change of the amounts of haematoxylin and eosin"
     )
     group.add_argument("--class-weights", action=SWITCH, default=False, help="weigh classes by their inverse frequency")
     group.add_argument(
-        "--seeds", nargs="+", type=number(int, 0), default=[0], help="seeds of training; one run for each"
+        "--seeds", nargs="+", type=number(int, 0, MAX_SEED), default=[0], help="seeds of training; one run for each"
     )

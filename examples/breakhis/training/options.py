@@ -12,10 +12,15 @@ import timm
 import yaml
 
 from breakhis.data.naming import BREAKHIS
+from breakhis.mappings import read_yaml
+from breakhis.training.argument_types import Parser, path
 from breakhis.training.flags import ABLATION, SOURCES, make_parser
 
-# Flags that a resumed run may change: they affect no result. Its division of the images is compared separately.
-_FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download")
+# Flags that a resumed run may change: they affect no result. Its images are compared separately.
+_FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256")
+# Arguments of timm by which a model could get other inputs and outputs, or weights that nobody has checked.
+_OWN_ARGUMENTS = {"num_classes", "in_chans", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_OWN_ARGUMENTS |= {"checkpoint_path", "cache_dir"}
 _VARIANT = re.compile(r"[\w.+-]+")  # a variant is the name of a folder
 
 
@@ -32,15 +37,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: A flag is wrong; the message says which one and why.
     """
     parser = make_parser()
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", type=Path)
+    config_parser = Parser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", type=path)
     known, rest = config_parser.parse_known_args(argv)
     if known.config is not None:
         try:
-            config = yaml.safe_load(known.config.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            config = read_yaml(known.config)
+        except (OSError, ValueError) as error:
             parser.error(f"argument --config: must be a YAML file that can be read, got {error}")
-        if not isinstance(config, dict) or "config" in config:
+        if "config" in config:
             parser.error(f"argument --config: must be a mapping from flags to values without config, got {config!r}")
         rest = ["--config", str(known.config), *_as_argv(config), *rest]
     args = parser.parse_args(rest)
@@ -93,12 +98,16 @@ def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"argument --dataset: must be 'breakhis' to be downloaded or drawn, got {args.dataset!r}")
     if args.download and args.synthetic:
         parser.error("argument --download: not allowed with argument --synthetic")
+    if args.archive_sha256 is not None and not args.download:
+        parser.error("argument --archive-sha256: not allowed without argument --download")
     if args.task not in SOURCES[args.dataset].classes:
         parser.error(f"argument --task: must be {', '.join(SOURCES[args.dataset].classes)}, got {args.task!r}")
     if args.magnification not in (None, ["pooled"]) and not SOURCES[args.dataset].magnifications:
         parser.error(
             f"argument --magnification: must be pooled with --dataset {args.dataset}, got {args.magnification}"
         )
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"argument --output-dir: must be a directory, got the file {str(args.output_dir)!r}")
     if args.data_dir is not None and args.output_dir.resolve().is_relative_to(args.data_dir.resolve()):
         parser.error(
             "argument --output-dir: must not lie in --data-dir, where its figures would be taken for images, "
@@ -138,6 +147,12 @@ def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 "argument --variants: must map names of letters, digits and .+-_ to mappings of model arguments, "
                 f"got {name!r}: {kwargs!r}"
             )
+    for flag, kwargs in (
+        ("model-kwargs", args.model_kwargs),
+        *(("variants", kwargs) for kwargs in args.variants.values()),
+    ):
+        if own := sorted(_OWN_ARGUMENTS & set(map(str, kwargs or {}))):
+            parser.error(f"argument --{flag}: must not have {own[0]}, which this script sets itself, got {kwargs!r}")
     if args.pretrained and args.checkpoint_path is not None:
         parser.error("argument --checkpoint-path: not allowed with argument --pretrained")
     if args.checkpoint_path is not None and not args.checkpoint_path.is_file():

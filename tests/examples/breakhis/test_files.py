@@ -1,20 +1,99 @@
+import csv
+import os
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
-from breakhis.files import read_csv, write_atomically, write_csv
+from breakhis.files import read_csv, remove_parts, write_atomically, write_csv
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, lambda part: part.write_text("old"))
 
-    def fail(part: Path) -> None:
-        part.write_text("half of the new")
-        raise OSError("no space left")
+    for error in (OSError("no space left"), KeyboardInterrupt("no space left")):
 
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
+        def fail(part: Path, error: BaseException = error) -> None:
+            part.write_text("half of the new")
+            raise error
+
+        with pytest.raises(type(error), match="no space left"):
+            write_atomically(path, fail)
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_left_of_a_file_that_cannot_get_its_name(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "full").touch()
+    with pytest.raises(OSError, match="folder"):
+        write_atomically(tmp_path / "folder", lambda part: part.write_text("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_process_has_half_written_is_removed_and_nothing_else(tmp_path):
+    code = "import os, sys, pathlib; from breakhis.files import write_atomically\n"
+    code += "write_atomically(pathlib.Path(sys.argv[1]), lambda part: os.kill(os.getpid(), 9))"
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "examples")}
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    (leftover,) = tmp_path.iterdir()
+    names = ["a.part", ".part", ".0123456789abcdef", ".0123456789abcdefg.part", "x.0123456789abcdef.part"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_parts(tmp_path)
+    assert not leftover.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    remove_parts(tmp_path / "none")
+
+
+def test_writers_of_the_same_file_do_not_meet(tmp_path):
+    path, both_wrote, parts = tmp_path / "file", threading.Barrier(2, timeout=10), []
+
+    def write(part: Path, text: str) -> None:
+        part.write_text(text)
+        both_wrote.wait()
+        parts.append((part, part.read_text() == text))
+
+    threads = [
+        threading.Thread(target=write_atomically, args=(path, lambda part, text=text: write(part, text)))
+        for text in ("a" * 100, "b" * 50)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({part for part, _ in parts}) == 2
+    assert all(whole for _, whole in parts)
+    assert path.read_text() in ("a" * 100, "b" * 50)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_mode_is_that_of_a_new_file(tmp_path, mask):
+    def private(part: Path) -> None:  # as safetensors writes
+        part.unlink()
+        os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "file", private)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_the_longest_name_is_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".csv")
+    write_csv(path, [{"a": 1}])
+    assert read_csv(path) == [{"a": "1"}]
 
 
 def test_the_disk_has_the_content_before_the_name(tmp_path, monkeypatch):
@@ -28,3 +107,69 @@ def test_the_disk_has_the_content_before_the_name(tmp_path, monkeypatch):
 def test_a_table_is_read_as_it_was_written(tmp_path):
     write_csv(tmp_path / "table.csv", [{"name": "a, b", "share": 0.5}, {"name": "c", "share": None}])
     assert read_csv(tmp_path / "table.csv") == [{"name": "a, b", "share": "0.5"}, {"name": "c", "share": ""}]
+
+
+@pytest.mark.parametrize("start", [*FORMULAS, "'", "'="])
+def test_a_formula_is_written_as_text(tmp_path, start):
+    name = start + "cmd|' /C calc'!A0"
+    write_csv(tmp_path / "table.csv", [{name: name, "b": "b"}, {name: "plain", "b": name}])
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        raw = list(csv.reader(file))
+    assert raw == [[f"'{name}", "b"], [f"'{name}", "b"], ["plain", f"'{name}"]]
+    assert read_csv(tmp_path / "table.csv") == [{name: name, "b": "b"}, {name: "plain", "b": name}]
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        *((-1, "-1"), (-0.25, "-0.25"), ("-1.5e-07", "-1.5e-07"), ("+3", "+3"), (1e-9, "1e-09"), (None, "")),
+        *(("-1+1", "'-1+1"), ("-", "'-"), ("-1\n", "'-1\n"), ("-\u0661", "'-\u0661"), ("-inf", "'-inf"), ("", "")),
+    ],
+)
+def test_numbers_stay_numbers(tmp_path, value, cell):
+    write_csv(tmp_path / "table.csv", [{"a": "x", "b": value}])
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file))[1] == ["x", cell]
+
+
+# Names of files: any bytes without NUL, as the system reads them.
+NAMES = st.one_of(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+    st.binary().map(lambda name: os.fsdecode(name.replace(b"\0", b""))),
+    st.tuples(
+        st.sampled_from([*FORMULAS, "'", '"', ",", "\n"]),
+        st.text(st.characters(codec="ascii", exclude_characters="\0")),
+    ).map("".join),
+)
+
+
+@settings(max_examples=30)
+@given(rows=st.lists(st.tuples(NAMES, NAMES), min_size=1, max_size=5), header=st.tuples(NAMES, NAMES))
+@example(rows=[("a\rb", "x")], header=("a", "b"))  # Python 3.11 writes it without quotation marks
+@example(rows=[("", "")], header=("'", "''"))
+def test_any_names_are_read_back(tmp_path_factory, rows, header):
+    names = (header[0], header[1] if header[1] != header[0] else header[1] + "x")
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    table = [dict(zip(names, row, strict=True)) for row in rows]
+    write_csv(path, table)
+    assert read_csv(path) == table
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for cell in (cell for row in csv.reader(file) for cell in row):
+            assert not cell.startswith(FORMULAS) or float(cell) is not None
+
+
+def test_a_row_that_was_cut_off_lacks_columns(tmp_path):
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n\n'-3\n")
+    assert read_csv(tmp_path / "table.csv") == [{"a": "1", "b": "2"}, {"a": "-3"}]
+    (tmp_path / "table.csv").write_text("")
+    assert read_csv(tmp_path / "table.csv") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b'a,b\n"1,2\n', "unexpected end of data"), (b"a\0b\n", "a NUL character, which no text has")],
+)
+def test_no_table_is_refused(tmp_path, content, reason):
+    (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(csv.Error, match=reason):
+        read_csv(tmp_path / "table.csv")

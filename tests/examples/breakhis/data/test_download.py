@@ -1,14 +1,19 @@
+import hashlib
+import io
+import logging
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from email import message_from_string
 from functools import partial
 from pathlib import Path
+from urllib.response import addinfourl
 
 import pytest
-from breakhis.data.download import download
+from breakhis.data.download import ARCHIVE_URL, download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +25,14 @@ whole = partial(Answer, WHOLE)
 newer = partial(Answer, NEWER, etag='"2"')
 
 
-def fetch(directory: Path, server: Server, attempts: int = 4, pause: float = 0.001, timeout: float = 10.0) -> Path:
+def fetch(
+    directory: Path,
+    server: Server,
+    attempts: int = 4,
+    pause: float = 0.001,
+    timeout: float = 10.0,
+    sha256: str | None = None,
+) -> Path:
     """Download the three images of a server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("breakhis.data.download.ARCHIVE_URL", server.url)
@@ -28,7 +40,7 @@ def fetch(directory: Path, server: Server, attempts: int = 4, pause: float = 0.0
         patch.setattr("breakhis.data.download.ATTEMPTS", attempts)
         patch.setattr("breakhis.data.download.PAUSE", pause)
         patch.setattr("breakhis.data.download.TIMEOUT", timeout)
-        return download(directory)
+        return download(directory, sha256)
 
 
 def test_a_good_server(tmp_path, capsys):
@@ -257,6 +269,67 @@ def test_existing_files_are_not_fetched_or_unpacked_again(tmp_path):
         assert fetch(tmp_path, server) == tmp_path / TREE
     assert names_in(tmp_path) == {TREE}
     assert len(server.requests) == 1
+
+
+def test_the_hash_is_said_in_the_log(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="breakhis"), serving(whole()) as server:
+        fetch(tmp_path, server)
+    assert caplog.messages == [f"SHA-256 of {ARCHIVE}: {hashlib.sha256(WHOLE).hexdigest()}"]
+
+
+def test_another_archive_than_wanted_is_not_unpacked(tmp_path):
+    good, bad = (hashlib.sha256(archive).hexdigest() for archive in (WHOLE, NEWER))
+    refusal = rf"{ARCHIVE} must have the SHA-256 {bad}, got {good}; delete it to fetch it again"
+    with serving(whole()) as server:
+        with pytest.raises(ValueError, match=refusal):
+            fetch(tmp_path, server, sha256=bad)
+        assert names_in(tmp_path) == {ARCHIVE}
+        fetch(tmp_path, server, sha256=good)
+        assert_unpacked(tmp_path)
+        with pytest.raises(ValueError, match=refusal):  # an unpacked archive too
+            fetch(tmp_path, server, sha256=bad)
+        fetch(tmp_path, server, sha256=good)
+        (tmp_path / ARCHIVE).unlink()
+        with pytest.raises(ValueError, match=rf"{TREE} must lie next to its archive, {ARCHIVE}, for the check"):
+            fetch(tmp_path, server, sha256=good)
+    assert len(server.requests) == 1
+
+
+def test_the_archive_comes_over_an_encrypted_connection():
+    assert ARCHIVE_URL.startswith("https://")
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1/x", "HTTP://127.0.0.1/x", "ftp://127.0.0.1/x"])
+def test_a_redirection_away_from_https_is_refused(monkeypatch, target, tmp_path):
+    answers = []
+
+    def answer(handler, request):
+        """Redirect the first request; no network is used."""
+        answers.append(request.full_url)
+        response = addinfourl(io.BytesIO(), message_from_string(f"Location: {target}\n\n"), request.full_url, 302)
+        response.msg = "Found"
+        return response
+
+    monkeypatch.setattr("urllib.request.HTTPSHandler.https_open", answer)
+    monkeypatch.setattr("breakhis.data.download.ARCHIVE_URL", "https://localhost/archive.tar.gz")
+    with pytest.raises(ValueError, match=rf"(?i)localhost/archive.tar.gz must not lead away .*, got .* '{target}'"):
+        download(tmp_path)
+    assert answers == ["https://localhost/archive.tar.gz"]
+
+
+def test_a_redirection_within_https_is_followed(monkeypatch, tmp_path):
+    def answer(handler, request):
+        headers = f"Location: https://localhost/new\nContent-Length: {len(WHOLE)}\n\n"
+        code = 200 if request.full_url.endswith("/new") else 301
+        response = addinfourl(io.BytesIO(WHOLE), message_from_string(headers), request.full_url, code)
+        response.msg, response.length = "", len(WHOLE)
+        return response
+
+    monkeypatch.setattr("urllib.request.HTTPSHandler.https_open", answer)
+    monkeypatch.setattr("breakhis.data.download.ARCHIVE_URL", "https://localhost/archive.tar.gz")
+    monkeypatch.setattr("breakhis.data.download.NUM_IMAGES", 3)
+    download(tmp_path)
+    assert_unpacked(tmp_path)
 
 
 BAD = {

@@ -2,6 +2,7 @@ import copy
 import gzip
 import re
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from breakhis.data.download import download
 from tests.support.archives import ARCHIVE, IMAGES, TREE, WHOLE, assert_unpacked, make_member, names_in, pack
 
 
-def unpack(directory: Path, archive: bytes, num_images: int = 3, max_bytes: int = 10**9) -> Path:
+def unpack(
+    directory: Path, archive: bytes, num_images: int = 3, max_bytes: int = 10**9, max_headers: int = 10**7
+) -> Path:
     """Unpack an archive that is already in the directory; no server is used."""
     (directory / ARCHIVE).write_bytes(archive)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("breakhis.data.download.ARCHIVE_URL", "http://127.0.0.1:9")
         patch.setattr("breakhis.data.download.NUM_IMAGES", num_images)
         patch.setattr("breakhis.data.download.MAX_BYTES", max_bytes)
+        patch.setattr("breakhis.data.download.MAX_HEADERS", max_headers)
         return download(directory)
 
 
@@ -33,6 +37,10 @@ def unpack(directory: Path, archive: bytes, num_images: int = 3, max_bytes: int 
         (make_member("null", tarfile.CHRTYPE), "member 'null'"),
         (make_member("disk", tarfile.BLKTYPE), "member 'disk'"),
         (make_member("pipe", tarfile.FIFOTYPE), "member 'pipe'"),
+        (make_member("..\\..\\evil"), r"member '..\\..\\evil'"),  # leaves the folder on Windows
+        (make_member("C:/evil"), "member 'C:/evil'"),
+        (make_member("C:evil"), "member 'C:evil'"),
+        (make_member("\x1b[2J/../evil"), r"member '\x1b[2J/../evil'"),
     ],
 )
 def test_dangerous_members_are_refused_by_name(tmp_path, evil, name):
@@ -66,6 +74,65 @@ def test_a_bomb_is_refused(tmp_path, bomb):
     assert names_in(tmp_path) == {ARCHIVE}
     unpack(tmp_path, archive, num_images=len(bomb))
     assert names_in(tmp_path) == {ARCHIVE, TREE}
+
+
+def header(kind: bytes, size: int) -> bytes:
+    """Make the block of a tar file that announces a member."""
+    member = make_member("BreaKHis_v1", kind)
+    member.size = size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+KINDS = [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_huge_header_is_refused_before_it_is_read(tmp_path, kind):
+    content = 40_000_000
+    archive = gzip.compress(header(kind, content) + bytes(content), compresslevel=1, mtime=0)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"{ARCHIVE} must have at most 10000000 bytes of headers, got more$"):
+            unpack(tmp_path, archive)
+        assert tracemalloc.get_traced_memory()[1] < content / 2
+    finally:
+        tracemalloc.stop()
+    assert names_in(tmp_path) == {ARCHIVE}
+
+
+def test_many_headers_are_refused(tmp_path):
+    keys = [b"29 comment%06d=aaaaaaaaaaa\n" % i for i in range(3000)]
+    records = [header(tarfile.XGLTYPE, 29) + key.ljust(512, b"\0") for key in keys]
+    archive = gzip.compress(b"".join(records) + bytes(1024), mtime=0)
+    with pytest.raises(ValueError, match=r"must have at most 100000 bytes of headers, got more"):
+        unpack(tmp_path, archive, max_headers=100_000)
+    # Within the limit, tarfile calls itself for each.
+    with pytest.raises(ValueError, match=r"must be a whole archive, got: maximum recursion depth exceeded"):
+        unpack(tmp_path, archive)
+    assert names_in(tmp_path) == {ARCHIVE}
+
+
+def test_the_content_of_files_is_no_header(tmp_path):
+    assert sum(map(len, IMAGES.values())) > 200_000
+    unpack(tmp_path, WHOLE, max_headers=20_000)
+    assert_unpacked(tmp_path)
+
+
+def test_a_file_with_holes_is_refused(tmp_path):
+    """Its stated size costs nothing in the archive, and would be allowed to be read as headers."""
+    block = bytearray(header(tarfile.GNUTYPE_SPARSE, 0))
+    block[386:410] = b"%011o\0%011o\0" % (0, 0)  # one part of no bytes
+    block[483:495] = b"%011o\0" % 10**8  # size with the holes
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 8 * 32 + sum(block[156:]))
+    with pytest.raises(ValueError, match="must hold only files and folders of its own, got the member 'BreaKHis_v1'"):
+        unpack(tmp_path, gzip.compress(bytes(block) + bytes(1024)))
+
+
+def test_more_than_padding_after_the_end_is_refused(tmp_path):
+    longer = gzip.compress(gzip.decompress(WHOLE) + bytes(12_000_000), mtime=0)
+    with pytest.raises(ValueError, match="bytes of headers, got more"):
+        unpack(tmp_path, longer)
+    unpack(tmp_path, gzip.compress(gzip.decompress(WHOLE) + bytes(20_000), mtime=0))
 
 
 def damaged(index: int) -> bytes:

@@ -29,6 +29,18 @@ def test_patches_are_found_by_their_folders(tmp_path, caplog):
     assert misnamed == {tmp_path / "9" / "2" / "a.png": "its folder must be named 0 or 1, got '2'"}
 
 
+def test_patches_behind_links_are_found_once(tmp_path):
+    write_image(tmp_path / "store" / "10253" / "1" / "b.png")
+    for patient in ("10253", "again"):
+        (tmp_path / "data" / patient).mkdir(parents=True)
+    (tmp_path / "data" / "10253" / "1").symlink_to(tmp_path / "store" / "10253" / "1")
+    (tmp_path / "data" / "again" / "1").symlink_to(tmp_path / "store" / "10253" / "1")
+    (tmp_path / "data" / "loop").symlink_to("..")
+    records, misnamed = IDC.find(tmp_path / "data")
+    assert [(record.patient_id, record.path.name) for record in records] == [("10253", "b.png")]
+    assert misnamed == {}
+
+
 def test_a_directory_without_patches_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"<patient>/<0 or 1>/, got none in '{tmp_path}'"):
         IDC.find(tmp_path)

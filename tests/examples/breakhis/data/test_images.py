@@ -1,5 +1,7 @@
 import io
+import os
 import re
+import socket
 import struct
 import warnings
 import zlib
@@ -286,3 +288,40 @@ def test_image_files_needs_a_directory(tmp_path):
     for path in (tmp_path / "none", tmp_path / "x.png"):
         with pytest.raises(ValueError, match=rf"directory must be a directory, got '{re.escape(str(path))}'"):
             image_files(path)
+
+
+def test_other_formats_are_refused_by_content(tmp_path):
+    frames = [Image.new("L", (64, 64), colour) for colour in range(50)]
+    frames[0].save(tmp_path / "x.png", "GIF", save_all=True, append_images=frames[1:])
+    assert find_faults([tmp_path / "x.png"]) == {tmp_path / "x.png": "it is not a BMP, JPEG, PNG or TIFF image"}
+
+
+def test_special_files_are_named_and_never_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "none")
+    (tmp_path / "itself.png").symlink_to(tmp_path / "itself.png")
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+        paths = image_files(tmp_path)
+        monkeypatch.setattr(Path, "open", lambda *args: pytest.fail("opened"))
+        assert {path.name: reason for path, reason in find_faults(paths).items()} == {
+            "device.png": "it is a device, not a file",
+            "gone.png": "it is a link to nothing",
+            "itself.png": "it is a link to nothing",
+            "pipe.png": "it is a pipe, not a file",
+            "socket.png": "it is a socket, not a file",
+        }
+        with pytest.raises(ValueError, match=r"pipe\.png': it is a pipe, not a file"):
+            open_rgb(tmp_path / "pipe.png")
+
+
+@pytest.mark.parametrize("name", [b"f\xe4rbung.png", b"\x1b[2J\n.png", b"x" * 251 + b".png"])
+def test_any_name_is_found_and_read(tmp_path, name):
+    with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+        noise().save(file, "PNG")
+    (path,) = image_files(tmp_path)
+    assert os.fsencode(path.name) == name
+    assert open_rgb(path).size == (48, 40)
+    assert find_faults([path]) == {}

@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,29 @@ def test_misnamed_files_and_copies_are_left_out(tmp_path, caplog):
     assert message.startswith("left out 2 further copies of images, such as")
     assert list(misnamed) == [tmp_path / "figure.png"]
     assert misnamed[tmp_path / "figure.png"].endswith("got 'figure.png'")
+
+
+def test_images_behind_links_are_found_once(tmp_path, caplog):
+    data = tmp_path / "data"
+    write_image(data / "SOB_B_A-14-1-40-001.png")
+    write_image(tmp_path / "elsewhere/SOB_B_A-14-1-40-002.png")
+    write_image(Path(os.fsdecode(os.fsencode(tmp_path) + b"/elsewhere/f\xe4/SOB_B_A-14-1-40-003.png")))
+    for link in ("a", "b"):
+        (data / link).symlink_to(tmp_path / "elsewhere")
+    (data / "loop").symlink_to(data)
+    (data / "SOB_B_A-14-1-40-004.png").symlink_to("SOB_B_A-14-1-40-001.png")
+    records, _ = find_breakhis(data)
+    assert [os.fsencode(record.path.relative_to(data)) for record in records] == [
+        *(b"SOB_B_A-14-1-40-001.png", b"a/SOB_B_A-14-1-40-002.png", b"a/f\xe4/SOB_B_A-14-1-40-003.png")
+    ]
+
+
+def test_copies_are_named_without_control_characters(tmp_path, caplog):
+    for folder in ("a", "b\x1b[31m"):
+        write_image(tmp_path / folder / "SOB_B_A-14-1-40-001.png")
+    find_breakhis(tmp_path)
+    (message,) = caplog.messages
+    assert message.endswith(r"/b\x1b[31m/SOB_B_A-14-1-40-001.png")
 
 
 def test_a_slide_filed_under_two_types_is_reported(tmp_path, caplog):

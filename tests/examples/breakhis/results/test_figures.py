@@ -200,3 +200,18 @@ def test_branch_weights(drawn, classes):
     assert [label.get_text() for label in axes.get_xticklabels()] == branches
     edges = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
     assert all(b >= a - 1e-9 for (_, a), (b, _) in zip(sorted(edges), sorted(edges)[1:], strict=False))  # side by side
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_figure_is_written_completely_or_not_at_all(tmp_path, monkeypatch, error):
+    (tmp_path / "figure.png").write_text("old")
+
+    def write_half(figure, path, **arguments):
+        path.write_text("half")
+        raise error("stopped")
+
+    monkeypatch.setattr(Figure, "savefig", write_half)
+    with pytest.raises(error, match="stopped"):
+        draw_confusion_matrix([[1, 0], [0, 1]], BINARY, TITLE, tmp_path / "figure.png")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("figure.png", "old")]
+    assert plt.get_fignums() == []  # closed

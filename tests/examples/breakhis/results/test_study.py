@@ -199,6 +199,17 @@ def test_a_single_variant_has_no_differences(write_run, tmp_path):
     assert [row["value"] for row in rows] == [1, 1, 1]
 
 
+def test_names_in_the_tables_are_no_markup_and_no_formulas(write_run, tmp_path):
+    names = ("=<b>\x1b[31m", "b|c")
+    folders = [write_run(name, "ynn") for name in names]
+    tables = write_study(tmp_path, folders)
+    assert "<" not in tables
+    assert "\x1b" not in tables
+    assert "| =&lt;b&gt;\\x1b[31m | patient protocol |" in tables
+    assert "| b&#124;c | patient protocol |" in tables
+    assert [row["variant"] for row in read_rows(tmp_path / "results.csv")] == [f"'{names[0]}", names[1]]
+
+
 def test_variants_that_predict_different_images_are_refused(write_run, tmp_path):
     folders = [write_run("baseline", "yyy"), write_run("KFDE", "yyyy", 1)]
     with pytest.raises(ValueError, match="arms must predict the same images"):

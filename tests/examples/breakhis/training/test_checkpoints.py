@@ -1,4 +1,5 @@
 import json
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from breakhis.training.checkpoints import build_model, eval_transform, load_model, save_model, train_transform
 from breakhis.training.stain import StainJitter
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import transforms
 
@@ -104,6 +107,134 @@ def test_arguments_and_weights_that_do_not_fit_are_named(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"cannot be built: The checkpoint does not fit the model"):
         build_model(make_flags(checkpoint_path=tmp_path / "other.pth"), num_classes=2)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small model of two classes, as a run saves it."""
+    model, model_args = build_model(make_flags(model="test_resnet"), num_classes=2)
+    save_model(model, tmp_path / "best", ["benign", "malignant"], model_args)
+    return tmp_path / "best"
+
+
+def change_config(folder, **changes):
+    """Change entries of `config.json`, or inner ones of its `pretrained_cfg`."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        (config if name in config else config["pretrained_cfg"])[name] = value
+    path.write_text(json.dumps(config))
+
+
+def test_a_saved_model_is_loaded_with_all_its_weights(saved):
+    weights = load_file(saved / "model.safetensors")
+    torch.testing.assert_close(dict(load_model(saved).state_dict()), weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # timm alone would load these with a random classifier, or with random weights
+        ({"num_classes": 3, "label_names": ["a", "b", "c"]}, "must have num_classes 2, as its model, got 3"),
+        (
+            {"num_classes": 3, "label_names": ["a", "b", "c"], "model_args": {"num_classes": 3}},
+            r"must hold the weights of its config.json's model exactly: fc.bias must be of shape \(3,\), got",
+        ),
+        ({"architecture": "test_efficientnet"}, "must hold the weights of its config.json's model exactly: "),
+        ({"architecture": "resnet18"}, r"exactly: conv1.weight is missing, .* and \d+ more"),
+        ({"model_args": {"foo": 1}}, "config.json must describe a model that timm can build, got .*foo"),
+        ({"model_args": 7}, "config.json must describe a model that timm can build, got "),
+        ({"model_args": {"in_chans": 1}}, "must hold the weights"),
+        ({"interpolation": "magic"}, "config.json must describe how images become inputs of its model, got .*magic"),
+        ({"crop_pct": "all"}, "config.json must describe how images become inputs of its model, got "),
+    ],
+)
+def test_a_configuration_that_is_not_that_of_the_weights_is_refused(saved, changes, message):
+    change_config(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(saved)
+
+
+def test_weights_that_are_not_those_of_the_configuration_are_refused(saved):
+    path = saved / "model.safetensors"
+    weights = load_file(path)
+    for changes, message in (
+        ({"fc.bias": torch.tensor([0.0, torch.nan])}, "finite weights, got nan in fc.bias"),
+        ({"fc.bias": torch.zeros(5)}, r"fc.bias must be of shape \(2,\), got \(5,\)"),
+        ({"fc.scale": torch.zeros(5)}, "fc.scale is left over"),
+    ):
+        save_file(weights | changes, path)
+        with pytest.raises(ValueError, match=rf"model.safetensors must hold .*{message}"):
+            load_model(saved)
+    save_file({key: value for key, value in weights.items() if key != "fc.bias"}, path)
+    with pytest.raises(ValueError, match=r"exactly: fc.bias is missing"):
+        load_model(saved)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model.safetensors must be a checkpoint of weights, got SafetensorError: "):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_files_have_the_mode_of_the_users_umask(tmp_path, mask):
+    model, model_args = build_model(make_flags(model="test_resnet"), num_classes=2)
+    before = os.umask(mask)
+    try:
+        save_model(model, tmp_path / "best", ["a", "b"], model_args)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "best").iterdir()}
+    assert modes == dict.fromkeys(["config.json", "model.safetensors"], 0o666 & ~mask)
+
+
+def test_a_full_disk_keeps_the_model_of_before(saved, monkeypatch):
+    def fail(model, folder, **kwargs):
+        (saved / "part").mkdir()
+        (saved / "part" / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    monkeypatch.setattr("breakhis.training.checkpoints.save_for_hf", fail)
+    with pytest.raises(OSError, match=r"best must have room for the model, which cannot be written: .*No space left"):
+        save_model(load_model(saved), saved, ["a", "b"], {})
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_kwargs": {"depths": "abc"}}, "with arguments {'depths': 'abc'} cannot be built: "),
+        ({"model_kwargs": {"act_layer": "nonsense"}}, "cannot be built: 'nonsense'"),
+        ({"model": "test_convnext.nonesuch"}, "cannot be built: Invalid pretrained tag"),
+        ({"model_kwargs": {"global_pool": ""}}, r"classify images of 96 px into 2 classes, got .*shape \(1, 2, 3, 3\)"),
+        ({"model_kwargs": {"device": "meta"}}, "classify images of 96 px into 2 classes, got .*meta"),
+        ({"model": "inception_v3", "img_size": 32}, "classify images of 32 px into 2 classes, got RuntimeError"),
+    ],
+)
+def test_a_model_that_cannot_classify_the_images_is_refused_before_training(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(make_flags(**{"model": "test_convnext"} | changes), num_classes=2)
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "kfde_convnextv2_atto"])
+def test_a_file_that_does_not_fill_the_backbone_starts_no_training(model, tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "donor.pth")
+    with pytest.raises(ValueError, match=r"donor.pth must hold weights of all of the model|does not fit the model"):
+        build_model(make_flags(model=model, checkpoint_path=tmp_path / "donor.pth"), num_classes=2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_tried_without_a_trace(training, monkeypatch):
+    """Neither its mode, its buffers nor the random numbers after it depend on the trial."""
+    modes, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs).train(training))
+    torch.manual_seed(0)
+    expected, number = create("test_resnet", num_classes=2).state_dict(), torch.rand(1)
+    torch.manual_seed(0)
+    model, _ = build_model(make_flags(model="test_resnet"), num_classes=2)
+    assert torch.equal(torch.rand(1), number)
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+    modes += [module.training for module in model.modules()]
+    assert set(modes) == {training}
 
 
 def test_evaluation_is_deterministic_and_sees_the_whole_height():

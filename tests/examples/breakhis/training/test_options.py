@@ -146,7 +146,33 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
             "argument --batch-size: must be even with --mixup or --cutmix, got 3",
         ),
         (["--config", "none.yaml"], "argument --config: must be a YAML file that can be read"),
+        (["--batch-size", "0"], "argument --batch-size: must be from 1 to 2147483647, got 0"),
+        (["--batch-size", str(2**31)], "argument --batch-size: must be from 1 to 2147483647, got 2147483648"),
+        (["--lr", "1e300"], "argument --lr: must be at most 1e+06, got 1e+300"),
+        (["--model-kwargs", "{checkpoint_path: x}"], "argument --model-kwargs: must not have checkpoint_path, which"),
+        (["--model-kwargs", "{pretrained: true}"], "argument --model-kwargs: must not have pretrained, which this"),
+        (["--variants", "{a: {}, b: {num_classes: 3}}"], "argument --variants: must not have num_classes, which this"),
+        (["--seeds", str(2**70)], "argument --seeds: must be from 0 to 4294967295, got 1180591620717411303424"),
+        (["--seeds", "4294967296"], "argument --seeds: must be from 0 to 4294967295, got 4294967296"),
+        (["--split-seed", str(2**32)], "argument --split-seed: must be from 0 to 4294967295, got 4294967296"),
+        (["--color-jitter", "5"], "argument --color-jitter: must be from 0 to 2.5, got 5.0"),
+        (["--stain-jitter", "1e9"], "argument --stain-jitter: must be from 0 to 1, got 1000000000.0"),
+        (["--img-size", "4097"], "argument --img-size: must be from 32 to 4096, got 4097"),
+        (["--model-kwargs", "{a: ["], "argument --model-kwargs: must be a mapping in YAML, got '{a: [': while parsing"),
+        (["--model-kwargs", "{a: !!python/name:os.system ''}"], "argument --model-kwargs: must be a mapping in YAML"),
+        (["--variants", "[" * 9999], "argument --variants: must be a mapping in YAML, got '[[["),
+        (["--model-kwargs", "{a: 2026-13-45}"], "argument --model-kwargs: must be a mapping in YAML"),
+        (
+            ["--checkpoint-path", "a\0b"],
+            "argument --checkpoint-path: must be a path, which has no NUL character, got 'a",
+        ),
+        (["--output-dir", "\0"], "argument --output-dir: must be a path, which has no NUL character, got"),
+        (["--config", "\0"], "argument --config: must be a path, which has no NUL character, got"),
+        (["--output-dir", __file__], "argument --output-dir: must be a directory, got the file"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--archive-sha256", "abc"], "argument --archive-sha256: must be 64 hexadecimal digits, got 'abc'"),
+        (["--archive-sha256", "0" * 63 + "g"], "argument --archive-sha256: must be 64 hexadecimal digits, got '000"),
+        (["--archive-sha256", "0" * 64], "argument --archive-sha256: not allowed without argument --download"),
     ],
 )
 def test_wrong_flags_are_named_with_their_values(tmp_path, arguments, message, capsys):
@@ -171,6 +197,29 @@ def test_wrong_data_are_named_with_their_values(arguments, message, capsys, monk
     with pytest.raises(SystemExit):
         parse_args(["--output-dir", "out", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"text", b"\xff\xfe", b"a: !!python/name:os.system ''", b"config: x"]
+)
+def test_a_file_that_holds_no_flags_is_refused(content, tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        parse(tmp_path, "--config", str(tmp_path / "flags.yaml"))
+    assert stopped.value.code == 2
+    assert "argument --config: must be a" in capsys.readouterr().err
+
+
+def test_a_nul_in_a_file_of_flags_is_refused(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text('checkpoint_path: "a\\0b"')
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--config", str(tmp_path / "flags.yaml"))
+    assert "argument --checkpoint-path: must be a path, which has no NUL character" in capsys.readouterr().err
+
+
+def test_the_largest_values_pass(tmp_path):
+    args = parse(tmp_path, "--seeds", str(2**32 - 1), "--color-jitter", "2.5", "--stain-jitter", "1")
+    assert (args.seeds, args.color_jitter, args.stain_jitter) == ([2**32 - 1], 2.5, 1)
 
 
 def test_a_file_with_an_unknown_flag_is_refused(tmp_path, capsys):
