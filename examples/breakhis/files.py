@@ -22,7 +22,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name and then rename it, so that it is never seen half written, even after a kill.
 
     The other name is hidden, short and different at each call, so that two processes may write the same file. After an
-    error, Ctrl-C included, nothing is left of it. The file gets the mode of a new file (`umask`).
+    error, Ctrl-C included, nothing is left of it. `remove_parts` removes what a killed process leaves. The file gets
+    the mode of a new file (`umask`).
 
     Args:
         path: The file.
@@ -41,6 +42,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes have left of `write_atomically` in a folder, to which no process may be writing."""
+    for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
+        part.unlink()
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

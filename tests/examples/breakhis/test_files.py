@@ -1,14 +1,18 @@
 import csv
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-from breakhis.files import read_csv, write_atomically, write_csv
+from breakhis.files import read_csv, remove_parts, write_atomically, write_csv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
@@ -34,6 +38,22 @@ def test_nothing_is_left_of_a_file_that_cannot_get_its_name(tmp_path):
     with pytest.raises(OSError, match="folder"):
         write_atomically(tmp_path / "folder", lambda part: part.write_text("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from breakhis.files import write_atomically\n"
+        "write_atomically(pathlib.Path(sys.argv[1]), lambda part: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], cwd=EXAMPLES)
+    assert process.returncode == -signal.SIGKILL
+    for name in ("state.part", ".other.part", "file"):
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_parts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"state.part", ".other.part", "file"}
+    remove_parts(tmp_path / "missing")
 
 
 def test_writers_of_the_same_file_do_not_meet(tmp_path):
