@@ -33,7 +33,7 @@ from breakhis.data.naming import BREAKHIS
 from breakhis.data.records import ImageDataset, Record, patients
 from breakhis.data.splits import Split, absent_classes, fold_split, official_split
 from breakhis.data.synthetic import draw_tree
-from breakhis.files import write_atomically, write_csv
+from breakhis.files import remove_parts, write_atomically, write_csv
 from breakhis.names import printable
 from breakhis.results.figures import draw_calibration, draw_confusion_matrix, draw_curves, draw_roc
 from breakhis.results.metrics import score
@@ -215,7 +215,9 @@ def draw_figures(
 
 @contextmanager
 def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the lock of an output folder in the main process. If it is refused, all processes raise the error.
+    """Hold the lock of an output folder in the main process, and remove files that a killed run has half written.
+
+    If the lock is refused, all processes raise the error.
 
     Raises:
         ValueError: Another run holds the lock.
@@ -225,6 +227,8 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process:
             try:
                 stack.enter_context(lock_folder(folder))
+                for place in (folder, folder / "best", folder / "last"):
+                    remove_parts(place)
             except (OSError, ValueError) as error:
                 refusal = error
         (refusal,) = broadcast_object_list([refusal])

@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes have left of `write_atomically` in a folder, to which no process may be writing."""
+    """Remove what `write_atomically` has left in a folder of a process that was killed. Nobody may be writing there."""
     for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
         part.unlink()
 

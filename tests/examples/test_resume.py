@@ -101,10 +101,12 @@ def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_p
     ]
     assert_refuses_what_is_not_of_this_run(arguments, tmp_path, monkeypatch)
     assert epochs == [0, 1, 2]
-    (tmp_path / "best" / ".0123456789abcdef.part").touch()  # left by a run that was killed while it wrote
+    leftovers = [tmp_path / folder / ".0123456789abcdef.part" for folder in (".", "best", "last")]
+    for path in leftovers:
+        path.touch()
     (metrics,) = main(arguments)
-    assert not list(tmp_path.rglob("*.part"))
     assert epochs == [0, 1, 2, 2, 3]
+    assert not any(path.exists() for path in leftovers)
     assert "resumed after epoch 2" in caplog.messages
     assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3, 4]
     # Without --resume, the run in this directory starts again.

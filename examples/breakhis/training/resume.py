@@ -17,7 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from breakhis.files import read_csv, remove_parts, write_atomically, write_csv
+from breakhis.files import read_csv, write_atomically, write_csv
 from breakhis.mappings import read_json, read_yaml
 from breakhis.names import printable
 from breakhis.training.options import differences
@@ -84,8 +84,6 @@ def _changed_rows(before: dict[str, dict[str, str]], rows: Sequence[dict[str, st
 def begin(out: Path, flags: dict[str, Any], rows: Sequence[dict[str, str]], resume: bool) -> None:
     """Write the flags and the division of the images; without `resume`, first remove results of an earlier run."""
     out.mkdir(parents=True, exist_ok=True)
-    for folder in (out, out / "best", out / "last"):
-        remove_parts(folder)
     if not resume:
         for name in ("best", "last"):
             shutil.rmtree(out / name, ignore_errors=True)

@@ -1,6 +1,5 @@
 import csv
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from breakhis.files import read_csv, remove_parts, write_atomically, write_csv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
@@ -40,20 +38,20 @@ def test_nothing_is_left_of_a_file_that_cannot_get_its_name(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    code = (
-        "import os, pathlib, signal, sys\n"
-        "from breakhis.files import write_atomically\n"
-        "write_atomically(pathlib.Path(sys.argv[1]), lambda part: os.kill(os.getpid(), signal.SIGKILL))"
-    )
-    process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], cwd=EXAMPLES)
-    assert process.returncode == -signal.SIGKILL
-    for name in ("state.part", ".other.part", "file"):
+def test_what_a_killed_process_has_half_written_is_removed_and_nothing_else(tmp_path):
+    code = "import os, sys, pathlib; from breakhis.files import write_atomically\n"
+    code += "write_atomically(pathlib.Path(sys.argv[1]), lambda part: os.kill(os.getpid(), 9))"
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "examples")}
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    (leftover,) = tmp_path.iterdir()
+    names = ["a.part", ".part", ".0123456789abcdef", ".0123456789abcdefg.part", "x.0123456789abcdef.part"]
+    for name in names:
         (tmp_path / name).touch()
-    assert len(list(tmp_path.iterdir())) == 4
     remove_parts(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"state.part", ".other.part", "file"}
-    remove_parts(tmp_path / "missing")
+    assert not leftover.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    remove_parts(tmp_path / "none")
 
 
 def test_writers_of_the_same_file_do_not_meet(tmp_path):
