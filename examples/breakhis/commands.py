@@ -21,6 +21,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+# PyTorch raises RuntimeError where a process that loads images died, often because the memory was full, and where the
+# memory of a device or of the machine is full. Only the text tells these from faults of a program.
+_SIGNS = ("DataLoader worker", "out of memory", "can't allocate memory")
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM. It takes the way of Ctrl-C, so that the same clean-up runs for both."""
 
@@ -29,8 +34,8 @@ def one_line_errors(main: Callable[P, T]) -> Callable[P, T]:
     """Make the main function of a script leave with one line, `<script>: error: <message>`, and exit code 1.
 
     This holds for errors that the user can mend: a wrong value (ValueError), a file, the disk or the network (OSError),
-    numbers that are not finite (FloatingPointError), and a process of a DataLoader that died. A library's own type of
-    error for a broken file is turned into a ValueError where the file is read.
+    numbers that are not finite (FloatingPointError), a full memory, and a process of a DataLoader that died. A type of
+    error that a library has for broken files is turned into a ValueError where the file is read.
 
     Args:
         main: The main function, in the file of the script.
@@ -41,12 +46,12 @@ def one_line_errors(main: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
-        except (FloatingPointError, OSError, ValueError) as error:
+        except (FloatingPointError, MemoryError, OSError, ValueError) as error:
             sys.exit(f"{script}: error: {one_line(error)}")
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):  # the only sign by which PyTorch's error is known
+            if not any(sign in str(error) for sign in _SIGNS):
                 raise
-            sys.exit(f"{script}: error: {one_line(error)} Was the memory full? --num-workers 0 needs the least of it.")
+            sys.exit(f"{script}: error: {one_line(error)}")
 
     return call
 

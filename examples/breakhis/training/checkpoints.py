@@ -51,7 +51,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         model_args.setdefault("identity_start", not kfde_keys or any(key.endswith(".blend") for key in kfde_keys))
     if args.drop_path is not None:
         model_args["drop_path_rate"] = args.drop_path
-    source = None if path is None else {"file": str(path)}
+    source = None if path is None else {"file": str(path), "custom_load": False}  # not as timm's own files of weights
     try:
         if timm.models.get_pretrained_cfg(args.model).fixed_input_size:
             model_args["img_size"] = args.img_size

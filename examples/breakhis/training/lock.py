@@ -55,7 +55,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def _open_locked(path: Path) -> int:
     """Open the file and lock it; return the descriptor."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
+        )  # a link could lead to a file of value
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):

@@ -5,7 +5,7 @@ at random weights. So what timm loads is compared here.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def load_exactly(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     """Put all weights of a file into a model that needs exactly these.
 
     Raises:
-        ValueError: A tensor is missing, left over or of another shape.
+        ValueError: A tensor is missing, left over, of another shape, or of integers instead of floating-point numbers.
     """
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own if key not in weights]
@@ -70,6 +70,7 @@ def load_exactly(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
         for key, tensor in weights.items()
         if key in own and own[key].shape != tensor.shape
     ]
+    problems += _miscast(own, weights)
     if problems:
         raise ValueError(f"{path} must hold the weights of its config.json's model exactly: {_some(problems)}")
     model.load_state_dict(weights)
@@ -84,6 +85,8 @@ class Loaded(NamedTuple):
     """Names that the model has and the file has not."""
     unexpected: list[str]
     """Names that the file has and the model has not."""
+    miscast: list[str]
+    """What holds integers instead of floating-point numbers, or the reverse; torch would round without a word."""
 
 
 @contextmanager
@@ -92,9 +95,10 @@ def record_loads() -> Iterator[list[Loaded]]:
     loads: list[Loaded] = []
     original = nn.Module.load_state_dict
 
-    def record(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = original(module, *args, **kwargs)
-        loads.append(Loaded(module, list(result.missing_keys), list(result.unexpected_keys)))
+    def record(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(module, state_dict, *args, **kwargs)
+        miscast = _miscast(module.state_dict(), state_dict)
+        loads.append(Loaded(module, list(result.missing_keys), list(result.unexpected_keys), miscast))
         return result
 
     nn.Module.load_state_dict = record
@@ -133,10 +137,20 @@ def check_start(model: nn.Module, loads: list[Loaded], path: Path) -> None:
         for key in fills[0].unexpected
         if key not in computed and not key.endswith(".num_batches_tracked")  # a count that changes no output
     ]
+    problems += fills[0].miscast
     if problems:
         raise ValueError(f"{path} must hold weights of all of the model except the classifier: {_some(problems)}")
     if fills[0].missing:
         logger.info("not in %s, so these start at random: %s", printable(path), ", ".join(fills[0].missing))
+
+
+def _miscast(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """Describe the tensors of a file with integers for floating-point numbers, or the reverse."""
+    return [
+        f"{key} must be of {own[key].dtype}, got {tensor.dtype}"
+        for key, tensor in weights.items()
+        if key in own and own[key].is_floating_point() != tensor.is_floating_point()
+    ]
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:

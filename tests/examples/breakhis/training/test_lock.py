@@ -124,6 +124,14 @@ def test_a_file_that_its_owner_removes_between_opening_and_locking_is_not_locked
     assert len(calls) == 2
 
 
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        lock_folder(tmp_path).__enter__()
+    assert (tmp_path / "precious").read_text() == "content"
+
+
 def test_a_file_system_without_locks_is_refused_by_name(tmp_path, monkeypatch):
     def fail(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -91,6 +91,11 @@ def test_a_model_is_loaded_with_exactly_its_weights(tmp_path):
         ({"1.num_batches_tracked": None}, "1.num_batches_tracked is missing"),  # torch alone would fill it in
         ({"1.bias": None, "2.bias": torch.ones(3)}, "1.bias is missing, 2.bias is left over"),
         ({"0.weight": torch.ones(3, 5)}, r"0.weight must be of shape \(3, 2\), got \(3, 5\)"),
+        ({"0.bias": torch.ones(3, dtype=torch.int64)}, "0.bias must be of torch.float32, got torch.int64"),
+        (
+            {"1.num_batches_tracked": torch.tensor(3.0)},
+            "1.num_batches_tracked must be of torch.int64, got torch.float32",
+        ),
         (dict.fromkeys("abcde", torch.ones(1)), "a is left over, b is left over, c is left over, and 2 more$"),
     ):
         wrong = {key: value for key, value in (weights | changes).items() if value is not None}
@@ -140,12 +145,16 @@ def test_a_file_that_does_not_fill_the_backbone_is_refused(num_classes, tmp_path
         changed(weights, extra=torch.ones(1)),
         changed(weights, **{"layer1.0.conv1.weight": torch.ones(3)}),
         {f"encoder.{key}": value for key, value in weights.items()},
+        {key: value.int() for key, value in weights.items()},
     ):
         torch.save(wrong, path)
         with pytest.raises((ValueError, RuntimeError)):  # a RuntimeError where timm is strict itself
             start_from(path, "test_resnet", num_classes)
-    torch.save(weights, path)
-    start_from(path, "test_resnet", num_classes)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.save(
+            {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}, path
+        )
+        start_from(path, "test_resnet", num_classes)
 
 
 def test_a_self_supervised_file_has_no_head_at_all(tmp_path):
@@ -162,16 +171,16 @@ def test_a_missing_part_of_a_head_is_refused():
     model = timm.create_model("test_convnext", num_classes=2)
     classifier, norm = ["head.fc.weight", "head.fc.bias"], ["head.norm.weight", "head.norm.bias"]
     for missing in ([], classifier, [*classifier, *norm]):
-        check_start(model, [Loaded(model, missing, [])], Path("w.pth"))
+        check_start(model, [Loaded(model, missing, [], [])], Path("w.pth"))
     for missing in ([*classifier, norm[0]], norm, ["stem.0.bias"]):
         with pytest.raises(ValueError, match=r"^w.pth must hold weights .*: (head.norm|stem.0)\.\w+ is missing"):
-            check_start(model, [Loaded(model, missing, [])], Path("w.pth"))
+            check_start(model, [Loaded(model, missing, [], [])], Path("w.pth"))
 
 
 def test_a_load_that_was_not_seen_is_refused():
     """Else another way of loading, in a later version of timm, would not be checked."""
     model, another = nn.Linear(1, 1), nn.Linear(1, 1)
-    for loads in ([], [Loaded(another, [], [])], 2 * [Loaded(model, [], [])]):
+    for loads in ([], [Loaded(another, [], [], [])], 2 * [Loaded(model, [], [], [])]):
         with pytest.raises(ValueError, match=r"^w.pth must be loaded once by timm, got [02] times$"):
             check_start(model, loads, Path("w.pth"))
 
