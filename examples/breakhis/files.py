@@ -22,7 +22,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name and then rename it, so that it is never seen half written, even after a kill.
 
     The other name is hidden, short and different at each call, so that two processes may write the same file. After an
-    error, Ctrl-C included, nothing is left of it. The file gets the mode of a new file (`umask`).
+    error, Ctrl-C included, nothing is left of it. `remove_parts` removes what a killed process leaves. The file gets
+    the mode of a new file (`umask`).
 
     Args:
         path: The file.

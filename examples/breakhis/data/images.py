@@ -18,7 +18,8 @@ from breakhis.names import printable
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MIN_SIDE = 32  # px; the networks halve height and width five times
 # The largest sensors of cameras have as many pixels, BreakHis 0.3 million. Files above are whole slides, which must be
-# cut into fields, or bombs. Decoding takes up to 16 bytes per pixel, so this bounds the memory of a process to 1.6 GB.
+# cut into fields, or bombs. Decoding takes up to 16 bytes per pixel: 1.6 GB in a process that loads one image at a
+# time, and 3 GB in `find_faults`.
 MAX_PIXELS = 100_000_000
 MAX_METADATA = 16 * 2**20  # bytes of a file that are no pixels: text, colour profile, camera data, tables of offsets
 

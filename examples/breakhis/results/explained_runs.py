@@ -18,7 +18,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Read the `metrics.json` of a run, together with `folder` and `predictions`.
 
     Raises:
-        ValueError: An entry that is used is missing or wrong; the message names file and entry.
+        ValueError: A file, or an entry that is used, is missing or wrong; the message names file and entry.
     """
     run = read_metrics(folder, KINDS)
     for key, kind in KINDS.items():
@@ -26,6 +26,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / 'metrics.json'} must have {key} of type {kind.__name__}, got {run[key]!r:.60}")
     if run["scored_on"] not in PARTS:
         raise ValueError(f"{folder / 'metrics.json'} must have scored_on test or val, got {run['scored_on']!r:.60}")
+    if not (folder / "predictions.csv").is_file():
+        raise ValueError(f"{folder} must be the folder of a finished run, with predictions.csv, got none")
     predictions = read_predictions(folder, run["classes"])
     for line, row in enumerate(predictions, start=2):  # line 1 names the columns
         if row["target"] not in run["classes"]:
