@@ -1,15 +1,20 @@
 """Fixtures of the tests of the examples."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import train_breakhis
 from breakhis.data.synthetic import draw_tree
 from breakhis.results import study
 from breakhis.results.intervals import bootstrap
 from filelock import FileLock
+
+DRAW_FIGURES = train_breakhis.draw_figures
 
 
 def leaking_patients(rows: Iterable[tuple[str, str]]) -> set[str]:
@@ -59,7 +64,15 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Train without drawing figures, in tests that look at other results."""
-    monkeypatch.setattr("train_breakhis.draw_figures", lambda *args: None)
+@pytest.fixture(scope="session", autouse=True)
+def no_figures():
+    """Train without drawing figures, which takes half of the time of a small run; see `with_figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_breakhis, "draw_figures", lambda *args: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def with_figures() -> Callable[[], AbstractContextManager[object]]:
+    """Return a context in which runs draw their figures."""
+    return lambda: mock.patch.object(train_breakhis, "draw_figures", DRAW_FIGURES)

@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been_killed(sy
 
 @pytest.mark.slow
 @needs_local_dir
-def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_path, monkeypatch, caplog, no_figures):
+def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_path, monkeypatch, caplog):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *RECIPE]
     epochs = []
 
@@ -174,7 +174,7 @@ def stop(*args):
 
 @needs_local_dir
 @pytest.mark.slow
-def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree, tmp_path, monkeypatch, no_figures):
+def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree, tmp_path, monkeypatch):
     tree, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(synthetic_tree, tree)
     arguments = ["--data-dir", str(tree), "--output-dir", str(out), *SMALL, "--model", "test_convnext", "--resume"]

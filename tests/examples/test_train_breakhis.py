@@ -86,9 +86,6 @@ def assert_consistent(out: Path, data_dir: Path, leak_checker) -> dict:
         probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert row["prediction"] == max(probabilities, key=probabilities.__getitem__)
-    for name in ("confusion_matrix.png", "curves.png", "roc.png", "calibration.png"):
-        with Image.open(out / name) as figure:
-            assert min(figure.size) > 300
     for name in ("best", "last"):
         assert (out / name / "model.safetensors").is_file()
         config = json.loads((out / name / "config.json").read_text())
@@ -97,14 +94,22 @@ def assert_consistent(out: Path, data_dir: Path, leak_checker) -> dict:
     return metrics
 
 
+def assert_figures(out: Path) -> None:
+    for name in ("confusion_matrix.png", "curves.png", "roc.png", "calibration.png"):
+        with Image.open(out / name) as figure:
+            assert min(figure.size) > 300
+
+
 @pytest.fixture(scope="module")
-def run(synthetic_tree, tmp_path_factory):
+def run(synthetic_tree, tmp_path_factory, with_figures):
     out = tmp_path_factory.mktemp("run")
-    main(["--data-dir", str(synthetic_tree), "--output-dir", str(out), "--task", "subtype", *TWO_EPOCHS])
+    with with_figures():
+        main(["--data-dir", str(synthetic_tree), "--output-dir", str(out), "--task", "subtype", *TWO_EPOCHS])
     return out
 
 
 def test_every_file_of_a_run_agrees_with_the_others(run, synthetic_tree, leak_checker):
+    assert_figures(run)
     metrics = assert_consistent(run, synthetic_tree, leak_checker)
     assert metrics["protocol"] == "patient"
     assert metrics["task"] == "subtype"
@@ -176,7 +181,7 @@ def assert_timm_reproduces_predictions(run, synthetic_tree):
         torch.testing.assert_close(probabilities, written, atol=1e-5, rtol=1e-4)
 
 
-def test_a_run_repeats_itself(run, synthetic_tree, tmp_path, no_figures):
+def test_a_run_repeats_itself(run, synthetic_tree, tmp_path):
     main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), "--task", "subtype", *TWO_EPOCHS])
     assert (tmp_path / "split.csv").read_text() == (run / "split.csv").read_text()
     first, second = read_rows(run / "predictions.csv"), read_rows(tmp_path / "predictions.csv")
@@ -185,9 +190,13 @@ def test_a_run_repeats_itself(run, synthetic_tree, tmp_path, no_figures):
         assert float(before["prob_A"]) == pytest.approx(float(after["prob_A"]), abs=1e-4)
 
 
-def test_the_image_protocol_warns_and_is_named_with_its_scores(synthetic_tree, tmp_path, leak_checker, caplog, capsys):
+def test_the_image_protocol_warns_and_is_named_with_its_scores(
+    synthetic_tree, tmp_path, leak_checker, caplog, capsys, with_figures
+):
     arguments = ["--protocol", "image", *SMALL]
-    main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *arguments])
+    with with_figures():
+        main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *arguments])
+    assert_figures(tmp_path)
     assert LEAK_WARNING in caplog.messages
     sentence = "image protocol (patients leak), fold 0 of 3, breakhis 100X, binary: image accuracy"
     assert sentence in capsys.readouterr().out
@@ -207,8 +216,8 @@ def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch,
     hashes = []
 
     def download(directory: Path, sha256: str | None) -> None:
-        hashes.append(sha256)
         """Put the images into a folder whose name is no UTF-8, behind a link."""
+        hashes.append(sha256)
         directory.mkdir()
         shutil.copytree(synthetic_tree, tmp_path / os.fsdecode(b"f\xe4rbung"))
         (directory / os.fsdecode(b"l\xefnk")).symlink_to(tmp_path / os.fsdecode(b"f\xe4rbung"))
@@ -220,12 +229,14 @@ def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch,
     assert_consistent(tmp_path / "out", tmp_path / "data", leak_checker)
 
 
-def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, leak_checker, caplog):
+def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, leak_checker, caplog, with_figures):
     tree = tmp_path / "data"
     tree.mkdir()
     for name in ("SOB_B_A-14-1001-100-001.png", "SOB_M_DC-14-5001-100-001.png", "SOB_M_DC-14-5002-100-001.png"):
         (tree / name).write_bytes(next(synthetic_tree.rglob(name)).read_bytes())
-    main(["--data-dir", str(tree), "--output-dir", str(tmp_path / "out"), *TWO_EPOCHS])
+    with with_figures():
+        main(["--data-dir", str(tree), "--output-dir", str(tmp_path / "out"), *TWO_EPOCHS])
+    assert_figures(tmp_path / "out")
     metrics = assert_consistent(tmp_path / "out", tree, leak_checker)
     assert metrics["n_images"]["val"] == 0
     assert metrics["best_epoch"] == 2
@@ -264,7 +275,7 @@ def test_two_processes_do_the_same_as_one(
         assert float(before["prob_benign"]) == pytest.approx(float(after["prob_benign"]), abs=1e-3)
 
 
-def test_accumulated_batches_equal_one_batch(synthetic_tree, tmp_path, another_accelerator, no_figures):
+def test_accumulated_batches_equal_one_batch(synthetic_tree, tmp_path, another_accelerator):
     arguments = ["--data-dir", str(synthetic_tree), *TWO_EPOCHS, "--output-dir"]
     (one_batch,) = main([*arguments, str(tmp_path / "whole"), "--batch-size", "8"])
     AcceleratorState._reset_state()
@@ -318,7 +329,7 @@ def test_bad_files_are_named_counted_and_left_out(synthetic_tree, tmp_path, capl
         main([*arguments, "--strict"])
 
 
-def test_shuffled_labels_give_chance(synthetic_tree, tmp_path, no_figures):
+def test_shuffled_labels_give_chance(synthetic_tree, tmp_path):
     """With patients' labels drawn at random, nothing that a model learns helps with new patients."""
     rng, scores = random.Random(0), []
     for trial in range(3):
@@ -341,7 +352,7 @@ def test_shuffled_labels_give_chance(synthetic_tree, tmp_path, no_figures):
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.2)
 
 
-def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, capsys, no_figures):
+def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, capsys):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *TWO_EPOCHS, "--img-size", "32"]
     arguments += ["--ablation", "--folds", "0", "1", "--epochs", "1", "--resume"]
     runs = main(arguments)
@@ -359,7 +370,7 @@ def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, caps
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_recipes_train(recipe, synthetic_tree, tmp_path, no_figures):
+def test_the_recipes_train(recipe, synthetic_tree, tmp_path):
     """Train without the weights, which would be downloaded."""
     arguments = ["--config", str(recipe), "--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *TWO_EPOCHS]
     (metrics,) = main([*arguments, "--no-pretrained"])
