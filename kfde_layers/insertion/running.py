@@ -2,8 +2,8 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,30 @@ def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
     return noise.to(first.weight.device, first.weight.dtype)
 
 
+@contextmanager
+def copied_parameters(model: nn.Module) -> Generator[None]:
+    """Give all modules copies of their parameters meanwhile, which a forward pass may change.
+
+    The originals are not even written to: a graph of autograd may hold them. Once for many runs, since a copy of all
+    parameters takes as long as a run. A lazy module keeps its own.
+    """
+    registries = [module.__dict__["_parameters"] for module in model.modules() if not _is_lazy(module)]
+    before = [dict(registry) for registry in registries]
+    copies: dict[int, Tensor] = {}  # one for each tensor that several modules share
+    for registry in registries:
+        for name, parameter in registry.items():
+            if parameter is not None:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = copy.deepcopy(parameter)
+                registry[name] = copies[id(parameter)]
+    try:
+        yield
+    finally:
+        for registry, originals in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(originals)
+
+
 def run(
     model: nn.Module,
     example: Tensor,
@@ -59,7 +83,7 @@ def run(
 ) -> Any:
     """Run the model on the example without gradient, with forward hooks on some modules, in eval mode or in training.
 
-    Parameters and buffers are copies. Attributes and modes of all modules and the state of random numbers are restored.
+    Restore attributes, buffers and modes of all modules and the state of random numbers afterwards.
 
     Raises:
         ValueError: The model does not run on the example.
@@ -67,9 +91,8 @@ def run(
     device = example.device
     autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
     with ExitStack() as stack:  # which undoes every step, even if undoing another one fails
-        copies: dict[int, Tensor] = {}
         for module in model.modules():
-            _work_on_copies(stack, module, copies)
+            _restore_at_exit(stack, module)
             module.training = training  # Set the flag directly: some models override eval().
         for module, hook in hooks:  # before other hooks, as the hooks that run blocks are
             stack.callback(module.register_forward_hook(hook, prepend=True).remove)
@@ -91,13 +114,12 @@ def run(
             ) from error
 
 
-def _work_on_copies(stack: ExitStack, module: nn.Module, copies: dict[int, Tensor]) -> None:
-    """Give the module copies of its parameters and buffers; restore it, with all attributes, when the stack is left.
+def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
+    """Restore the module's attributes and registries when the stack is left; until then its buffers are copies.
 
-    The originals stay untouched, also for a graph of autograd that holds them. `copies` has one for each tensor that
-    several modules share. A lazy module keeps its own, so that it keeps the shapes that it takes.
+    A lazy module keeps the shapes that it takes.
     """
-    if any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])):
+    if _is_lazy(module):
         stack.callback(setattr, module, "training", module.training)
         return
     attributes, entries = dict(module.__dict__), {key: dict(module.__dict__[key]) for key in _REGISTRIES}
@@ -111,9 +133,10 @@ def _work_on_copies(stack: ExitStack, module: nn.Module, copies: dict[int, Tenso
             registry.update(before)
 
     stack.callback(restore)
-    for key in ("_parameters", "_buffers"):
-        for name, tensor in entries[key].items():
-            if tensor is not None:
-                if id(tensor) not in copies:
-                    copies[id(tensor)] = copy.deepcopy(tensor if tensor.is_leaf else tensor.detach())
-                module.__dict__[key][name] = copies[id(tensor)]
+    for name, buffer in entries["_buffers"].items():
+        if buffer is not None:
+            module.__dict__["_buffers"][name] = buffer.detach().clone()
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)]))

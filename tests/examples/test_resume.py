@@ -19,7 +19,7 @@ from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
 from tests.support.locks import lock_holder
-from tests.support.runs import SMALL, launch, read_rows
+from tests.support.runs import SMALL, heed_interrupts, launch, read_rows
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["--img-size", "32", "--epochs", "4", "--num-workers", "0", "--num-folds", "3", "--drop-path", "0.2"]
@@ -35,6 +35,7 @@ def run_and_signal(arguments: list[str], wait_for: Path, seconds: float, number:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 120
     while not wait_for.is_file() and time.monotonic() < deadline:

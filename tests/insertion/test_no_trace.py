@@ -54,7 +54,7 @@ CHANGES = {
     "a buffer that is deleted": lambda model: model._buffers.pop("count", None),
     "a parameter anew": _replace_parameter,
     "a parameter in place": lambda model: model.conv.weight.data.clamp_(max=0.01),
-    "a parameter that counts its writes": lambda model: model.end.bias.detach().add_(1),
+    "a parameter that counts its writes": lambda model: model.end.bias.detach().fill_(0.5),
     "a module that is created": lambda model: setattr(model, "late", nn.Identity()),
     "a counter": lambda model: setattr(model, "calls", model.calls + 1),
     "an attribute that is created": lambda model: setattr(model, "cache", Hidden()),

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
 BINARY, SUBTYPES = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
+
+
+def heed_interrupts() -> None:
+    """Undo, in a child process, that a shell lets the processes in its background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

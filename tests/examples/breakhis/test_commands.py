@@ -10,6 +10,8 @@ import torch
 from breakhis.commands import one_line, one_line_errors
 from torch.utils.data import DataLoader, Dataset
 
+from tests.support.runs import heed_interrupts
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
@@ -137,7 +139,7 @@ def start(tmp_path: Path, argument: str) -> subprocess.Popen:
     command = [sys.executable, str(path), argument]
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
+    return subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, **pipes)
 
 
 @pytest.mark.parametrize(
