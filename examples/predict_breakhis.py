@@ -21,7 +21,7 @@ from breakhis.commands import one_line_errors, run_script
 from breakhis.data.images import IMAGE_SUFFIXES, find_faults, open_rgb
 from breakhis.data.naming import parse_name
 from breakhis.data.search import Tree, search
-from breakhis.files import write_atomically, write_csv
+from breakhis.files import real_path, write_atomically, write_csv
 from breakhis.names import printable
 from breakhis.results.explain import as_picture, cam_target, grad_cam, overlay
 from breakhis.results.outputs import check_not_inputs, check_outside, check_table, overlay_paths
@@ -82,7 +82,7 @@ def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         check_table(patients_file(args.output), PATIENT_COLUMNS)
     except (OSError, ValueError) as error:  # an OSError for a name that is too long
         parser.error(f"argument --output: {error}")
-    if args.cam_dir is not None and args.cam_dir.resolve().is_relative_to(args.images.resolve()):
+    if args.cam_dir is not None and real_path(args.cam_dir).is_relative_to(real_path(args.images)):
         parser.error(
             "argument --cam-dir: must not lie below --images, whose next run would take the overlays for images, "
             f"got {str(args.cam_dir)!r}"

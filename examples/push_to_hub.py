@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 from breakhis.commands import one_line_errors, run_script
-from breakhis.files import write_atomically
+from breakhis.files import real_path, write_atomically
 from breakhis.mappings import read_json
 from breakhis.names import in_markdown
 from breakhis.results.report import describe_protocol
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.output_dir is not None and args.output_dir.exists():
         if not args.output_dir.is_dir():
             parser.error(f"argument --output-dir: must be a directory, got the file {str(args.output_dir)!r}")
-        if args.output_dir.resolve().is_relative_to(args.run.resolve()):
+        if real_path(args.output_dir).is_relative_to(real_path(args.run)):
             parser.error(f"argument --output-dir: must not lie in --run, got {str(args.output_dir)!r}")
     if not REPO_ID.fullmatch(args.repo_id):
         parser.error(f"argument --repo-id: must be owner/name, got {args.repo_id!r}")

@@ -1,6 +1,7 @@
 """Files that are written completely or not at all, and CSV tables: a row is a dict, the first row names the columns."""
 
 import csv
+import os.path
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,11 @@ def remove_parts(folder: Path) -> None:
     """Remove what `write_atomically` has left in a folder of a process that was killed. Nobody may be writing there."""
     for part in folder.glob(f".{'[0-9a-f]' * 16}.part"):
         part.unlink()
+
+
+def real_path(path: Path) -> Path:
+    """Follow links; unlike `Path.resolve` before Python 3.13, raise nothing for links in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

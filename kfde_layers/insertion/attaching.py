@@ -16,7 +16,7 @@ from kfde_layers.insertion.dry_run import (
     runs_children,
 )
 from kfde_layers.insertion.points import CHILD, Seen, probe
-from kfde_layers.insertion.running import check_unwrapped, copied_parameters, example_for
+from kfde_layers.insertion.running import check_unwrapped, example_for, restored_parameters
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,7 +76,7 @@ def insert(
         check_instance("each key of blocks", name, str)
     check_bool("identity_start", identity_start)
     example = example_for(model, example_input)
-    with copied_parameters(model):
+    with restored_parameters(model):
         insertions = _prepare(model, blocks, example, identity_start)
         noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
         check_calls_in_training(model, example, noises)

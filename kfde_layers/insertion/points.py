@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kfde_layers.insertion.adapters import Key, items
 from kfde_layers.insertion.layouts import layout_of_map, layout_of_tokens
-from kfde_layers.insertion.running import check_unwrapped, copied_parameters, example_for, run
+from kfde_layers.insertion.running import check_unwrapped, example_for, restored_parameters, run
 
 CHILD = "kfde"  # the name under which a block joins its module
 
@@ -69,7 +69,7 @@ def insertion_points(model: nn.Module, *, example_input: Tensor | None = None) -
     example = example_for(model, example_input)
     declared: Any = getattr(model, "feature_info", None)
     seen: dict[str, Seen | str] = {}
-    with copied_parameters(model):
+    with restored_parameters(model):
         if isinstance(declared, list):
             seen = probe(model, dict.fromkeys(info["module"] for info in declared), example)
         if not any(isinstance(result, Seen) for result in seen.values()):

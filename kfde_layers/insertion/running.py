@@ -1,6 +1,5 @@
 """Run a network without leaving a trace in it."""
 
-import copy
 import random
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -51,27 +50,21 @@ def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def copied_parameters(model: nn.Module) -> Generator[None]:
-    """Give all modules copies of their parameters meanwhile, which a forward pass may change.
+def restored_parameters(model: nn.Module) -> Generator[None]:
+    """Restore parameters that a forward pass has changed in place, at the end.
 
-    The originals are not even written to: a graph of autograd may hold them. Once for many runs, since a copy of all
-    parameters takes as long as a run. A lazy module keeps its own.
+    Once for many runs, since a copy of all parameters takes as long as a run. A lazy module keeps its shapes.
     """
-    registries = [module.__dict__["_parameters"] for module in model.modules() if not _is_lazy(module)]
-    before = [dict(registry) for registry in registries]
-    copies: dict[int, Tensor] = {}  # one for each tensor that several modules share
-    for registry in registries:
-        for name, parameter in registry.items():
-            if parameter is not None:
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = copy.deepcopy(parameter)
-                registry[name] = copies[id(parameter)]
-    try:
+    values = {
+        parameter: parameter.detach().clone()
+        for module in model.modules()
+        if not _is_lazy(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    with ExitStack() as stack:
+        for parameter, value in values.items():
+            stack.callback(_restore_value, parameter, value)
         yield
-    finally:
-        for registry, originals in zip(registries, before, strict=True):
-            registry.clear()
-            registry.update(originals)
 
 
 def run(
@@ -115,10 +108,7 @@ def run(
 
 
 def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
-    """Restore the module's attributes and registries when the stack is left; until then its buffers are copies.
-
-    A lazy module keeps the shapes that it takes.
-    """
+    """Restore attributes, registries and buffers when the stack is left; a lazy module keeps its shapes."""
     if _is_lazy(module):
         stack.callback(setattr, module, "training", module.training)
         return
@@ -132,10 +122,18 @@ def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
             registry.clear()
             registry.update(before)
 
+    for buffer in module.buffers(recurse=False):
+        stack.callback(_restore_value, buffer, buffer.detach().clone())
     stack.callback(restore)
-    for name, buffer in entries["_buffers"].items():
-        if buffer is not None:
-            module.__dict__["_buffers"][name] = buffer.detach().clone()
+
+
+def _restore_value(tensor: Tensor, value: Tensor) -> None:
+    if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
+        tensor.data = value
+    # Write only what has changed: autograd counts writes, and a graph of the caller may hold the tensor.
+    elif not tensor.is_meta and not torch.equal(tensor, value):
+        with torch.no_grad():
+            tensor.copy_(value)
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -87,7 +87,7 @@ def why_not_one_conv(branch: nn.Module, settings: tuple[object, ...]) -> str | N
 
 
 def _why_not_linear(norm: nn.Module) -> str | None:
-    """Return why a norm is no fixed linear function now, as the end of a sentence about the branch, or None."""
+    """Return why a norm is no fixed affine function now, as the end of a sentence about the branch, or None."""
     if reason := why_not_plain(norm, nn.BatchNorm2d):
         return f"has a part norm that {reason}"
     attributes = norm.__dict__

@@ -146,7 +146,7 @@ class CSFE(nn.Module):
             return f"cfe {reason}"
         if reason := why_not_plain(sfe, SFE):
             return f"sfe {reason}"
-        if self.impl != Impl.FUSED and watched_everywhere():
+        if self.impl != "fused" and watched_everywhere():
             return "a hook on all modules of the process must see cfe and sfe"
         weight, bias = read(cfe, "weight"), read(cfe, "bias")
         if reason := why_not_readable(weight) or why_not_readable(bias):

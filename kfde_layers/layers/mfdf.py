@@ -180,7 +180,8 @@ class MFDF(nn.Module):
         kernels = self._kernels(x) if self.plain_branches else "they have a norm or an activation"
         called = isinstance(kernels, str)
         maps = self._call_branches(x) if called else convolve(x, *kernels, self.dilation, self.groups)
-        return branch_softmax(self._scores(branch_mean(maps)), x, len(maps))
+        alpha = branch_softmax(self._scores(branch_mean(maps)), x, len(maps))
+        return alpha.to(torch.promote_types(x.dtype, torch.float32))
 
     def _call_branches(self, x: Tensor) -> list[Tensor]:
         return [call_branch(f"branches[{k}]", branch, x) for k, branch in enumerate(self.branches)]

@@ -68,7 +68,7 @@ def mfdf(
         NotImplementedError: impl="fused" cannot run here, as with dense branches; the message says why.
 
     Numerics: everything between `x` and the result in float32 (float64 for float64 input), also under autocast. |x| may
-    be up to 1e30. Deterministic: yes.
+    be up to 1e15, and for the output alone up to 1e30. Deterministic: yes.
 
     Examples:
         >>> x, one = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)

@@ -25,6 +25,7 @@ class Changing(nn.Module):
         self.register_buffer("position", torch.ones(1, 8, 4, 4))
         self.register_buffer("absent", None)
         self.calls, self.seen = 0, {"keys": ["first"]}
+        self.others = [self.count, self.conv.weight]
         self.change = change
 
     def forward(self, x):
@@ -55,6 +56,8 @@ CHANGES = {
     "a parameter anew": _replace_parameter,
     "a parameter in place": lambda model: model.conv.weight.data.clamp_(max=0.01),
     "a parameter that counts its writes": lambda model: model.end.bias.detach().fill_(0.5),
+    "a buffer by another name": lambda model: model.others[0].add_(1),
+    "a parameter by another name": lambda model: model.others[1].data.clamp_(max=0.01),
     "a module that is created": lambda model: setattr(model, "late", nn.Identity()),
     "a counter": lambda model: setattr(model, "calls", model.calls + 1),
     "an attribute that is created": lambda model: setattr(model, "cache", Hidden()),
@@ -117,15 +120,20 @@ def test_a_step_that_cannot_be_undone_keeps_no_other_from_being_undone(monkeypat
     assert str(np.random.get_state()) == numbers[1]
 
 
-def test_tied_parameters_stay_tied_while_the_network_runs():
+def test_tied_tensors_stay_tied_while_the_network_runs():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
             self.second.weight = self.first.weight
+            self.first.register_buffer("shift", torch.ones(1))
+            self.second.register_buffer("shift", self.first.shift)
+            self.first.weight.scale = 2.0  # an attribute of a parameter
 
         def forward(self, x):
             assert self.second.weight is self.first.weight
+            assert self.second.shift is self.first.shift
+            assert self.second.weight.scale == 2
             return self.first(x) + self.second(x)
 
     model = Tied()
@@ -243,7 +251,7 @@ def test_remove_refuses_what_holds_no_names(names):
 
 
 def test_a_graph_that_holds_the_parameters_still_runs_backward():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 1))
     loss = model(X).square().sum()
     insert(model, {"1": CSFE}, example_input=X)
     loss.backward()

@@ -88,6 +88,14 @@ def test_branch_weights_are_those_of_forward_in_every_dtype():
         layer.float()
 
 
+@pytest.mark.parametrize("norm_layer", [None, nn.BatchNorm2d])
+@pytest.mark.parametrize("of_parameters", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("of_map", [torch.float64, torch.float32, torch.bfloat16])
+def test_branch_weights_have_the_dtype_of_the_statistics(of_map, of_parameters, norm_layer):
+    layer = MFDF(6, (1, 3), norm_layer=norm_layer).to(of_parameters)
+    assert layer.branch_weights(draw(2, 6, 5, 7, dtype=of_map)).dtype == torch.promote_types(of_map, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_branches_are_pooled_in_float32(dtype):
     layer = scatter_parameters(MFDF(6, (1, 3), norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU)).to(dtype).eval()

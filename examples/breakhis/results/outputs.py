@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from breakhis.data.search import identity
+from breakhis.files import real_path
 from breakhis.names import MAX_BYTES, with_hash
 
 _FIRST_LINE = 100_000  # bytes of a table to look at
@@ -56,7 +57,7 @@ def check_outside(folder: Path, searched: Collection[Path]) -> None:
         ValueError: The next run would take the results for inputs.
     """
     for other_folder in searched:
-        if folder.resolve().is_relative_to(other_folder.resolve()):
+        if real_path(folder).is_relative_to(real_path(other_folder)):
             raise ValueError(f"must not lie in {str(other_folder)!r}, whose images are read, got {str(folder)!r}")
 
 

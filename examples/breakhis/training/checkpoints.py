@@ -91,11 +91,15 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
 
 @torch.no_grad()  # not inference mode: a model may keep a tensor, which Grad-CAM then needs in its backward pass
 def _try_image(model: nn.Module, num_classes: int) -> None:
-    """Classify one grey image. The model is in the mode of before afterwards.
+    """Classify one grey image, and look for tensors that cannot be saved. The model keeps its mode.
 
     Raises:
         Exception: Of any type, from the depths of the model, or because its output is not one row of scores.
     """
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and not tensor.is_meta and names.setdefault(tensor.data_ptr(), name) != name:
+            raise ValueError(f"{names[tensor.data_ptr()]} and {name}, which share memory: safetensors cannot hold them")
     training = model.training
     scores = model.eval()(eval_transform(model)(Image.new("RGB", (64, 48), "grey"))[None])
     model.train(training)

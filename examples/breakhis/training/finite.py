@@ -17,10 +17,15 @@ def check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         path: The file that they were read from.
 
     Raises:
-        ValueError: A tensor holds NaN or infinity; the message names the file and the first such tensor.
+        ValueError: A tensor holds NaN, infinity or numbers of 8 bits with which PyTorch does not compute; the message
+            names the file and the first such tensor.
     """
     for name, tensor in weights.items():
-        wrong = tensor[~tensor.isfinite()]
+        try:
+            wrong = tensor[~tensor.isfinite()]
+        except NotImplementedError as error:
+            wish = "must hold weights that PyTorch computes with"
+            raise ValueError(f"{path} {wish}, got {tensor.dtype} in {name}") from error
         if len(wrong):
             raise ValueError(f"{path} must hold finite weights, got {wrong[0].item()} in {name}")
 

@@ -12,6 +12,7 @@ import timm
 import yaml
 
 from breakhis.data.naming import BREAKHIS
+from breakhis.files import real_path
 from breakhis.mappings import read_yaml
 from breakhis.training.argument_types import Parser, path
 from breakhis.training.flags import ABLATION, SOURCES, make_parser
@@ -108,7 +109,7 @@ def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"argument --output-dir: must be a directory, got the file {str(args.output_dir)!r}")
-    if args.data_dir is not None and args.output_dir.resolve().is_relative_to(args.data_dir.resolve()):
+    if args.data_dir is not None and real_path(args.output_dir).is_relative_to(real_path(args.data_dir)):
         parser.error(
             "argument --output-dir: must not lie in --data-dir, where its figures would be taken for images, "
             f"got {str(args.output_dir)!r}"
@@ -182,7 +183,7 @@ def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def recorded(run: argparse.Namespace) -> dict[str, Any]:
     """Return the flags of a run as a mapping from which `--config` repeats it."""
-    flags = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in vars(run).items()}
+    flags = {key: str(real_path(value)) if isinstance(value, Path) else value for key, value in vars(run).items()}
     del flags["config"], flags["output_dir"], flags["resume"], flags["variant"]
     flags["folds"], flags["seeds"] = [flags.pop("fold")], [flags.pop("seed")]
     return flags | {"magnification": [run.magnification]}

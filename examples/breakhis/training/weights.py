@@ -111,7 +111,8 @@ def record_loads() -> Iterator[list[Loaded]]:
 def check_start(model: nn.Module, loads: list[Loaded], path: Path) -> None:
     """Check that a file, which timm has converted and loaded, filled all of a model except its classifier.
 
-    The classifier starts at random where its size differs or the file has none; the log says so. The file may also hold
+    The classifier starts at random where timm does not load it, which is so for every number of classes but that of the
+    weights that timm knows, and where the file has none; the log says so. The file may also hold
     counts of batches, and buffers that timm computes instead of saving, such as the index of relative positions.
 
     Args:
@@ -141,7 +142,7 @@ def check_start(model: nn.Module, loads: list[Loaded], path: Path) -> None:
     if problems:
         raise ValueError(f"{path} must hold weights of all of the model except the classifier: {_some(problems)}")
     if fills[0].missing:
-        logger.info("not in %s, so these start at random: %s", printable(path), ", ".join(fills[0].missing))
+        logger.info("not loaded from %s, so these start at random: %s", printable(path), ", ".join(fills[0].missing))
 
 
 def _miscast(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from breakhis.files import read_csv, remove_parts, write_atomically, write_csv
+from breakhis.files import read_csv, real_path, remove_parts, write_atomically, write_csv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -173,3 +173,11 @@ def test_no_table_is_refused(tmp_path, content, reason):
     (tmp_path / "table.csv").write_bytes(content)
     with pytest.raises(csv.Error, match=reason):
         read_csv(tmp_path / "table.csv")
+
+
+def test_links_in_a_circle_have_a_path(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert real_path(tmp_path / "a" / "c").name == "c"
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert real_path(tmp_path / "link" / "x") == tmp_path.resolve() / "x"

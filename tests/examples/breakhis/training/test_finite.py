@@ -30,3 +30,9 @@ def test_scores_that_are_not_finite_name_the_checkpoint_and_the_first_image(valu
 
 def test_no_image_has_no_score():
     check_scores(torch.zeros(0, 2), [], "o/best")
+
+
+def test_numbers_of_eight_bits_are_refused(tmp_path):
+    weights = {"a": torch.zeros(2), "b": torch.zeros(2).to(torch.float8_e4m3fn)}
+    with pytest.raises(ValueError, match=r"must hold weights that PyTorch computes with, got torch.float8_e4m3fn in b"):
+        check_weights(weights, tmp_path)
