@@ -55,9 +55,9 @@ PROMISED = {
 }
 # With scores of at most 8: their error grows with them, and passes through the softmax.
 PROMISED_OF_MFDF = {
-    torch.float32: Bound(output=32, input_gradient=32, parameter_gradients=128),
-    torch.bfloat16: Bound(output=1, input_gradient=2, parameter_gradients=128),
-    torch.float16: Bound(output=1, input_gradient=2, parameter_gradients=128),
+    torch.float32: Bound(output=32, input_gradient=32, parameter_gradients=1024),
+    torch.bfloat16: Bound(output=1, input_gradient=2, parameter_gradients=1024),
+    torch.float16: Bound(output=1, input_gradient=2, parameter_gradients=1024),
 }
 
 

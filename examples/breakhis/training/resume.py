@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from accelerate import Accelerator
 
+import kfde_layers
 from breakhis.files import read_csv, write_atomically, write_csv
 from breakhis.mappings import read_json, read_yaml
 from breakhis.names import printable
@@ -96,7 +98,8 @@ def begin(out: Path, flags: dict[str, Any], rows: Sequence[dict[str, str]], resu
 def identify(flags: dict[str, Any], rows: Sequence[dict[str, str]], accelerator: Accelerator) -> dict[str, Any]:
     """Return everything that the weights of a run depend on, for its `state.pt`.
 
-    On a CPU the number of threads is part of it: sums of floating-point numbers are divided among threads.
+    On a CPU the number of threads is part of it: sums of floating-point numbers are divided among threads. Other
+    versions of the libraries may order them otherwise too.
     """
     on_cpu = accelerator.device.type == "cpu"
     return flags | {
@@ -104,4 +107,7 @@ def identify(flags: dict[str, Any], rows: Sequence[dict[str, str]], accelerator:
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
         "threads (OMP_NUM_THREADS)": torch.get_num_threads() if on_cpu else None,
+        "torch": str(torch.__version__),  # a class of its own, which a safe reader refuses
+        "timm": timm.__version__,
+        "kfde_layers": kfde_layers.__version__,
     }

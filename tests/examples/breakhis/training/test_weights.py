@@ -126,7 +126,9 @@ def test_any_model_starts_from_a_file_with_a_new_classifier(name, tmp_path, capl
     heads = tuple(f"{head}." for head in ((names,) if isinstance(names, str) else names))
     state, donor = ({key: v for key, v in m.state_dict().items() if not key.startswith(heads)} for m in (model, source))
     torch.testing.assert_close(state, donor, rtol=0, atol=0)
-    (message,) = [message for message in caplog.messages if message.startswith(f"not loaded from {path}, so these start")]
+    (message,) = [
+        message for message in caplog.messages if message.startswith(f"not loaded from {path}, so these start")
+    ]
     assert set(re.findall(r"\S+(?:weight|bias)", message)) == {k for k in model.state_dict() if k.startswith(heads)}
 
 
