@@ -19,7 +19,7 @@ from predict_breakhis import main, patient_votes
 from safetensors.torch import load_file, save_file
 
 from tests.support.hub import needs_local_dir
-from tests.support.runs import load_input, load_with_timm, predict_with_timm, read_rows
+from tests.support.runs import ROOT, load_input, load_with_timm, predict_with_timm, read_rows
 
 pytestmark = needs_local_dir
 CLASSES = ["A", "F", "DC"]
@@ -465,7 +465,8 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, images, tmp_path):
         "sys.exit(predict_breakhis.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *arguments(checkpoint, images, tmp_path / "out" / "out.csv")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "examples")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "predict_breakhis.py: error: [Errno 27] File too large"
     assert list((tmp_path / "out").iterdir()) == []

@@ -1,4 +1,5 @@
 import io
+import os
 import re
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from breakhis.data.images import find_faults, open_rgb
 from PIL import Image, ImageFile
 
 from tests.support.bombs import png, write_bombs
+from tests.support.pages import ROOT
 
 
 def noise(height: int, width: int) -> Image.Image:
@@ -44,7 +46,8 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 def read_in_little_memory(folder: Path, limits: str) -> dict[str, str]:
     """Open each file in a process with 150 MiB more than it starts with; return the sizes or the reasons."""
     command = [sys.executable, "-c", READ_IN_LITTLE_MEMORY, str(folder), limits]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "examples")}
+    lines = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout.splitlines()
     return dict(line.split(": ", 1) for line in lines)
 
 
