@@ -93,3 +93,15 @@ def test_the_comparison_of_fused_and_reference_can_fail(monkeypatch):
     parameters = MfdfParameters.random(6, (1, 3), 6, dtype=torch.float32)
     monkeypatch.setattr(operator, "merged_convolution", wrong_biases)
     assert relative_error(parameters(x, 1, 6, "fused"), parameters(x, 1, 6, "reference")) > 1e-4
+
+
+def test_gradients_that_can_be_differentiated_again_are_the_same():
+    x = draw(2, 3, 4, 7).requires_grad_()
+    kernel = draw(3, 3, 3, seed=1).requires_grad_()
+    p = torch.ops.kfde.mean_of_convolution(x, kernel, 1)
+    plain, again = (
+        torch.autograd.grad(p.square().sum(), (x, kernel), retain_graph=True, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    for first, second in zip(plain, again, strict=True):
+        torch.testing.assert_close(first, second.detach(), rtol=1e-10, atol=1e-10)
