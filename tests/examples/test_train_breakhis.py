@@ -216,7 +216,7 @@ def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch,
     hashes = []
 
     def download(directory: Path, sha256: str | None) -> None:
-        """Put the images into a folder whose name is no UTF-8, behind a link."""
+        """Put the images into a folder whose name is no UTF-8, and link to it."""
         hashes.append(sha256)
         directory.mkdir()
         shutil.copytree(synthetic_tree, tmp_path / os.fsdecode(b"f\xe4rbung"))

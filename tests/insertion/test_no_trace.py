@@ -253,5 +253,7 @@ def test_remove_refuses_what_holds_no_names(names):
 def test_a_graph_that_holds_the_parameters_still_runs_backward():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 1))
     loss = model(X).square().sum()
+    expected = torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0]
     insert(model, {"1": CSFE}, example_input=X)
     loss.backward()
+    assert torch.equal(model[0].weight.grad, expected)

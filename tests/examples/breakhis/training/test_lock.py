@@ -71,7 +71,7 @@ def test_a_number_of_a_process_that_was_given_again_does_not_block(tmp_path):
     owner = {"pid": os.getppid(), "host": socket.gethostname(), "started": "2026-01-01 00:00:00"}
     (tmp_path / LOCK).write_text(json.dumps(owner))
     with lock_folder(tmp_path):
-        pass
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\xff\xff", b"[]", b'{"pid": 1}', b"3"])
@@ -149,5 +149,6 @@ def test_a_process_that_loads_images_does_not_keep_the_lock(tmp_path):
     process.wait()
     with lock_folder(tmp_path):
         os.kill(child, 0)  # it lives
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     os.kill(child, signal.SIGKILL)
     process.communicate()
