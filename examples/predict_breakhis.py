@@ -2,8 +2,8 @@
 
     python examples/predict_breakhis.py --checkpoint OUT/best --images DIR --output predictions.csv --cam-dir CAMS
 
-Images may have any name and lie at any depth, also behind links. Images with names like BreakHis' are also combined by
-patient, in `predictions_patients.csv`. No input is ever replaced.
+Images may have any name and lie at any depth, also in linked folders. Images with names like BreakHis' are also
+combined by patient, in `predictions_patients.csv`. No input is ever replaced.
 """
 
 import argparse
