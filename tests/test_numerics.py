@@ -275,6 +275,10 @@ def test_every_promise_names_a_test():
     page = (DOCS / "numerics.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) >= 8
-    assert named <= globals().keys()
+    files = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`", page))
+    assert len(files) >= 8
+    for file, test in files:
+        assert f"def {test or 'test_equals_the_paper_in_loops'}(" in (DOCS.parent / file).read_text()
+    assert named - {"test_equals_the_paper_in_loops"} <= globals().keys()
     for bound in (*PROMISED.values(), *PROMISED_OF_MFDF.values()):
         assert "| " + " | ".join(f"{number:g}" for number in bound) + " |" in page

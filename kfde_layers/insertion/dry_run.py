@@ -1,6 +1,7 @@
 """Try on a model what a block would do there, before anything is changed."""
 
 import copy
+from collections import UserList
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ class Noise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[torch.Size] = []  # a list, since `run` restores attributes
+        self.calls: UserList[torch.Size] = UserList()  # no list, since `run` would restore it
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(x.shape)

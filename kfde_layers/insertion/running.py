@@ -1,6 +1,8 @@
 """Run a network without leaving a trace in it."""
 
+import operator
 import random
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -11,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kfde_layers._checks import check_instance
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -112,19 +112,42 @@ def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
     if _is_lazy(module):
         stack.callback(setattr, module, "training", module.training)
         return
-    attributes, entries = dict(module.__dict__), {key: dict(module.__dict__[key]) for key in _REGISTRIES}
+    _restore_content_at_exit(stack, module.__dict__, set())
 
-    def restore() -> None:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        for key, before in entries.items():
-            registry = module.__dict__[key]
-            registry.clear()
-            registry.update(before)
 
-    for buffer in module.buffers(recurse=False):
-        stack.callback(_restore_value, buffer, buffer.detach().clone())
-    stack.callback(restore)
+def _restore_content_at_exit(stack: ExitStack, value: Any, seen: set[int]) -> None:
+    """Restore a container, and the tensors, arrays and containers in it, when the stack is left.
+
+    Parameters are left out: `restored_parameters` restores them. So are the attributes of objects of other types.
+    """
+    if id(value) in seen or isinstance(value, nn.Parameter):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            stack.callback(_restore_value, value, value.detach().clone())
+    elif isinstance(value, np.ndarray):
+        if value.flags.writeable:
+            stack.callback(np.copyto, value, value.copy())
+    elif isinstance(value, dict | list | set | deque | tuple):
+        container: Any = value
+        if not isinstance(container, tuple):
+            stack.callback(
+                _restore_entries, container, dict(container) if isinstance(container, dict) else [*container]
+            )
+        for entry in _entries(container):
+            _restore_content_at_exit(stack, entry, seen)
+
+
+def _entries(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+
+
+def _restore_entries(container: Any, before: Any) -> None:
+    now, then = _entries(container), _entries(before)
+    if len(now) != len(then) or not all(map(operator.is_, now, then)):  # some containers refuse every write
+        container.clear()
+        (container.update if isinstance(container, dict | set) else container.extend)(before)
 
 
 def _restore_value(tensor: Tensor, value: Tensor) -> None:

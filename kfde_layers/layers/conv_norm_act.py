@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfde_layers.layers.parts import (
+    OTHER_SETTINGS,
     check_device_of,
     conv_settings,
     read,
@@ -19,13 +20,13 @@ from kfde_layers.ops.mfdf import is_empty
 
 
 class ConvNormAct(nn.Module):
-    """Convolve, normalise, activate.
+    """Convolve, normalise, activate; without an activation, `act` is None.
 
     In evaluation a batch norm is linear in its input: if both are plain, the convolution takes it over, which saves one
     pass over the map. TorchScript and torch.fx record the calls.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None) -> None:
         super().__init__()
         self.conv = conv
         self.norm: Any = norm
@@ -33,27 +34,35 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self.act(self.norm(self.conv(x)))
+            return self._activate(self.norm(self.conv(x)))
         else:
-            conv, norm = self.conv, self.norm
-            if (
-                isinstance(x, torch.fx.Proxy)
-                or why_not_plain(conv, nn.Conv2d)
-                or conv.padding_mode != "zeros"
-                or _why_not_linear(norm)
-                or watched_everywhere()
-            ):
-                return self.act(norm(conv(x)))
-            weight = conv.weight
-            # In 16 bits the product of weight and scale would be rounded, which the norm itself does not do.
-            folds = weight.dtype in (torch.float32, torch.float64) and norm.weight.dtype == weight.dtype
-            if not folds or why_not_readable(weight):
-                return self.act(norm(conv(x)))
-            weight, bias = _fold(weight, conv.bias, norm)
-            return self.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+            conv = self.conv
+            folded = None if isinstance(x, torch.fx.Proxy) else self._fold_if_plain()
+            if folded is None:
+                return self._activate(self.norm(conv(x)))
+            weight, bias = folded
+            return self._activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of the convolution that equals convolution and norm, in float32 or float64."""
+    def _activate(self, y: Tensor) -> Tensor:
+        return y if self.act is None else self.act(y)
+
+    def _fold_if_plain(self) -> tuple[Tensor, Tensor] | None:
+        """Return weight and bias of the convolution that takes over the norm, or None if it cannot now."""
+        conv, norm = self.conv, self.norm
+        if why_not_plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or _why_not_linear(norm):
+            return None
+        if watched_everywhere():
+            return None
+        weight, scale = conv.weight, norm.weight
+        # In 16 bits the product of weight and scale would be rounded, which the norm itself does not do.
+        exact = weight.dtype in (torch.float32, torch.float64) and scale is not None and scale.dtype == weight.dtype
+        return _fold(weight, conv.bias, norm) if exact and not why_not_readable(weight) else None
+
+    def folded(self) -> tuple[Tensor, Tensor] | None:
+        """Return weight and bias of the convolution that equals convolution and norm, in float32 or float64.
+
+        Return None for a norm without affine parameters or running statistics.
+        """
         conv, norm = cast(nn.Conv2d, self._modules["conv"]), cast(nn.Module, self._modules["norm"])
         return _fold(read(conv, "weight"), read(conv, "bias"), norm)
 
@@ -78,11 +87,11 @@ def why_not_one_conv(branch: nn.Module, settings: tuple[object, ...]) -> str | N
     if reason := why_not_plain(conv, nn.Conv2d):
         return f"has a part conv that {reason}"
     if conv_settings(conv) != settings:
-        return "has a part conv with other settings than the layer gave it"
+        return f"has a part conv that {OTHER_SETTINGS}"
     if reason := _why_not_linear(parts["norm"]):
         return reason
-    if reason := why_not_plain(parts["act"], nn.Identity):
-        return f"has a part act that {reason}"
+    if parts.get("act") is not None:
+        return "has an activation"
     return None
 
 
@@ -90,22 +99,15 @@ def _why_not_linear(norm: nn.Module) -> str | None:
     """Return why a norm is no fixed affine function now, as the end of a sentence about the branch, or None."""
     if reason := why_not_plain(norm, nn.BatchNorm2d):
         return f"has a part norm that {reason}"
-    attributes = norm.__dict__
-    if attributes["training"]:
-        return "has a batch norm in training"
-    parameters, buffers = attributes["_parameters"], attributes["_buffers"]  # a parametrized one is no entry
-    if parameters.get("weight", norm) is None or parameters.get("bias", norm) is None:
-        return "has a batch norm without affine parameters"
-    if buffers.get("running_mean", norm) is None or buffers.get("running_var", norm) is None:
-        return "has a batch norm without running statistics"
-    return None
+    return "has a batch norm in training" if norm.__dict__["training"] else None
 
 
-def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor] | None:
     dtype = torch.promote_types(conv_weight.dtype, torch.float32)
-    weight, bias, mean, variance = (
-        read(norm, name).to(dtype) for name in ("weight", "bias", "running_mean", "running_var")
-    )
+    tensors = [read(norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    if any(tensor is None for tensor in tensors):
+        return None
+    weight, bias, mean, variance = (tensor.to(dtype) for tensor in tensors)
     scale = weight * torch.rsqrt(variance + norm.eps)
     intercept = bias - mean * scale
     if conv_bias is not None:

@@ -10,6 +10,7 @@ from kfde_layers._checks import check_bool, check_dtype, check_factory, check_in
 from kfde_layers._impl import Impl, resolve_impl, select
 from kfde_layers.layers.conv_norm_act import ConvNormAct, call_branch, why_not_one_conv
 from kfde_layers.layers.parts import (
+    OTHER_SETTINGS,
     call_linear,
     conv_settings,
     read,
@@ -120,6 +121,7 @@ class MFDF(nn.Module):
         self.dilation = list(resolve_dilations("dilation", dilation, len(self.kernel_sizes)))
         self.groups: int = resolve_groups("groups", channels, groups)
         self.impl = resolve_impl(impl).value
+        self._has_bias: bool = bias
         self.plain_branches: bool = norm_layer is None and act_layer is None  # nothing but convolutions
         depthwise = self.groups == channels
         self.mergeable_in_eval: bool = depthwise and not self.plain_branches and act_layer is None
@@ -138,7 +140,7 @@ class MFDF(nn.Module):
             if self.plain_branches:
                 return convolution
             norm = nn.Identity() if norm_layer is None else check_made("norm_layer", norm_layer(channels))
-            act = nn.Identity() if act_layer is None else check_made("act_layer", act_layer())
+            act = None if act_layer is None else check_made("act_layer", act_layer())
             return ConvNormAct(convolution, norm.to(device=device, dtype=dtype), act)
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -194,14 +196,18 @@ class MFDF(nn.Module):
         # Read only now: a parametrization, such as spectral_norm, may change each time that its weight is read.
         weights: list[Tensor] = []
         biases: list[Tensor] = []
-        for branch in branches:
-            weight, bias = (read(branch, "weight"), read(branch, "bias")) if self.plain_branches else branch.folded()
+        for k, branch in enumerate(branches):
+            kernel = (read(branch, "weight"), read(branch, "bias")) if self.plain_branches else branch.folded()
+            if kernel is None:
+                return f"branches[{k}] has a batch norm without affine parameters or running statistics"
+            weight, bias = kernel
+            if reason := why_not_readable(weight):
+                return f"branches[{k}] {reason}"
+            if self.plain_branches and (bias is not None) != self._has_bias:
+                return f"branches[{k}] {OTHER_SETTINGS}"
             weights.append(weight)
             if bias is not None:
                 biases.append(bias)
-        for k, weight in enumerate(weights):
-            if reason := why_not_readable(weight):
-                return f"branches[{k}] {reason}"
         check_branches(x, self.groups, weights, biases or None)
         return weights, biases or None
 
@@ -267,7 +273,9 @@ class MFDF(nn.Module):
     def all_parts_are_plain(self) -> bool:
         """Return whether all parameters may be read. TorchScript asks when it compiles the layer."""
         branches = zip(self.branches, self._settings, strict=True)
-        return self.plain_branches and self.fc_are_plain and not any(why_not_plain_conv(*branch) for branch in branches)
+        if not self.plain_branches or not self.fc_are_plain or any(why_not_plain_conv(*branch) for branch in branches):
+            return False
+        return all(isinstance(branch.bias, Tensor) == self._has_bias for branch in self.branches)
 
     @property
     def fc_are_plain(self) -> bool:

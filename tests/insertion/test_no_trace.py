@@ -1,6 +1,7 @@
 """Networks that change in their own forward pass are as before after `insertion_points`, `insert` and refusals."""
 
 import random
+from collections import deque
 
 import numpy as np
 import pytest
@@ -26,11 +27,24 @@ class Changing(nn.Module):
         self.register_buffer("absent", None)
         self.calls, self.seen = 0, {"keys": ["first"]}
         self.others = [self.count, self.conv.weight]
+        self.scale, self.grid = torch.ones(2), np.zeros(3)
+        self.grid_of = {"tuple": (np.ones(2), [torch.zeros(2)])}
+        self.names, self.last = {"conv", "end"}, deque([1, 2], maxlen=2)
+        self.frozen = Frozen(kind="network")
         self.change = change
 
     def forward(self, x):
         self.change(self)
         return self.end(self.conv(x))
+
+
+class Frozen(dict):
+    """A mapping that refuses every write, as the configurations of some libraries do."""
+
+    def refuse(self, *args, **kwargs):
+        raise TypeError("this mapping cannot be changed")
+
+    clear = update = __setitem__ = refuse
 
 
 class Hidden:
@@ -62,6 +76,16 @@ CHANGES = {
     "a counter": lambda model: setattr(model, "calls", model.calls + 1),
     "an attribute that is created": lambda model: setattr(model, "cache", Hidden()),
     "an attribute that is deleted": lambda model: model.__dict__.pop("calls", None),
+    "a plain tensor in place": lambda model: model.scale.mul_(2),
+    "a plain tensor that grows": lambda model: setattr(model.scale, "data", torch.zeros(5)),
+    "an array in place": lambda model: model.grid.__iadd__(1),
+    "an array in a tuple": lambda model: model.grid_of["tuple"][0].__iadd__(1),
+    "a tensor deep in a mapping": lambda model: model.grid_of["tuple"][1][0].add_(1),
+    "a list that grows": lambda model: model.seen["keys"].append("next"),
+    "a key that is created": lambda model: model.seen.update({len(model.seen): "next"}),
+    "a key that is deleted": lambda model: model.seen.pop("keys", None),
+    "a set that grows": lambda model: model.names.add(len(model.names)),
+    "a queue that moves on": lambda model: model.last.append(model.last[-1] + 1),
     "the mode of a child": lambda model: model.end.train(not model.end.training),
     "random numbers of torch": lambda model: torch.rand(3),
     "random numbers of Python": lambda model: random.random(),

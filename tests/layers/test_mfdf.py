@@ -140,7 +140,8 @@ def trained_layer(**kwargs):
 )
 def test_batch_norms_are_folded_outside_training(kwargs):
     layer, x = trained_layer(**kwargs), draw(2, 6, 5, 7, seed=8)
-    maps = [branch.act(branch.norm(branch.conv(x))) for branch in layer.branches]
+    activate = kwargs.get("act_layer", nn.Identity)()
+    maps = [activate(branch.norm(branch.conv(x))) for branch in layer.branches]
     scores = branch_scores(branch_mean(maps), layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
     alpha = branch_softmax(scores, x, len(maps))
     expected = (alpha[..., None, None] * torch.stack(maps, dim=1)).sum(dim=1)
