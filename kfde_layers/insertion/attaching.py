@@ -10,13 +10,15 @@ from kfde_layers._checks import check_bool, check_instance, check_mapping
 from kfde_layers.insertion.adapters import ChannelsFirst, Item, Tokens
 from kfde_layers.insertion.dry_run import (
     Noise,
+    Tap,
     check_block,
     check_calls_in_training,
-    has_effects,
+    have_effects,
     runs_children,
 )
 from kfde_layers.insertion.points import CHILD, Seen, probe
-from kfde_layers.insertion.running import check_unwrapped, example_for, restored_parameters
+from kfde_layers.insertion.restoring import restored_parameters
+from kfde_layers.insertion.running import check_unwrapped, example_for
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,9 +81,10 @@ def insert(
     with restored_parameters(model):
         insertions = _prepare(model, blocks, example, identity_start)
         noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
+        taps = {insertion.name: _adapted(Tap(), insertion.seen) for insertion in insertions}
         check_calls_in_training(model, example, noises)
         is_run = runs_children(model, example, noises)
-        has_effect = has_effects(model, example, noises)
+        has_effect = have_effects(model, example, taps, noises)
     for insertion in insertions:
         if not has_effect[insertion.name]:
             warnings.warn(

@@ -3,7 +3,7 @@
 import copy
 from collections import UserList
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,14 @@ from torch.utils._pytree import tree_leaves
 from kfde_layers.insertion.points import CHILD, Seen, reason_children_are_special
 from kfde_layers.insertion.running import run
 
+Part = TypeVar("Part", bound=nn.Module)
+
 
 def check_block(name: str, block: nn.Module, seen: Seen) -> None:
     """Refuse a block that does not map the feature map to another one like it; change neither it nor the model."""
     wanted = (seen.output.shape[0], seen.point.channels, *seen.map_size)
     dtype = seen.output.dtype
-    x = torch.randn(wanted, generator=torch.Generator().manual_seed(0)).to(seen.output.device, dtype)
+    x = _noise_like(seen.output.new_empty(wanted))
     trial = copy.deepcopy(block).to(x.device, dtype).requires_grad_(False)  # a gradient can come from the map alone
     try:
         y = run(_WithGradient(trial), x, ())
@@ -59,8 +61,7 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(x.shape)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
-        return x + noise * (1 + x.abs().mean())
+        return x + _noise_like(x) * (1 + x.abs().mean())
 
 
 def check_calls_in_training(model: nn.Module, example: Tensor, names: Iterable[str]) -> None:
@@ -123,7 +124,7 @@ def _run_children(
 
         return hook
 
-    counters = {name: _counter(noise) for name, noise in noises.items()}
+    counters = {name: _part(noise, Noise) for name, noise in noises.items()}
     for counter in counters.values():
         counter.calls.clear()
     for name, noise in noises.items():
@@ -144,13 +145,69 @@ def _run_children(
     return ran
 
 
-def _counter(noise: nn.Module) -> Noise:
-    (counter,) = (part for part in noise.modules() if isinstance(part, Noise))
-    return counter
+def _part(adapted: nn.Module, kind: type[Part]) -> Part:
+    """Return the part of this kind in a module that may be wrapped in adapters."""
+    (part,) = (part for part in adapted.modules() if isinstance(part, kind))
+    return part
 
 
-def has_effects(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
-    """Return for each named module whether the model's output changes if the module's map is disturbed.
+class Tap(nn.Module):
+    """Add zeros to a map, through which the gradient of the map can be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros: UserList[Tensor] = UserList()  # no list, since `run` would restore it
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = torch.zeros_like(x, requires_grad=True)
+        self.zeros.append(zeros)
+        return x + zeros
+
+
+def have_effects(
+    model: nn.Module, example: Tensor, taps: Mapping[str, nn.Module], noises: Mapping[str, nn.Module]
+) -> dict[str, bool]:
+    """Return for each named module whether the model's output depends on the module's map.
+
+    One pass forward and backward answers for maps that get a gradient, which are most. The others are disturbed, each
+    in a run of its own.
+
+    Args:
+        model: Unchanged afterwards.
+        example: Input of the model.
+        taps: For each name, a `Tap` for the module's output.
+        noises: For each name, a `Noise` for the module's output.
+    """
+    effects = _have_gradients(model, example, taps)
+    doubtful = {name: noise for name, noise in noises.items() if not effects[name]}
+    return effects | _change_the_output(model, example, doubtful) if doubtful else effects
+
+
+def _have_gradients(model: nn.Module, example: Tensor, taps: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """Return for each map whether its gradient is not zero.
+
+    If the model does not run backward, or does not call each module then, the answer is False for all.
+    """
+
+    def through(tap: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, args, output: tap(output)
+
+    hooks = [(model.get_submodule(name), through(tap)) for name, tap in taps.items()]
+    try:
+        outputs = [output for output in _tensors(run(model, example, hooks, grad=True)) if output.requires_grad]
+        zeros = [_part(tap, Tap).zeros[0] for tap in taps.values()]
+        torch.autograd.backward(outputs, [_noise_like(output) for output in outputs], inputs=zeros)
+    except (IndexError, RuntimeError, ValueError):
+        return dict.fromkeys(taps, False)
+    gradients = dict(zip(taps, (x.grad for x in zeros), strict=True))
+    return {
+        name: gradient is not None and (gradient.is_meta or bool(gradient.any()))
+        for name, gradient in gradients.items()
+    }
+
+
+def _change_the_output(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """Return for each map whether the model's output changes if the map is disturbed.
 
     Without any effect of the input (zero-initialised head) nothing can be concluded: assume an effect.
     """
@@ -165,6 +222,10 @@ def has_effects(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Modul
         return _tensors(run(model, example, [(model.get_submodule(name), hook)]))
 
     return {name: not _equal(undisturbed, outputs_with(name, noise)) for name, noise in noises.items()}
+
+
+def _noise_like(x: Tensor) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from kfde_layers.insertion.adapters import Key, items
 from kfde_layers.insertion.layouts import layout_of_map, layout_of_tokens
-from kfde_layers.insertion.running import check_unwrapped, example_for, restored_parameters, run
+from kfde_layers.insertion.restoring import restored_parameters
+from kfde_layers.insertion.running import check_unwrapped, example_for, run
 
 CHILD = "kfde"  # the name under which a block joins its module
 

@@ -1,18 +1,16 @@
 """Run a network without leaving a trace in it."""
 
-import operator
 import random
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from kfde_layers._checks import check_instance
+from kfde_layers.insertion.restoring import restored_attributes
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -49,32 +47,15 @@ def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
     return noise.to(first.weight.device, first.weight.dtype)
 
 
-@contextmanager
-def restored_parameters(model: nn.Module) -> Generator[None]:
-    """Restore parameters that a forward pass has changed in place, at the end.
-
-    Once for many runs, since a copy of all parameters takes as long as a run. A lazy module keeps its shapes.
-    """
-    values = {
-        parameter: parameter.detach().clone()
-        for module in model.modules()
-        if not _is_lazy(module)
-        for parameter in module.parameters(recurse=False)
-    }
-    with ExitStack() as stack:
-        for parameter, value in values.items():
-            stack.callback(_restore_value, parameter, value)
-        yield
-
-
 def run(
     model: nn.Module,
     example: Tensor,
     hooks: Iterable[tuple[nn.Module, Callable[..., Any]]],
     *,
     training: bool = False,
+    grad: bool = False,
 ) -> Any:
-    """Run the model on the example without gradient, with forward hooks on some modules, in eval mode or in training.
+    """Run the model on the example, with forward hooks on some modules, in eval mode or in training.
 
     Restore attributes, buffers and modes of all modules and the state of random numbers afterwards.
 
@@ -84,8 +65,8 @@ def run(
     device = example.device
     autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
     with ExitStack() as stack:  # which undoes every step, even if undoing another one fails
+        stack.enter_context(restored_attributes(model))
         for module in model.modules():
-            _restore_at_exit(stack, module)
             module.training = training  # Set the flag directly: some models override eval().
         for module, hook in hooks:  # before other hooks, as the hooks that run blocks are
             stack.callback(module.register_forward_hook(hook, prepend=True).remove)
@@ -96,7 +77,7 @@ def run(
         (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
         random.seed(0)
         np.random.seed(0)
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(autocast)
         try:
             return model(example.clone())  # which the model may change in place
@@ -105,59 +86,3 @@ def run(
             raise ValueError(
                 f"the model does not run on an input of shape {shape}; pass an example_input that fits"
             ) from error
-
-
-def _restore_at_exit(stack: ExitStack, module: nn.Module) -> None:
-    """Restore attributes, registries and buffers when the stack is left; a lazy module keeps its shapes."""
-    if _is_lazy(module):
-        stack.callback(setattr, module, "training", module.training)
-        return
-    _restore_content_at_exit(stack, module.__dict__, set())
-
-
-def _restore_content_at_exit(stack: ExitStack, value: Any, seen: set[int]) -> None:
-    """Restore a container, and the tensors, arrays and containers in it, when the stack is left.
-
-    Parameters are left out: `restored_parameters` restores them. So are the attributes of objects of other types.
-    """
-    if id(value) in seen or isinstance(value, nn.Parameter):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        if value.layout == torch.strided:
-            stack.callback(_restore_value, value, value.detach().clone())
-    elif isinstance(value, np.ndarray):
-        if value.flags.writeable:
-            stack.callback(np.copyto, value, value.copy())
-    elif isinstance(value, dict | list | set | deque | tuple):
-        container: Any = value
-        if not isinstance(container, tuple):
-            stack.callback(
-                _restore_entries, container, dict(container) if isinstance(container, dict) else [*container]
-            )
-        for entry in _entries(container):
-            _restore_content_at_exit(stack, entry, seen)
-
-
-def _entries(container: Any) -> list[Any]:
-    return [*container, *container.values()] if isinstance(container, dict) else [*container]
-
-
-def _restore_entries(container: Any, before: Any) -> None:
-    now, then = _entries(container), _entries(before)
-    if len(now) != len(then) or not all(map(operator.is_, now, then)):  # some containers refuse every write
-        container.clear()
-        (container.update if isinstance(container, dict | set) else container.extend)(before)
-
-
-def _restore_value(tensor: Tensor, value: Tensor) -> None:
-    if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
-        tensor.data = value
-    # Write only what has changed: autograd counts writes, and a graph of the caller may hold the tensor.
-    elif not tensor.is_meta and not torch.equal(tensor, value):
-        with torch.no_grad():
-            tensor.copy_(value)
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    return any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)]))

@@ -110,8 +110,7 @@ class MFDF(nn.Module):
         super().__init__()
         channels = check_int("channels", channels, minimum=1)
         rd_ratio = check_real("rd_ratio", rd_ratio, above=0)
-        hidden = max(32, int(channels * rd_ratio)) if rd_channels is None else rd_channels
-        hidden = check_int("rd_channels", hidden, minimum=1)
+        hidden = check_int("rd_channels", max(32, int(channels * rd_ratio)) if rd_channels is None else rd_channels, 1)
         check_dtype("dtype", dtype)
         check_bool("bias", bias)
         check_factory("norm_layer", norm_layer)

@@ -43,6 +43,78 @@ def test_no_warning_where_the_head_starts_from_zeros():
     assert type(model[0].kfde) is SFE
 
 
+class Through(nn.Module):
+    """Compute `function(x)`."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class OneWay(torch.autograd.Function):
+    """An operation without a backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+
+WITHOUT_GRADIENT = {
+    "a derivative of zero": lambda x: (10 * x).round(),
+    "detached": lambda x: x.detach() + 1,
+    "no backward pass": OneWay.apply,
+    "integers": lambda x: (10 * x).long(),
+    "another result where gradients are wanted": lambda x: x.detach() if torch.is_grad_enabled() else x,
+}
+
+
+@pytest.mark.parametrize("function", WITHOUT_GRADIENT.values(), ids=WITHOUT_GRADIENT.keys())
+def test_no_warning_where_the_output_changes_without_a_gradient(function):
+    insert(nn.Sequential(nn.Conv2d(3, 4, 1), Through(function)), {"0": SFE}, example_input=images(8))
+
+
+class IgnoresTheSecond(nn.Sequential):
+    """Round the map of the first child, and drop that of the second."""
+
+    def forward(self, x):
+        x = self[0](x)
+        self[1](x)
+        return (10 * x).round()
+
+
+def test_a_block_without_effect_is_found_beside_others_that_get_no_gradient():
+    model = IgnoresTheSecond(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    with pytest.warns(UserWarning, match="output does not depend on the feature map at '1'") as caught:
+        insert(model, {"0": SFE, "1": SFE}, example_input=images(8))
+    assert len(caught) == 1
+
+
+class SkippedWithGradients(nn.Sequential):
+    """Leave out the second child where gradients are wanted."""
+
+    def forward(self, x):
+        x = self[0](x)
+        return x if torch.is_grad_enabled() else self[1](x)
+
+
+def test_a_module_that_is_not_called_where_gradients_are_wanted():
+    insert(SkippedWithGradients(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), {"1": SFE}, example_input=images(8))
+
+
+def test_many_points_take_no_more_runs_than_one():
+    runs = []
+    for count in (1, 12):
+        model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(12)], nn.Flatten())
+        calls = []
+        model.register_forward_hook(lambda module, args, output, calls=calls: calls.append(None))
+        insert(model, {str(index): SFE for index in range(count)}, example_input=images(8))
+        runs.append(len(calls))
+    assert runs[0] == runs[1] < 10
+
+
 class LeavesOutTheLast(Series):
     """Run all children except the last."""
 

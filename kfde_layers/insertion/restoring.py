@@ -1,0 +1,125 @@
+"""Put back what a forward pass changes in a network."""
+
+from collections import deque
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from operator import is_
+from types import NoneType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_ATOMS = frozenset((NoneType, bool, int, float, str))  # types of most attributes, which hold nothing that can change
+
+
+@contextmanager
+def restored_parameters(model: nn.Module) -> Generator[None]:
+    """Restore parameters that a forward pass has changed in place, at the end.
+
+    Once for many runs, since a copy of all parameters takes as long as a run. A lazy module keeps its shapes.
+    """
+    values = {
+        parameter: parameter.detach().clone()
+        for module in model.modules()
+        if not _is_lazy(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    with ExitStack() as stack:
+        for parameter, value in values.items():
+            stack.callback(_restore_tensor, parameter, value)
+        yield
+
+
+@contextmanager
+def restored_attributes(model: nn.Module) -> Generator[None]:
+    """Restore attributes, registries, buffers and modes of all modules, at the end. A lazy module keeps its shapes.
+
+    Tensors, NumPy's arrays, lists, dicts, sets and queues that a module holds get their content back, at any depth. The
+    content of parameters is left to `restored_parameters`, and objects of other types are not looked into.
+    """
+    contents = _Contents()
+    modes: list[tuple[nn.Module, bool]] = []
+    for module in model.modules():
+        if _is_lazy(module):
+            modes.append((module, module.training))
+        else:
+            contents.add(module.__dict__)
+    try:
+        yield
+    finally:
+        with ExitStack() as stack:  # which undoes every change, even if undoing another one fails
+            for module, mode in modes:
+                stack.callback(setattr, module, "training", mode)
+            contents.restore(stack)
+
+
+class _Contents:
+    """What containers, tensors and arrays hold. Writes nothing that is unchanged: some objects refuse every write."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._arrays: list[tuple[Any, Any]] = []
+
+    def add(self, value: Any) -> None:
+        """Remember the content of an object, and of all objects that it holds."""
+        pending = [value]
+        while pending:
+            value = pending.pop()
+            if type(value) in _ATOMS or id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            if isinstance(value, dict):
+                before: Any = dict(value)  # pyright: ignore[reportUnknownArgumentType]
+                self._containers.append((value, before))
+                pending += before.values()
+            elif isinstance(value, list | set | deque):
+                before = [*value]
+                self._containers.append((value, before))
+                pending += before
+            elif isinstance(value, tuple):
+                pending += value
+            elif isinstance(value, Tensor):
+                if value.layout == torch.strided and not isinstance(value, nn.Parameter):
+                    self._tensors.append((value, value.detach().clone()))
+            elif isinstance(value, np.ndarray) and value.flags.writeable:
+                self._arrays.append((value, value.copy()))
+
+    def restore(self, stack: ExitStack) -> None:
+        """Have each object restored when the stack is left."""
+        for array, values in self._arrays:
+            stack.callback(np.copyto, array, values)
+        for tensor, value in self._tensors:
+            stack.callback(_restore_tensor, tensor, value)
+        for container, before in self._containers:
+            if not _holds(container, before):
+                stack.callback(_refill, container, before)
+
+
+def _holds(container: Any, entries: Any) -> bool:
+    """Return whether a container holds these very objects, in this order."""
+    if len(container) != len(entries) or not all(map(is_, container, entries)):
+        return False
+    return not isinstance(container, dict) or all(map(is_, container.values(), entries.values()))
+
+
+def _refill(container: Any, entries: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, dict | set) else container.extend)(entries)
+
+
+def _restore_tensor(tensor: Tensor, value: Tensor) -> None:
+    if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
+        tensor.data = value
+    # Write only what has changed: autograd counts writes, and a graph of the caller may hold the tensor.
+    elif not tensor.is_meta and not torch.equal(tensor, value):
+        with torch.no_grad():
+            tensor.copy_(value)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)]))
