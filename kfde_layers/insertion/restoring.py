@@ -1,6 +1,6 @@
 """Put back what a forward pass changes in a network."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from operator import is_
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _ATOMS = frozenset((NoneType, bool, int, float, str))  # types of most attributes, which hold nothing that can change
+_PLAIN_CONTAINERS = frozenset((dict, OrderedDict, list, set))
 
 
 @contextmanager
@@ -61,6 +62,7 @@ class _Contents:
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
+        self._empty: list[Any] = []  # apart, since each module has a dozen empty registries of hooks
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._arrays: list[tuple[Any, Any]] = []
@@ -70,7 +72,13 @@ class _Contents:
         pending = [value]
         while pending:
             value = pending.pop()
-            if type(value) in _ATOMS or id(value) in self._seen:
+            kind = type(value)
+            if kind in _ATOMS:
+                continue
+            if kind in _PLAIN_CONTAINERS and not value:
+                self._empty.append(value)
+                continue
+            if id(value) in self._seen:
                 continue
             self._seen.add(id(value))
             if isinstance(value, dict):
@@ -95,6 +103,8 @@ class _Contents:
             stack.callback(np.copyto, array, values)
         for tensor, value in self._tensors:
             stack.callback(_restore_tensor, tensor, value)
+        for container in filter(None, self._empty):
+            stack.callback(container.clear)
         for container, before in self._containers:
             if not _holds(container, before):
                 stack.callback(_refill, container, before)
