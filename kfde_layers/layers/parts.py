@@ -5,7 +5,6 @@ it, replace it, or keep its weights elsewhere until it is called. So a layer cal
 merged instead, which means that the layer reads its parameters and computes the same in another way.
 """
 
-import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
@@ -47,12 +46,19 @@ def why_not_plain(part: nn.Module, made: type[nn.Module]) -> str | None:
 OTHER_SETTINGS = (
     "has another kernel size, stride, padding, padding mode, dilation, groups or bias than the layer gave it"
 )
-_settings = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def conv_settings(conv: nn.Module) -> tuple[object, ...]:
     """Return the settings that a convolution must keep to be merged."""
-    return _settings(conv.__dict__)
+    attributes = conv.__dict__
+    return (
+        attributes["kernel_size"],
+        attributes["stride"],
+        attributes["padding"],
+        attributes["dilation"],
+        attributes["groups"],
+        attributes["padding_mode"],
+    )
 
 
 def why_not_plain_conv(conv: nn.Module, settings: tuple[object, ...]) -> str | None:

@@ -1,4 +1,7 @@
-"""One compilation for all batches and sizes gives the right numbers for each of them."""
+"""Every option becomes one graph for all batches and sizes, which gives the right numbers for each of them.
+
+Inductor compiles such graphs in the tests of AOTInductor's packages, and graphs of fixed sizes in test_compile.py.
+"""
 
 from typing import NamedTuple
 
@@ -43,14 +46,17 @@ def steps(request):
     """Compile a case once, and run it on each of its shapes."""
     case = request.param
     module, reference = module_and_reference(case)
+    inputs = [input_of_case(reference, shape).contiguous(memory_format=torch.channels_last) for shape in case.shapes]
+    module.train(), reference.train()
     compiled = compile_whole(module, backend="aot_eager", dynamic=True)
     counters["stats"].clear()
     steps = []
-    for shape in case.shapes:
-        x = input_of_case(reference, shape)
+    for x in inputs:
         actual = output_and_gradients(compiled, module, x)
         expected = output_and_gradients(reference, reference, x.double())
         steps.append(Step(actual, expected, counters["stats"]["unique_graphs"]))
+    for buffer, expected in zip(module.buffers(), reference.buffers(), strict=True):
+        assert relative_error(buffer, expected) < TOLERANCE
     return steps
 
 
@@ -85,10 +91,10 @@ def test_fused_is_the_same_graph_as_auto(fused, auto):
 
 @torch.no_grad()
 @DYNAMIC_CELL
-@each_case({name: OPTIONS[name] for name in ("CFE", "SFE", "CSFE", "MFDF")})
-def test_by_inductor(case):
+@each_case({name: case for name, case in OPTIONS.items() if list(case.make().buffers())})
+def test_inference_with_norms(case):
     module, reference = module_and_reference(case)
-    compiled = compile_whole(module, dynamic=True)
+    compiled = compile_whole(module, backend="aot_eager", dynamic=True)
     for shape in case.shapes:
-        x = input_of_case(reference, shape)
+        x = input_of_case(reference, shape).contiguous(memory_format=torch.channels_last)
         assert relative_error(compiled(x), reference(x.double())) < TOLERANCE
