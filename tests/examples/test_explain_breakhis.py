@@ -11,9 +11,10 @@ import torch
 import train_breakhis
 from breakhis.files import read_csv, write_csv
 from breakhis.results.explain import as_picture, grad_cam, overlay
-from breakhis.training.checkpoints import save_model
+from breakhis.training.checkpoints import hash_checkpoint, save_model
 from explain_breakhis import branch_names, find_runs, main
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from kfde_layers import MFDF
@@ -194,12 +195,13 @@ def make_run(study, tmp_path):
         shutil.copy(source / "predictions.csv", folder)
         metrics = json.loads((source / "metrics.json").read_text())
         metrics |= {"variant": variant, "fold": fold, "seed": seed}
-        (folder / "metrics.json").write_text(json.dumps(metrics))
         if model is not None:
             config = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center"}
             torch.manual_seed(0)
             net = timm.create_model(model, num_classes=len(SUBTYPES), pretrained_cfg_overlay=config, **arguments)
             save_model(net, folder / "best", SUBTYPES, arguments)
+            metrics["best_sha256"] = hash_checkpoint(folder / "best")
+        (folder / "metrics.json").write_text(json.dumps(metrics))
         return folder
 
     return make
@@ -210,9 +212,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def other_table(run: Path) -> None:
-    (run / "explain").mkdir()
-    (run / "explain/decisions.csv").write_text("a,b\n")
+def change_metrics(run: Path, **changes: object) -> None:
+    metrics = json.loads((run / "metrics.json").read_text()) | changes
+    (run / "metrics.json").write_text(json.dumps(metrics))
+
+
+def shift_weights(run: Path) -> None:
+    """Put other weights of the same model in their place."""
+    weights = load_file(run / "best/model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, run / "best/model.safetensors")
+
+
+def double_input(run: Path) -> None:
+    """Let the model, which takes any size, see larger images than the run."""
+    config = json.loads((run / "best/config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 128, 128]
+    (run / "best/config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture
@@ -233,6 +248,13 @@ def nothing_computed(monkeypatch):
         (lambda run: shutil.rmtree(run / "best"), "best/config.json' must be a file of a finished run, got none"),
         (lambda run: (run / "best/model.safetensors").unlink(), "best/model.safetensors' must be a file of a finished"),
         (lambda run: (run / "results.json").write_text("[1]"), "results.json must be a mapping in JSON"),
+        (shift_weights, "/best must be the checkpoint that its run wrote, got another model.safetensors"),
+        (double_input, "/best must be the checkpoint that its run wrote, got another config.json"),
+        (
+            lambda run: change_metrics(run, best_sha256={"config.json": "ab" * 32}),
+            "best_sha256 must have 64 hexadecimal digits for each of config.json and model.safetensors of ",
+        ),
+        (lambda run: change_metrics(run, best_sha256="ab" * 32), "metrics.json must have best_sha256 of type dict"),
         (
             lambda run: (run / "explain").mkdir() or (run / "explain/decisions.csv").write_text("a,b\n"),
             "decisions.csv'",
@@ -289,6 +311,7 @@ def test_a_model_with_other_classes_than_its_run_is_refused(make_run, caplog):
     config = json.loads((run / "best/config.json").read_text())
     config["label_names"] = config["label_names"][::-1]
     (run / "best/config.json").write_text(json.dumps(config))
+    change_metrics(run, best_sha256=hash_checkpoint(run / "best"))
     assert run_script(run) == (2, {})
     assert f"error: {run}/best must have the classes of its run, ['A', 'F'," in caplog.text
 

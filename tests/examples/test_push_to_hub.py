@@ -21,7 +21,8 @@ from tests.support.runs import SMALL, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # a model is trained first
 REPO_ID = "someone/kfde"
-FILES = {"README.md", "config.json", "model.safetensors"}
+MODEL_FILES = ["config.json", "model.safetensors"]
+FILES = {"README.md", *MODEL_FILES}
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,9 @@ def test_the_pushed_files_are_the_written_ones(run, written, hub):
         assert main(["--run", str(run), "--repo-id", REPO_ID, *private]) == 0
         assert contents(hub.folder) == contents(written)
         (hub.folder / "README.md").write_text("of an earlier run")
-    model_only = ["config.json", "model.safetensors"]  # timm has written no card of its own
-    assert hub.calls == [
-        *(("create", True), ("create", False), ("folder", model_only)),
-        *(("create", False), ("create", False), ("folder", model_only)),
+    assert hub.calls == [  # timm has written no card of its own
+        *(("create", True), ("create", False), ("folder", MODEL_FILES)),
+        *(("create", False), ("create", False), ("folder", MODEL_FILES)),
     ]
 
 
@@ -234,9 +234,13 @@ def flip(path: Path) -> None:
         (lambda run: change_metrics(run, best_sha256=None), "metrics.json must be written by .*, got no best_sha256"),
         (lambda run: change_metrics(run, classes=None), "metrics.json must be written by .*, got KeyError.'classes'"),
         (lambda run: change_metrics(run, n_images=3), "metrics.json must be written by .*, got TypeError"),
-        (
-            lambda run: change_metrics(run, best_sha256={}),
-            "best must be the checkpoint that its run wrote, got another",
+        *(
+            (
+                lambda run, hashes=hashes: change_metrics(run, best_sha256=hashes),
+                "best_sha256 must have 64 hexadecimal digits for each of config.json and model.safetensors of .*best, "
+                "got ",
+            )
+            for hashes in ({}, [], 7, "ab" * 32, {"config.json": "ab" * 32}, dict.fromkeys(MODEL_FILES, 3))
         ),
         # The scores of one run must not be published with the weights of another.
         (
