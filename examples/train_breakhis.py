@@ -149,8 +149,8 @@ def run_once(
         hashes: SHA-256 of each image at the start.
 
     Raises:
-        ValueError: The run would go on with other flags or images than it was started with, or something changed its
-            images or its checkpoint meanwhile.
+        ValueError: The run would go on with other flags or images than it was started with, or something changed what
+            it reads or its checkpoint meanwhile.
     """
     out, classes, flags = args.output_dir, SOURCES[args.dataset].classes[args.task], recorded(args)
     rows = split_rows(split, data_dir, hashes)
@@ -172,7 +172,8 @@ def run_once(
     data = ImageDataset(scored, args.task, classes, eval_transform(model))
     loader = accelerator.prepare(DataLoader(data, batch_size=args.batch_size, num_workers=args.num_workers))
     probabilities = predict(accelerator, model, loader, out / "best").softmax(1).tolist()
-    check_images(accelerator, [record.path for part in split.parts().values() for record in part], hashes)
+    inputs = {record.path: hashes[record.path] for part in split.parts().values() for record in part}
+    check_inputs(accelerator, inputs | ({args.checkpoint_path: args.checkpoint_sha256} if args.checkpoint_path else {}))
 
     metrics = describe_run(args, accelerator, split) | {"best_epoch": progress.best_epoch, "history": progress.history}
     metrics |= {"best_sha256": progress.best_files}
@@ -190,16 +191,20 @@ def run_once(
     return metrics
 
 
-def check_images(accelerator: Accelerator, paths: Sequence[Path], hashes: Mapping[Path, str]) -> None:
-    """Refuse to score a run whose images changed since its start.
+def check_inputs(accelerator: Accelerator, hashes: Mapping[Path, str]) -> None:
+    """Refuse to score a run whose images, or the weights that it started from, changed since its start.
+
+    Args:
+        accelerator: Holds the other processes.
+        hashes: SHA-256 of each file at the start.
 
     Raises:
-        ValueError: An image was replaced, changed or removed; the message names the first one.
+        ValueError: A file was replaced, changed or removed; the message names the first one.
     """
-    changed = changed_files({path: hashes[path] for path in paths}) if accelerator.is_main_process else []
+    changed = changed_files(hashes) if accelerator.is_main_process else []
     (changed,) = broadcast_object_list([changed])
     if changed:
-        raise ValueError(f"the images must not change during a run, but {len(changed)} did, such as {changed[0]}")
+        raise ValueError(f"files that a run reads must not change meanwhile, but {len(changed)} did: {changed[0]}")
 
 
 def draw_figures(

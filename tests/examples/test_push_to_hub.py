@@ -1,6 +1,7 @@
 """The model of a real run, written to a folder, and pushed to a folder in the place of the Hub."""
 
 import ast
+import hashlib
 import json
 import re
 import shutil
@@ -142,7 +143,8 @@ def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_
     assert ModelCard(card).data.license == "cc-by-nc-4.0"
     rows = {row[0]: row[1:] for row in cells(card)}
     assert rows["licence"] == ["cc-by-nc-4.0: not for commercial use, like the weights that training started from"]
-    assert rows["started from"] == ["a checkpoint"]
+    digest = hashlib.sha256((tmp_path / "imagenet.pth").read_bytes()).hexdigest()
+    assert rows["started from"] == [f"a checkpoint with SHA-256 {digest}"]
 
 
 def test_names_in_the_card_are_no_markup(run, metrics):

@@ -1,5 +1,6 @@
 """Runs that are killed and go on."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from breakhis.training.checkpoints import check_checkpoint
 from breakhis.training.engine import predict, train_one_epoch
@@ -209,7 +211,7 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
         return scores
 
     monkeypatch.setattr("train_breakhis.predict", replace_image)
-    refused(rf"the images must not change during a run, but 1 did, such as {image}$")
+    refused(rf"files that a run reads must not change meanwhile, but 1 did: {image}$")
     monkeypatch.undo()
     image.write_bytes(content)
 
@@ -225,6 +227,45 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
     monkeypatch.setattr("train_breakhis.draw_figures", lambda *args: None)
     (metrics,) = main(arguments)
     assert metrics["best_sha256"].keys() == {"config.json", "model.safetensors"}
+
+
+@needs_local_dir
+@pytest.mark.slow
+def test_a_run_does_not_go_on_from_another_file_of_weights(synthetic_tree, tmp_path, monkeypatch):
+    weights, out = tmp_path / "weights.pth", tmp_path / "out"
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(out), *SMALL, "--model", "test_convnext"]
+    arguments += ["--checkpoint-path", str(weights), "--resume"]
+
+    def save(seed: int) -> str:
+        """Write weights; return their hash."""
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_convnext").state_dict(), weights)
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    def refused(message: str) -> None:
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+
+    digests = [save(0), save(1)]
+    other = rf"--resume must go on with .*: checkpoint_sha256, of the content of {weights}, was '{digests[0]}', now '"
+    save(0)
+    with monkeypatch.context() as patch:  # stopped before the first epoch
+        patch.setattr("breakhis.training.fit.train_one_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    save(1)
+    refused(other + digests[1])
+    save(0)
+    with monkeypatch.context() as patch:  # replaced while the run trains
+        patch.setattr("train_breakhis.predict", lambda *arguments: (predict(*arguments), save(1))[0])
+        refused(rf"files that a run reads must not change meanwhile, but 1 did: {weights}$")
+    assert not (out / "metrics.json").exists()
+    assert load_state(out / "state.pt")["identity"]["checkpoint_sha256"] == digests[0]
+    save(0)
+    (metrics,) = main(arguments)
+    assert metrics["flags"]["checkpoint_sha256"] == digests[0]
+    save(1)
+    refused(other + digests[1])  # a finished run too
 
 
 @needs_local_dir

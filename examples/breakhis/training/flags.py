@@ -139,6 +139,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="start from the weights in this file, except those of the classifier",
     )
     group.add_argument(
+        "--checkpoint-sha256", type=sha256, default=None, help="hash that this file must have; config.yaml records it"
+    )
+    group.add_argument(
         "--freeze-backbone", action=SWITCH, default=False, help="train only the KFDE blocks and the classifier"
     )
     group.add_argument("--drop-path", type=share, default=None, help="stochastic depth; unset leaves it to the model")

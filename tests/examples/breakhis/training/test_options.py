@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,31 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
     assert differences(recorded(before), recorded(now)) == ["lr was 0.1, now 0.2"]
 
 
+def test_the_content_of_a_checkpoint_is_recorded_and_compared(tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    runs = []
+    for content in (b"first", b"second"):
+        weights.write_bytes(content)
+        runs += expand(parse(tmp_path, "--checkpoint-path", str(weights)))
+    before, now = (recorded(run) for run in runs)
+    digests = [hashlib.sha256(content).hexdigest() for content in (b"first", b"second")]
+    assert [flags["checkpoint_sha256"] for flags in (before, now)] == digests
+    message = f"checkpoint_sha256, of the content of {weights}, was '{digests[0]}', now '{digests[1]}'"
+    assert differences(before, now) == [message]
+    assert differences(recorded(*expand(parse(tmp_path))), now) == [
+        f"checkpoint_path was None, now '{weights}'",
+        f"checkpoint_sha256, of the content of {weights}, was None, now '{digests[1]}'",
+    ]
+    # The recorded flags repeat a run from the same weights only.
+    argv = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(tmp_path / "out")]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(now))
+    assert parse_args(argv).checkpoint_sha256 == digests[1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert f"with --checkpoint-sha256 {digests[0]}, got '{weights}' with {digests[1]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -170,6 +196,12 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         (["--config", "\0"], "argument --config: must be a path, which has no NUL character, got"),
         (["--output-dir", __file__], "argument --output-dir: must be a directory, got the file"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--checkpoint-sha256", "0" * 63], "argument --checkpoint-sha256: must be 64 hexadecimal digits, got '000"),
+        (["--checkpoint-sha256", "0" * 64], "argument --checkpoint-sha256: not allowed without argument --checkpoint-"),
+        (
+            ["--checkpoint-path", __file__, "--checkpoint-sha256", "0" * 64],
+            f"must be the file with --checkpoint-sha256 {'0' * 64}, got {__file__!r} with ",
+        ),
         (["--archive-sha256", "abc"], "argument --archive-sha256: must be 64 hexadecimal digits, got 'abc'"),
         (["--archive-sha256", "0" * 63 + "g"], "argument --archive-sha256: must be 64 hexadecimal digits, got '000"),
         (["--archive-sha256", "0" * 64], "argument --archive-sha256: not allowed without argument --download"),
