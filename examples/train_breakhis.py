@@ -45,7 +45,7 @@ from breakhis.training.fit import fit
 from breakhis.training.flags import SOURCES
 from breakhis.training.lock import lock_folder
 from breakhis.training.options import expand, parse_args, recorded
-from breakhis.training.resume import METRICS, begin, find_finished, identify
+from breakhis.training.resume import METRICS, begin, find_finished, identify, refuse_finished
 from breakhis.training.state import STATE
 from torch.utils.data import DataLoader
 
@@ -244,9 +244,10 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
     """Find the images, do each run that the flags ask for, and write the tables of a study."""
-    scaler = copy.deepcopy(accelerator.scaler)
+    scaler, runs = copy.deepcopy(accelerator.scaler), expand(args)
+    if not args.resume and not args.overwrite:
+        refuse_finished([run.output_dir for run in runs])
     data_dir, records = find_records(args, accelerator)
-    runs = expand(args)
     splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
     (hashes,) = broadcast_object_list(
         [hash_files(record.path for record in records) if accelerator.is_main_process else {}]
@@ -285,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         with locked(args.output_dir, accelerator):
             results = run_all(args, accelerator)
     except KeyboardInterrupt as stop:
-        stop.add_note(f"{args.output_dir} has every complete epoch; the same command with --resume goes on from there")
+        flag = "--resume instead of --overwrite" if args.overwrite else "--resume"
+        stop.add_note(f"{args.output_dir} has every complete epoch; the same command with {flag} goes on from there")
         raise
     accelerator.end_training()
     return results

@@ -112,11 +112,28 @@ def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_p
     assert not any(path.exists() for path in leftovers)
     assert "resumed after epoch 2" in caplog.messages
     assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3, 4]
-    # Without --resume, the run in this directory starts again.
+    assert_keeps_a_finished_run(arguments[:-1], tmp_path, monkeypatch)
+    # A run that is not finished starts again without --resume.
     epochs.clear()
     monkeypatch.setattr("breakhis.training.fit.train_one_epoch", record)
     main(arguments[:-1])
     assert epochs == [0, 1, 2, 3]
+
+
+def assert_keeps_a_finished_run(arguments: list[str], out: Path, monkeypatch) -> None:
+    """Check that a finished run is replaced with --overwrite alone; leave a run that is not finished."""
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr("breakhis.training.fit.train_one_epoch", stop)
+    message = rf"^train_breakhis.py: error: --output-dir must have no finished run, got {out} with metrics.json: \S+"
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        main([*arguments, "--overwrite"])
+    (note,) = stopped.value.__notes__
+    assert note.endswith("the same command with --resume instead of --overwrite goes on from there")
+    assert not (out / "metrics.json").exists()
+    assert not (out / "state.pt").exists()
 
 
 def assert_refuses_what_is_not_of_this_run(arguments: list[str], out: Path, monkeypatch) -> None:

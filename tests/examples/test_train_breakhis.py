@@ -326,7 +326,7 @@ def test_bad_files_are_named_counted_and_left_out(synthetic_tree, tmp_path, capl
     unusable = "1 misnamed files, and 3 of 48 images that cannot be read"
     assert f"WARNING: left out {unusable}" in caplog.messages
     with pytest.raises(SystemExit, match=f"data_dir must hold usable images alone with --strict, got {unusable}"):
-        main([*arguments, "--strict"])
+        main([*arguments, "--overwrite", "--strict"])
 
 
 def test_shuffled_labels_give_chance(synthetic_tree, tmp_path):
@@ -345,7 +345,7 @@ def test_shuffled_labels_give_chance(synthetic_tree, tmp_path):
             (tree / "-".join([*new_name[tuple(parts[:3])], *parts[3:]])).symlink_to(path)
         for fold in range(3):
             arguments = ["--folds", str(fold), "--img-size", "32", "--lr", "1e-3", "--epochs", "4"]
-            arguments += ["--model", "test_convnext"]
+            arguments += ["--model", "test_convnext", "--overwrite"]
             (metrics,) = main(["--data-dir", str(tree), "--output-dir", str(tmp_path / "out"), *TWO_EPOCHS, *arguments])
             scores.append(metrics["balanced_accuracy"])
     # 72 patients, whose rates have a standard deviation of about 0.4: four standard errors are 0.2.

@@ -45,6 +45,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--resume", action=SWITCH, default=False, help="go on where a run into this directory was cut off, or start"
     )
     group.add_argument(
+        "--overwrite", action=SWITCH, default=False, help="replace finished runs in this directory, which are else kept"
+    )
+    group.add_argument(
         "--num-workers", type=number(int, 0), default=2, help="processes that load images; 0: the main process does"
     )
     group.add_argument(

@@ -84,6 +84,8 @@ def _as_argv(config: dict[str, Any]) -> list[str]:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse contradicting flags."""
+    if args.resume and args.overwrite:
+        parser.error("argument --overwrite: not allowed with argument --resume, which keeps what --overwrite replaces")
     _check_data(parser, args)
     _check_protocol(parser, args)
     _check_model(parser, args)
@@ -201,7 +203,8 @@ def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
 def recorded(run: argparse.Namespace) -> dict[str, Any]:
     """Return the flags of a run as a mapping from which `--config` repeats it."""
     flags = {key: str(real_path(value)) if isinstance(value, Path) else value for key, value in vars(run).items()}
-    del flags["config"], flags["output_dir"], flags["resume"], flags["variant"]
+    for name in ("config", "output_dir", "resume", "overwrite", "variant"):  # not of the run itself, or in other flags
+        del flags[name]
     flags["folds"], flags["seeds"] = [flags.pop("fold")], [flags.pop("seed")]
     return flags | {"magnification": [run.magnification]}
 

@@ -104,6 +104,7 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         "output_dir",
         "config",
         "resume",
+        "overwrite",
         "variant",
         "fold",
         "seed",
@@ -196,6 +197,7 @@ def test_the_content_of_a_checkpoint_is_recorded_and_compared(tmp_path, capsys):
         (["--config", "\0"], "argument --config: must be a path, which has no NUL character, got"),
         (["--output-dir", __file__], "argument --output-dir: must be a directory, got the file"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--overwrite", "--resume"], "argument --overwrite: not allowed with argument --resume"),
         (["--checkpoint-sha256", "0" * 63], "argument --checkpoint-sha256: must be 64 hexadecimal digits, got '000"),
         (["--checkpoint-sha256", "0" * 64], "argument --checkpoint-sha256: not allowed without argument --checkpoint-"),
         (
