@@ -442,6 +442,12 @@ def change(*keys: str, value: object) -> Callable[[Path], None]:
         (change("pretrained_cfg", "std", value=[0, 1, 1]), "config.json must have std of 3 positive numbers"),
         (change("pretrained_cfg", "input_size", value=[3, 8, 8]), "config.json must have input_size"),
         (change("pretrained_cfg", "input_size", value=[3, 10**6, 10**6]), "config.json must have input_size"),
+        (change("pretrained_cfg", "crop_pct", value=0), "config.json must have crop_pct from 0.5 to 1, got 0"),
+        (
+            change("pretrained_cfg", "crop_mode", value="Center"),
+            "config.json must have crop_mode of border, ",
+        ),
+        (change("num_classes", value=float("nan")), "config.json must have finite numbers, got nan in num_classes"),
         (cut, "model.safetensors must "),
     ],
 )
