@@ -67,7 +67,7 @@ def test_a_file_that_is_nested_deeply_is_looked_through(tmp_path):
     path = write(tmp_path)
     depth = 800
     path.write_text(json.dumps(CONFIG)[:-1] + f', "model_args": {"[" * depth}NaN{"]" * depth}}}')
-    with pytest.raises(ValueError, match="config.json must have finite numbers, got nan in model_args$"):
+    with pytest.raises(ValueError, match=r"config.json must have finite numbers, got nan in model_args$"):
         read_config(path)
 
 
