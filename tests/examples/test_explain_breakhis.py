@@ -437,8 +437,11 @@ def test_branches_have_different_names():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--images-per-class", "0"], "argument --images-per-class: must be at least 1, got 0"),
-        (["--max-gate-images", "-3"], "argument --max-gate-images: must be at least 1, got -3"),
+        *(
+            ([flag, str(value)], f"argument {flag}: must be from 1 to 1000000, got {value}")
+            for flag in ("--images-per-class", "--max-gate-images")
+            for value in (0, -3, 10**6 + 1, 10**30)
+        ),
         (["--device", "abacus"], "argument --device: must be 'auto' or a device of this machine, got 'abacus'"),
     ],
 )

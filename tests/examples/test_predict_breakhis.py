@@ -205,8 +205,14 @@ def test_a_model_without_maps_is_refused_before_it_runs(checkpoint, images, tmp_
         ({"--cam-dir": "images/cams"}, "argument --cam-dir: must not lie below --images"),
         ({"--output": "/proc/out.csv"}, "argument --output: must be in a writable folder, got '/proc'"),
         ({"--cam-dir": "/proc/cams"}, "argument --cam-dir: must be in a writable folder, got '/proc/cams'"),
-        ({"--batch-size": "0"}, "argument --batch-size: must be at least 1, got 0"),
-        ({"--num-workers": "-1"}, "argument --num-workers: must be at least 0, got -1"),
+        *(
+            ({"--batch-size": str(value)}, f"argument --batch-size: must be from 1 to 1000000, got {value}")
+            for value in (0, 10**6 + 1, 10**30)
+        ),
+        *(
+            ({"--num-workers": str(value)}, f"argument --num-workers: must be from 0 to 256, got {value}")
+            for value in (-1, 257, 10**6)
+        ),
         ({"--device": "abacus"}, "argument --device: must be 'auto' or a device of this machine, got 'abacus'"),
     ],
 )
