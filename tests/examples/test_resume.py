@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,52 +18,35 @@ from breakhis.training.state import load_state, save_state
 from safetensors.torch import load_file, save_file
 from train_breakhis import main
 
+from tests.support.fork_server import fork_server, run_and_signal
 from tests.support.hub import needs_local_dir
 from tests.support.locks import lock_holder
-from tests.support.runs import SMALL, heed_interrupts, launch, read_rows
+from tests.support.runs import NARROW, SMALL, read_rows
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ["--img-size", "32", "--epochs", "4", "--num-workers", "0", "--num-folds", "3", "--drop-path", "0.2"]
-RECIPE += ["--mixup", "0.3", "--ema-decay", "0.9", "--stain-jitter", "0.2", "--lr", "1e-3", "--resume"]
+RECIPE += [*NARROW, "--mixup", "0.3", "--ema-decay", "0.9", "--stain-jitter", "0.2", "--lr", "1e-3", "--resume"]
 
 
-def run_and_signal(arguments: list[str], wait_for: Path, seconds: float, number: int) -> tuple[int, str]:
-    """Return exit status and errors of a run that gets a signal some seconds after it has written a file."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / "train_breakhis.py"), *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
-    deadline = time.monotonic() + 120
-    while not wait_for.is_file() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(seconds)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
-
-
-def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
-    """Return the exit status of a run in a process that is killed after some seconds of training."""
-    status, errors = run_and_signal(arguments, out / "config.yaml", seconds, signal.SIGKILL)
-    assert status in (0, -signal.SIGKILL), errors
-    return status
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen]:
+    with fork_server() as process:
+        yield process
 
 
 @pytest.mark.slow
 @needs_local_dir
-def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been_killed(synthetic_tree, tmp_path):
+def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been_killed(server, synthetic_tree, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start = time.monotonic()
     main(["--data-dir", str(synthetic_tree), "--output-dir", str(whole), *RECIPE])
     duration = time.monotonic() - start
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(broken), *RECIPE]
-    moments = duration * torch.rand(3, generator=torch.Generator().manual_seed(0))
-    statuses = [run_and_kill(arguments, broken, seconds) for seconds in moments.tolist()]
+    moments = duration * torch.rand(4, generator=torch.Generator().manual_seed(0)).sort().values
+    statuses = []
+    for seconds in moments.tolist():
+        status, errors = run_and_signal(server, arguments, tmp_path / "errors", seconds, signal.SIGKILL)
+        assert status in (0, -signal.SIGKILL), errors
+        statuses.append(status)
     assert -signal.SIGKILL in statuses
     main(arguments)
     main(arguments)  # finished: there is nothing left to do
@@ -298,23 +280,13 @@ def test_a_folder_in_use_is_refused_before_anything_is_written(synthetic_tree, t
 @needs_local_dir
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_says_what_is_saved_and_leaves_no_lock(synthetic_tree, tmp_path, number, code):
+def test_a_signal_says_what_is_saved_and_leaves_no_lock(server, synthetic_tree, tmp_path, number, code):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL]
     arguments += ["--epochs", "500", "--model", "test_convnext", "--num-workers", "1"]
-    status, errors = run_and_signal(arguments, tmp_path / "state.pt", 0.1, number)
+    status, errors = run_and_signal(server, arguments, tmp_path / "errors", 0.1, number, after=tmp_path / "state.pt")
     word = {143: "terminated", 130: "interrupted"}[code]
     sentence = f"{tmp_path} has every complete epoch; the same command with --resume goes on from there"
     assert (status, errors.splitlines()[-1]) == (code, f"train_breakhis.py: {word}; {sentence}")
     assert "Traceback" not in errors
     assert not (tmp_path / "run.lock").exists()
     assert load_state(tmp_path / "state.pt", ["history"])["history"]
-
-
-@needs_local_dir
-@pytest.mark.slow
-def test_all_processes_stop_when_the_folder_is_in_use(synthetic_tree, tmp_path):
-    with lock_holder(tmp_path) as holder:
-        process = launch(tmp_path, 2, "--data-dir", str(synthetic_tree), *SMALL)
-    assert process.returncode != 0
-    message = f"train_breakhis.py: error: --output-dir {tmp_path} must not be in use, but process {holder.pid} on "
-    assert process.stderr.count(message) == 2

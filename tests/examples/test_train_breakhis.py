@@ -21,8 +21,9 @@ from PIL import Image
 from train_breakhis import main
 
 from tests.support.hub import needs_local_dir
+from tests.support.locks import lock_holder
 from tests.support.pages import python_blocks, run_block
-from tests.support.runs import SMALL, SUBTYPES, launch, load_input, load_with_timm, read_rows
+from tests.support.runs import NARROW, SMALL, SUBTYPES, launch, load_input, load_with_timm, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
 ROOT = Path(__file__).parents[2]
@@ -193,7 +194,7 @@ def test_a_run_repeats_itself(run, synthetic_tree, tmp_path):
 def test_the_image_protocol_warns_and_is_named_with_its_scores(
     synthetic_tree, tmp_path, leak_checker, caplog, capsys, with_figures
 ):
-    arguments = ["--protocol", "image", *SMALL]
+    arguments = ["--protocol", "image", *SMALL, *NARROW]
     with with_figures():
         main(["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *arguments])
     assert_figures(tmp_path)
@@ -243,40 +244,37 @@ def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, lea
     assert any("best = last epoch" in message for message in caplog.messages)
 
 
-def test_two_processes_do_the_same_as_one(
+def test_two_processes_do_the_same_as_one_and_both_stop_at_a_folder_in_use(
     synthetic_tree, tmp_path, leak_checker, monkeypatch, capsys, another_accelerator
 ):
-    arguments = [
-        "--data-dir",
-        str(synthetic_tree),
-        *TWO_EPOCHS,
-        "--batch-size",
-        "6",
-        "--class-weights",
-        "--ema-decay",
-        "0.9",
-    ]
-    arguments += ["--grad-accum-steps", "2"]
+    """Launch them once, since that takes long: for two folds, of which the folder of the second is in use."""
+    arguments = ["--data-dir", str(synthetic_tree), *TWO_EPOCHS, *NARROW, "--batch-size", "6", "--class-weights"]
+    arguments += ["--ema-decay", "0.9", "--grad-accum-steps", "2"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     main([*arguments, "--output-dir", str(tmp_path / "1")])
-    process = launch(tmp_path / "2", 2, *arguments)
-    assert process.returncode == 0, process.stderr
+    folders = [tmp_path / f"2/runs/kfde_convnextv2_atto-100X-fold{fold}-seed0" for fold in range(2)]
+    with lock_holder(folders[1]) as holder:
+        process = launch(tmp_path / "2", 2, *arguments, "--folds", "0", "1")
+    message = f"train_breakhis.py: error: --output-dir {folders[1]} must not be in use, but process {holder.pid} on "
+    assert process.returncode != 0
+    assert process.stderr.count(message) == 2
+    assert list(folders[1].iterdir()) == []
+
     for text in (capsys.readouterr().out, process.stdout):
         assert text.count("patient protocol, fold 0 of 3") == 1
-    one, two = (assert_consistent(tmp_path / name, synthetic_tree, leak_checker) for name in ("1", "2"))
+    one, two = (assert_consistent(folder, synthetic_tree, leak_checker) for folder in (tmp_path / "1", folders[0]))
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert sum(two["n_images"].values()) == 48
     for before, after in zip(one["history"], two["history"], strict=True):
         assert before == pytest.approx(after, rel=1e-3)
-    for before, after in zip(
-        read_rows(tmp_path / "1/predictions.csv"), read_rows(tmp_path / "2/predictions.csv"), strict=True
-    ):
+    tables = (read_rows(folder / "predictions.csv") for folder in (tmp_path / "1", folders[0]))
+    for before, after in zip(*tables, strict=True):
         assert before["file"] == after["file"]
         assert float(before["prob_benign"]) == pytest.approx(float(after["prob_benign"]), abs=1e-3)
 
 
 def test_accumulated_batches_equal_one_batch(synthetic_tree, tmp_path, another_accelerator):
-    arguments = ["--data-dir", str(synthetic_tree), *TWO_EPOCHS, "--output-dir"]
+    arguments = ["--data-dir", str(synthetic_tree), *TWO_EPOCHS, *NARROW, "--output-dir"]
     (one_batch,) = main([*arguments, str(tmp_path / "whole"), "--batch-size", "8"])
     AcceleratorState._reset_state()
     (two_batches,) = main([*arguments, str(tmp_path / "parts"), "--batch-size", "4", "--grad-accum-steps", "2"])
@@ -354,7 +352,7 @@ def test_shuffled_labels_give_chance(synthetic_tree, tmp_path):
 
 def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, capsys):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *TWO_EPOCHS, "--img-size", "32"]
-    arguments += ["--ablation", "--folds", "0", "1", "--epochs", "1", "--resume"]
+    arguments += [*NARROW, "--ablation", "--folds", "0", "1", "--epochs", "1", "--resume"]
     runs = main(arguments)
     assert len(runs) == 8
     tables = (tmp_path / "results.md").read_text()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
+NARROW = ["--model-kwargs", "{depths: [1, 1, 1, 1], dims: [16, 32, 48, 64]}"]
+"""A KFDE model with every part, which trains in a quarter of the time."""
 BINARY, SUBTYPES = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
 
 
