@@ -15,6 +15,8 @@ from breakhis.results.intervals import bootstrap
 from filelock import FileLock
 from PIL import Image
 
+from tests.support.predictions import save_checkpoint, write_images
+
 DRAW_FIGURES = train_breakhis.draw_figures
 
 
@@ -48,6 +50,16 @@ def synthetic_tree(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> 
                     image.reduce(2).save(path)
             part.rename(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), "kfde_convnextv2_atto")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from train_breakhis import main as train
 
 from tests.support.hub import hub_in_folder, needs_local_dir
 from tests.support.pages import python_blocks, run_block
-from tests.support.runs import SMALL, read_rows
+from tests.support.runs import SMALL, contents, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # a model is trained first
 REPO_ID = "someone/kfde"
@@ -51,10 +51,6 @@ def hub(tmp_path, monkeypatch):
     """A folder in the place of the repository on the Hub, and the calls to the Hub."""
     calls = hub_in_folder(tmp_path, monkeypatch, "push_to_hub")
     return SimpleNamespace(folder=tmp_path / REPO_ID, calls=calls)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
