@@ -105,11 +105,12 @@ def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_p
 def assert_keeps_a_finished_run(arguments: list[str], out: Path, monkeypatch) -> None:
     """Check that a finished run is replaced with --overwrite alone; leave a run that is not finished."""
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    monkeypatch.setattr("breakhis.training.fit.train_one_epoch", stop)
+    monkeypatch.setattr("breakhis.training.fit.train_one_epoch", lambda *args: pytest.fail("trained"))
     message = rf"^train_breakhis.py: error: --output-dir must have no finished run, got {out} with metrics.json: \S+"
     with pytest.raises(SystemExit, match=message):
         main(arguments)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr("breakhis.training.fit.train_one_epoch", stop)
     with pytest.raises(KeyboardInterrupt) as stopped:
         main([*arguments, "--overwrite"])
     (note,) = stopped.value.__notes__
