@@ -1,7 +1,8 @@
 """Fixtures of the tests of the examples."""
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,13 @@ def no_sync():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("breakhis.files.fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_log_level() -> Iterator[None]:
+    """Undo the level of the log that scripts set for the whole process, so that the order of tests does not matter."""
+    yield
+    logging.getLogger("breakhis").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
