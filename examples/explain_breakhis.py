@@ -26,7 +26,7 @@ from breakhis.results.outputs import check_not_inputs, check_table
 from breakhis.results.report import describe_protocol
 from breakhis.results.study import group_runs
 from breakhis.training.argument_types import Parser, number, path, torch_device
-from breakhis.training.checkpoints import FILES, eval_transform, load_model
+from breakhis.training.checkpoints import FILES, check_checkpoint, eval_transform, load_model
 from breakhis.training.flags import ABLATION
 from PIL import Image
 from torch import nn
@@ -91,7 +91,7 @@ def find_runs(out: Path, data_dir: Path | None) -> list[dict[str, Any]]:
 
 
 def check_files(runs: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]], study: Path, out: Path) -> None:
-    """Refuse a run that is shown and has no model, and an output that would replace an input.
+    """Refuse a run that is shown without the model that it has scored, and an output that would replace an input.
 
     Args:
         runs: All runs, from `find_runs`.
@@ -106,6 +106,8 @@ def check_files(runs: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]],
     for file in models:
         if not file.is_file():
             raise ValueError(f"{str(file)!r} must be a file of a finished run, got none")
+    for run in shown:
+        check_checkpoint(run["folder"] / "best", run["best_sha256"])
     images = [run["data_dir"] / row["file"] for run in runs for row in run["predictions"]]
     tables = [run["folder"] / name for run in runs for name in ("metrics.json", "predictions.csv")]
     check_table(out / "decisions.csv", COLUMNS)

@@ -25,7 +25,7 @@ from breakhis.files import real_path, write_atomically, write_csv
 from breakhis.names import printable
 from breakhis.results.explain import as_picture, cam_target, grad_cam, overlay
 from breakhis.results.outputs import check_not_inputs, check_outside, check_table, overlay_paths
-from breakhis.training.argument_types import Parser, number, torch_device
+from breakhis.training.argument_types import MAX_WORKERS, Parser, number, torch_device
 from breakhis.training.argument_types import path as path_type
 from breakhis.training.checkpoints import eval_transform, load_model
 from breakhis.training.finite import check_scores
@@ -58,7 +58,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="images per step")
     parser.add_argument(
-        "--num-workers", type=number(int, 0), default=2, help="processes that load images; 0: the main process does"
+        "--num-workers",
+        type=number(int, 0, MAX_WORKERS),
+        default=2,
+        help=f"processes that load images, at most {MAX_WORKERS}; 0: the main process does",
     )
     parser.add_argument("--device", type=torch_device, default="auto", help="such as cpu or cuda:1")
     args = parser.parse_args(argv)

@@ -122,7 +122,7 @@ def _licence_words(licence: str) -> str:
 def _start(flags: dict[str, Any]) -> str:
     """Name the weights that training started from."""
     if flags["checkpoint_path"] is not None:
-        return "a checkpoint"
+        return f"a checkpoint with SHA-256 {in_markdown(flags['checkpoint_sha256'])}"
     return "the ImageNet weights that timm has for the backbone" if flags["pretrained"] else "random weights"
 
 

@@ -45,7 +45,7 @@ from breakhis.training.fit import fit
 from breakhis.training.flags import SOURCES
 from breakhis.training.lock import lock_folder
 from breakhis.training.options import expand, parse_args, recorded
-from breakhis.training.resume import METRICS, begin, find_finished, identify
+from breakhis.training.resume import METRICS, begin, find_finished, identify, refuse_finished
 from breakhis.training.state import STATE
 from torch.utils.data import DataLoader
 
@@ -149,8 +149,8 @@ def run_once(
         hashes: SHA-256 of each image at the start.
 
     Raises:
-        ValueError: The run would go on with other flags or images than it was started with, or something changed its
-            images or its checkpoint meanwhile.
+        ValueError: The run would go on with other flags or images than it was started with, or something changed what
+            it reads or its checkpoint meanwhile.
     """
     out, classes, flags = args.output_dir, SOURCES[args.dataset].classes[args.task], recorded(args)
     rows = split_rows(split, data_dir, hashes)
@@ -172,7 +172,8 @@ def run_once(
     data = ImageDataset(scored, args.task, classes, eval_transform(model))
     loader = accelerator.prepare(DataLoader(data, batch_size=args.batch_size, num_workers=args.num_workers))
     probabilities = predict(accelerator, model, loader, out / "best").softmax(1).tolist()
-    check_images(accelerator, [record.path for part in split.parts().values() for record in part], hashes)
+    inputs = {record.path: hashes[record.path] for part in split.parts().values() for record in part}
+    check_inputs(accelerator, inputs | ({args.checkpoint_path: args.checkpoint_sha256} if args.checkpoint_path else {}))
 
     metrics = describe_run(args, accelerator, split) | {"best_epoch": progress.best_epoch, "history": progress.history}
     metrics |= {"best_sha256": progress.best_files}
@@ -190,16 +191,20 @@ def run_once(
     return metrics
 
 
-def check_images(accelerator: Accelerator, paths: Sequence[Path], hashes: Mapping[Path, str]) -> None:
-    """Refuse to score a run whose images changed since its start.
+def check_inputs(accelerator: Accelerator, hashes: Mapping[Path, str]) -> None:
+    """Refuse to score a run whose images, or the weights that it started from, changed since its start.
+
+    Args:
+        accelerator: Holds the other processes.
+        hashes: SHA-256 of each file at the start.
 
     Raises:
-        ValueError: An image was replaced, changed or removed; the message names the first one.
+        ValueError: A file was replaced, changed or removed; the message names the first one.
     """
-    changed = changed_files({path: hashes[path] for path in paths}) if accelerator.is_main_process else []
+    changed = changed_files(hashes) if accelerator.is_main_process else []
     (changed,) = broadcast_object_list([changed])
     if changed:
-        raise ValueError(f"the images must not change during a run, but {len(changed)} did, such as {changed[0]}")
+        raise ValueError(f"files that a run reads must not change meanwhile, but {len(changed)} did: {changed[0]}")
 
 
 def draw_figures(
@@ -239,9 +244,10 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
     """Find the images, do each run that the flags ask for, and write the tables of a study."""
-    scaler = copy.deepcopy(accelerator.scaler)
+    scaler, runs = copy.deepcopy(accelerator.scaler), expand(args)
+    if not args.resume and not args.overwrite:
+        refuse_finished([run.output_dir for run in runs])
     data_dir, records = find_records(args, accelerator)
-    runs = expand(args)
     splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
     (hashes,) = broadcast_object_list(
         [hash_files(record.path for record in records) if accelerator.is_main_process else {}]
@@ -280,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         with locked(args.output_dir, accelerator):
             results = run_all(args, accelerator)
     except KeyboardInterrupt as stop:
-        stop.add_note(f"{args.output_dir} has every complete epoch; the same command with --resume goes on from there")
+        flag = "--resume instead of --overwrite" if args.overwrite else "--resume"
+        stop.add_note(f"{args.output_dir} has every complete epoch; the same command with {flag} goes on from there")
         raise
     accelerator.end_training()
     return results

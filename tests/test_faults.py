@@ -21,8 +21,10 @@ def test_every_file_with_code_has_faults():
     sizes = {f"fused/{family}/cuda/{name}.py" for family in ("csfe", "mfdf") for name in ("tiling", "launch")}
     assert without <= {f"kfde_layers/{name}" for name in declarations | sizes | {"fused/mfdf/cuda/strips.py"}}
     assert len(FAULTS) >= 120
-    assert {fault.file.split("/")[2] for fault in FAULTS if fault.file.startswith("examples")} == {
-        "data",
-        "results",
-        "training",
-    }
+    rooms = {fault.file.split("/")[2] for fault in FAULTS if fault.file.startswith("examples/breakhis")}
+    assert rooms == {"data", "results", "training", "files.py"}
+
+
+@pytest.mark.parametrize("script", ["train_breakhis", "predict_breakhis", "explain_breakhis", "push_to_hub"])
+def test_every_script_has_faults(script):
+    assert sum(fault.file == f"examples/{script}.py" for fault in FAULTS) >= 2

@@ -13,6 +13,12 @@ from typing import Any
 # in full width. A quote in front marks such a cell as text. A text that begins with a quote is marked too, so that
 # it can be told from those.
 _MARKED = (*"=+-@\t\r\n\uff1d\uff0b\uff0d\uff20", "'")
+# A spreadsheet of a country that writes 0,5 takes ; for the end of a cell, and some take a tab. Quotation marks do not
+# help, since there the cell does not begin where they begin. So the rest of a text after ; is marked like a cell of its
+# own. It is also marked if it begins with a quotation mark, which such a reader may drop, and if there is none, since
+# our own quotation mark follows.
+_INNER = re.compile(rf"([;\t\r\n])(?=[{re.escape(''.join(_MARKED))}\"]|\Z)")
+_INNER_MARKED = re.compile(r"([;\t\r\n])'")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 # On Linux, the name of a file may hold bytes that are no UTF-8. They are written and read as they are.
@@ -59,11 +65,21 @@ def real_path(path: Path) -> Path:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write at least one row; None becomes an empty cell.
 
-    A text that a spreadsheet would run as a formula gets a quote in front, which `read_csv` takes away again. Numbers
-    stay numbers.
+    A text that a spreadsheet would run as a formula gets a quote in front, and so does such a text after a semicolon, a
+    tab or a line break; `read_csv` takes the quotes away again. Numbers stay numbers, except those with a sign in the
+    first column, which other cells could continue to a formula.
+
+    Raises:
+        ValueError: A text has a NUL character. No name has one, and many readers take it for the end of the file.
     """
     names = list(rows[0])
-    table = [{key: _mark(value) for key, value in row.items()} for row in (dict(zip(names, names, strict=True)), *rows)]
+    table = [
+        {key: _mark(value, is_first=key == names[0]) for key, value in row.items()}
+        for row in (dict(zip(names, names, strict=True)), *rows)
+    ]
+    for cell in (cell for row in table for cell in row.values()):
+        if "\0" in cell:
+            raise ValueError(f"{path} must be a table of texts without a NUL character, got {cell!r:.60}")
     # Before 3.13, Python does not quote a cell with a carriage return, and then reads that as the end of the row.
     has_return = any("\r" in cell for row in table for cell in row.values())
 
@@ -88,12 +104,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
 
 
-def _mark(value: object) -> str:
+def _mark(value: object, is_first: bool) -> str:
     """Return the cell of a value, which no spreadsheet takes for a formula."""
     text = "" if value is None else str(value)
-    return f"'{text}" if text.startswith(_MARKED) and not _NUMBER.fullmatch(text) else text
+    is_marked = text.startswith(_MARKED) and (is_first or not _NUMBER.fullmatch(text))
+    return "'" * is_marked + _INNER.sub(r"\1'", text)
 
 
 def _unmark(cell: str) -> str:
     """Return the text of a cell from `_mark`."""
-    return cell.removeprefix("'")
+    return _INNER_MARKED.sub(r"\1", cell.removeprefix("'"))

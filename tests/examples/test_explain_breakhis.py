@@ -1,42 +1,23 @@
-import json
-import os
-import shutil
+"""The figures and the table of a study that was trained, against the equations and timm alone."""
+
 from pathlib import Path
 
-import explain_breakhis
 import numpy as np
 import pytest
-import timm
 import torch
 import train_breakhis
-from breakhis.files import read_csv, write_csv
 from breakhis.results.explain import as_picture, grad_cam, overlay
-from breakhis.training.checkpoints import save_model
-from explain_breakhis import branch_names, find_runs, main
 from PIL import Image
 from torch.nn import functional as F
 
-from kfde_layers import MFDF
+from tests.support.explained import explain
 from tests.support.hub import needs_local_dir
 from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # four models are trained first
-DRAWINGS = {name: getattr(explain_breakhis, name) for name in ("draw_cam_panels", "draw_gates", "draw_branch_weights")}
+
+
 DPI = 150
-
-
-def run_script(out: Path, *more: str) -> tuple[int, dict[str, tuple]]:
-    """Run the script; return its exit code, and the arguments that each file was drawn from."""
-    drawn = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, function in DRAWINGS.items():
-
-            def keep(*args, function=function):
-                drawn[args[-1].name] = args[:-1]
-                function(*args)
-
-            patch.setattr(explain_breakhis, name, keep)
-        return main(["--runs", str(out), "--device", "cpu", *more]), drawn
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +32,7 @@ def study(synthetic_tree, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(study) -> dict[str, tuple]:
-    code, drawn = run_script(study)
+    code, drawn = explain(study)
     assert code == 0
     return drawn
 
@@ -160,7 +141,7 @@ def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
 
 def test_flags_limit_the_images(study, tmp_path):
     flags = ["--output-dir", str(tmp_path / "figures"), "--images-per-class", "2", "--max-gate-images", "6"]
-    code, drawn = run_script(study, *flags)
+    code, drawn = explain(study, *flags)
     assert code == 0
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {*drawn, "decisions.csv"}
     panels, title = drawn["cam-100X.png"]
@@ -172,255 +153,3 @@ def test_flags_limit_the_images(study, tmp_path):
     means, _, title = drawn["gates-KFDE-100X.png"]
     assert f"on 6 of {len(tested)} test images" in title
     assert np.isfinite(means).all(axis=1).sum() >= 4  # of several classes: they are not the first six of the list
-
-
-def test_missing_images_are_an_error(study, tmp_path, caplog):
-    code, drawn = run_script(study, "--output-dir", str(tmp_path / "figures"), "--data-dir", str(tmp_path))
-    assert (code, drawn) == (2, {})
-    assert f"error: path must be an image file, got '{tmp_path}/BreaKHis_v1/" in caplog.text
-    code, drawn = run_script(study, "--output-dir", str(tmp_path / "figures"), "--data-dir", str(tmp_path / "nowhere"))
-    assert (code, drawn) == (2, {})
-    assert f"got {str(tmp_path / 'nowhere')!r}" in caplog.text
-
-
-@pytest.fixture
-def make_run(study, tmp_path):
-    """Make a finished run from that of the baseline, with an untrained model of timm or none."""
-
-    def make(model: str | None, variant: str, fold: int = 0, seed: int = 0, **arguments) -> Path:
-        source = study / "runs/baseline-100X-fold0-seed0"
-        folder = tmp_path / "out" / "runs" / f"{variant}-100X-fold{fold}-seed{seed}"
-        folder.mkdir(parents=True)
-        shutil.copy(source / "predictions.csv", folder)
-        metrics = json.loads((source / "metrics.json").read_text())
-        metrics |= {"variant": variant, "fold": fold, "seed": seed}
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-        if model is not None:
-            config = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center"}
-            torch.manual_seed(0)
-            net = timm.create_model(model, num_classes=len(SUBTYPES), pretrained_cfg_overlay=config, **arguments)
-            save_model(net, folder / "best", SUBTYPES, arguments)
-        return folder
-
-    return make
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the files below a folder, by name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def other_table(run: Path) -> None:
-    (run / "explain").mkdir()
-    (run / "explain/decisions.csv").write_text("a,b\n")
-
-
-@pytest.fixture
-def nothing_computed(monkeypatch):
-    """Fail if a model is loaded."""
-    monkeypatch.setattr(explain_breakhis, "load_model", lambda folder: pytest.fail("loaded a model"))
-
-
-@pytest.mark.usefixtures("nothing_computed")
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda run: (run / "metrics.json").write_text("{"), "metrics.json must be a mapping in JSON"),
-        (lambda run: (run / "metrics.json").write_text("{}"), "metrics.json must be written by train_breakhis.py"),
-        (lambda run: (run / "metrics.json").write_bytes(b"\xff"), "metrics.json must be a mapping in JSON"),
-        (lambda run: (run / "predictions.csv").write_text("file\na.png\n"), "predictions.csv must have a value for"),
-        (lambda run: (run / "predictions.csv").unlink(), " must be the folder of a finished run, with predictions.csv"),
-        (lambda run: shutil.rmtree(run / "best"), "best/config.json' must be a file of a finished run, got none"),
-        (lambda run: (run / "best/model.safetensors").unlink(), "best/model.safetensors' must be a file of a finished"),
-        (lambda run: (run / "results.json").write_text("[1]"), "results.json must be a mapping in JSON"),
-        (
-            lambda run: (run / "explain").mkdir() or (run / "explain/decisions.csv").write_text("a,b\n"),
-            "decisions.csv'",
-        ),
-    ],
-)
-def test_what_is_wrong_with_a_run_is_named_before_a_model_is_loaded(make_run, caplog, damage, message):
-    run = make_run("resnet10t", "resnet")
-    damage(run)
-    before = contents(run)
-    assert run_script(run) == (2, {})
-    (line,) = caplog.messages
-    assert line.startswith("error: ")
-    assert message in line
-    assert line.isprintable()
-    assert contents(run) == before
-
-
-@pytest.mark.usefixtures("nothing_computed")
-@pytest.mark.parametrize("link", [lambda target, path: os.link(target, path), os.symlink], ids=["hard", "soft"])
-@pytest.mark.parametrize("name", ["cam-100X.png", "gates-KFDE-100X.png", "branches-KFDE-100X.png"])
-@pytest.mark.parametrize("target", ["image", "best/model.safetensors", "metrics.json"])
-def test_no_input_is_replaced_by_a_figure(make_run, synthetic_tree, caplog, link, name, target):
-    run = make_run("resnet10t", "resnet")
-    (run / "explain").mkdir()
-    image = synthetic_tree / read_rows(run / "predictions.csv")[-1]["file"]
-    link(image if target == "image" else run / target, run / "explain" / name)
-    before = contents(run)
-    assert run_script(run) == (2, {})
-    assert f"error: must not replace an input, got '{run}/explain/{name}', which is the file '" in caplog.text
-    assert contents(run) == before
-
-
-def test_names_of_a_run_stay_in_the_folder_and_off_the_terminal(make_run, caplog):
-    run = make_run("resnet10t", "resnet")
-    metrics = json.loads((run / "metrics.json").read_text())
-    metrics |= {"variant": "../\x1b[31m$x^{$" + "x" * 300, "magnification": "../../40X\n"}
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    rows = read_csv(run / "predictions.csv")
-    write_csv(run / "predictions.csv", [row | {"patient": os.fsdecode(b"f\xe4\n")} for row in rows])
-    before = set(contents(run.parents[2]))
-    code, drawn = run_script(run)
-    assert code == 0
-    (name,) = written_files(run)
-    assert drawn[name][0][0].label.endswith(r"patient f\udce4\n")
-    assert name.startswith("cam-.._.._40X_-")
-    assert set(contents(run.parents[2])) - before == {f"out/runs/{run.name}/explain/{name}"}
-    assert all(message.isprintable() for message in caplog.messages)
-    assert any(r"\x1b[31m$x" in message for message in caplog.messages)
-
-
-def test_a_model_with_other_classes_than_its_run_is_refused(make_run, caplog):
-    run = make_run("resnet10t", "resnet")
-    config = json.loads((run / "best/config.json").read_text())
-    config["label_names"] = config["label_names"][::-1]
-    (run / "best/config.json").write_text(json.dumps(config))
-    assert run_script(run) == (2, {})
-    assert f"error: {run}/best must have the classes of its run, ['A', 'F'," in caplog.text
-
-
-def written_files(out: Path) -> set[str]:
-    return {path.name for path in (out / "explain").iterdir()}
-
-
-def test_the_images_are_chosen_by_name_and_not_by_row(make_run, drawn):
-    run = make_run("resnet10t", "resnet")
-    header, *rows = (run / "predictions.csv").read_text().splitlines()
-    assert rows[::-1] != sorted(rows)
-    (run / "predictions.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
-    code, drawn_again = run_script(run)
-    assert code == 0
-    panels, expected = drawn_again["cam-100X.png"][0], drawn["cam-100X.png"][0]
-    assert [panel.label for panel in panels] == [panel.label for panel in expected]
-    assert [panel.picture.tobytes() for panel in panels] == [panel.picture.tobytes() for panel in expected]
-
-
-def test_a_model_without_kfde_has_only_panels(make_run, caplog):
-    out = make_run("resnet10t", "resnet").parents[1]
-    code, _ = run_script(out)
-    assert code == 0
-    assert written_files(out) == {"cam-100X.png"}
-    assert "resnet at 100X has no KFDE layer, so no gates and branches" in caplog.messages
-
-
-def test_a_model_without_maps_is_left_out_of_the_panels(make_run, caplog):
-    mixer = {"img_size": 64}
-    make_run("mixer_s32_224", "a-mixer", **mixer)
-    out = make_run("resnet10t", "resnet").parents[1]
-    code, drawn = run_script(out)
-    assert code == 0
-    assert list(drawn["cam-100X.png"][0][0].overlays) == ["resnet"]
-    assert any(
-        message.startswith("a-mixer is left out of cam-100X.png: model must have") for message in caplog.messages
-    )
-    shutil.rmtree(out / "explain")
-    shutil.rmtree(out / "runs/resnet-100X-fold0-seed0")
-    assert run_script(out) == (2, {})
-    assert f"--runs must have a model with a feature map or KFDE layers, got none in {out}" in caplog.text
-
-
-def test_a_single_run_and_several_stages(make_run, tmp_path):
-    run = make_run(
-        "kfde_convnextv2_atto", "KFDE", kfde_stages=[2, 3], mfdf={"kernel_sizes": [3, 3], "dilation": [1, 2]}
-    )
-    code, drawn = run_script(run)
-    assert code == 0
-    stages = ("stages.2", "stages.3")
-    expected = {f"gates-KFDE-100X-{stage}.kfde.csfe.cfe.png" for stage in stages}
-    expected |= {f"branches-KFDE-100X-{stage}.kfde.mfdf.png" for stage in stages}
-    assert written_files(run) == {"cam-100X.png", "decisions.csv", *expected}
-    assert drawn["branches-KFDE-100X-stages.3.kfde.mfdf.png"][2] == ["3 x 3 px", "3 x 3 px, dilation 2 px"]
-    assert {row["module"] for row in read_rows(run / "explain/decisions.csv")} == {
-        f"{stage}.kfde.{name}" for stage in stages for name in ("csfe.cfe", "mfdf")
-    }
-
-
-def test_a_variant_with_other_test_images_is_left_out(make_run, caplog):
-    make_run("resnet10t", "baseline")
-    run = make_run("kfde_convnextv2_atto", "KFDE")
-    header, _, *rest = (run / "predictions.csv").read_text().splitlines()
-    (run / "predictions.csv").write_text("\n".join([header, *rest]) + "\n")
-    code, drawn = run_script(run.parents[1])
-    assert code == 0
-    assert list(drawn["cam-100X.png"][0][0].overlays) == ["baseline"]
-    assert "KFDE is left out of cam-100X.png: it tests other images" in caplog.messages
-    assert f"on {len(rest)} of {len(rest)} test images" in drawn["gates-KFDE-100X.png"][-1]
-
-
-def test_the_first_fold_and_seed_represent_a_variant(make_run):
-    for fold, seed in ((10, 0), (2, 1), (2, 0)):
-        make_run("resnet10t" if (fold, seed) == (2, 0) else None, "resnet", fold, seed)
-    out = make_run("resnet10t", "baseline", 2, 0).parents[1]
-    order = [(run["variant"], run["fold"], run["seed"]) for run in find_runs(out, None)]
-    assert order == [("baseline", 2, 0), ("resnet", 2, 0), ("resnet", 2, 1), ("resnet", 10, 0)]
-    code, drawn = run_script(out)  # it would fail on the runs without a model
-    assert code == 0
-    assert list(drawn["cam-100X.png"][0][0].overlays) == ["baseline", "resnet"]
-
-
-def test_variants_are_in_the_order_of_the_study(make_run):
-    for variant in ("a", "b", "KFDE", "baseline"):
-        out = make_run(None, variant).parents[1]
-    assert [run["variant"] for run in find_runs(out, None)] == ["baseline", "KFDE", "a", "b"]
-    cells = [{"variant": "b"}, {"variant": "KFDE"}, {"variant": "a"}]
-    (out / "results.json").write_text(json.dumps({"cells": cells}))
-    assert [run["variant"] for run in find_runs(out, None)] == ["b", "KFDE", "a", "baseline"]
-
-
-def test_drawn_images_are_searched_next_to_the_runs(make_run, tmp_path):
-    run = make_run(None, "KFDE")
-    metrics = json.loads((run / "metrics.json").read_text()) | {"synthetic": True}
-    metrics["flags"]["data_dir"] = None
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    out = run.parents[1]
-    with pytest.raises(ValueError, match=r"--data-dir must be a directory with .*, got '.*out/synthetic'"):
-        find_runs(out, None)
-    (out / "synthetic").mkdir()
-    assert find_runs(out, None)[0]["data_dir"] == out / "synthetic"
-    assert find_runs(out, tmp_path)[0]["data_dir"] == tmp_path
-
-
-@pytest.mark.parametrize("unfinished", [True, False])
-def test_no_finished_run_is_an_error(tmp_path, caplog, unfinished):
-    out = tmp_path / "out"
-    if unfinished:
-        (out / "runs/KFDE-100X-fold0-seed0").mkdir(parents=True)
-        (out / "runs/KFDE-100X-fold0-seed0/config.yaml").write_text("epochs: 1\n")
-    assert run_script(out) == (2, {})
-    message = "--runs must be a directory with a finished run, which has metrics.json, got"
-    assert f"{message} {str(out)!r}" in caplog.text
-    assert not (out / "explain").exists()
-
-
-def test_branches_have_different_names():
-    layer = MFDF(8, kernel_sizes=(1, 3, 3), dilation=(1, 1, 2))
-    assert branch_names(layer) == ["1 x 1 px", "3 x 3 px", "3 x 3 px, dilation 2 px"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--images-per-class", "0"], "argument --images-per-class: must be at least 1, got 0"),
-        (["--max-gate-images", "-3"], "argument --max-gate-images: must be at least 1, got -3"),
-        (["--device", "abacus"], "argument --device: must be 'auto' or a device of this machine, got 'abacus'"),
-    ],
-)
-def test_wrong_arguments_are_named_with_their_values(tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--runs", str(tmp_path), *flags])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err

@@ -41,6 +41,7 @@ def assert_predictions_match_scores(folder: Path) -> None:
 @needs_local_dir
 def test_a_study_is_run_and_kept(synthetic_tree, tmp_path, monkeypatch):
     flags = {"img_size": 32, "epochs": 1, "num_folds": 3, "folds": [0, 1], "seeds": [0, 1], "num_workers": 0}
+    flags |= {"model_kwargs": {"depths": [1, 1, 1, 1], "dims": [16, 32, 48, 64]}}
     flags |= {"variants": {"plain": {"csfe": False}, "kfde": {}}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(flags))
     monkeypatch.setattr(make_evidence, "STUDIES", tmp_path)

@@ -1,6 +1,7 @@
 """The model of a real run, written to a folder, and pushed to a folder in the place of the Hub."""
 
 import ast
+import hashlib
 import json
 import re
 import shutil
@@ -17,11 +18,12 @@ from train_breakhis import main as train
 
 from tests.support.hub import hub_in_folder, needs_local_dir
 from tests.support.pages import python_blocks, run_block
-from tests.support.runs import SMALL, read_rows
+from tests.support.runs import SMALL, contents, read_rows
 
 pytestmark = [needs_local_dir, pytest.mark.slow]  # a model is trained first
 REPO_ID = "someone/kfde"
-FILES = {"README.md", "config.json", "model.safetensors"}
+MODEL_FILES = ["config.json", "model.safetensors"]
+FILES = {"README.md", *MODEL_FILES}
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +53,6 @@ def hub(tmp_path, monkeypatch):
     return SimpleNamespace(folder=tmp_path / REPO_ID, calls=calls)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")
 def test_the_written_folder_is_the_checkpoint_with_its_card(run, written):
     assert contents(written).keys() == FILES
@@ -73,10 +71,9 @@ def test_the_pushed_files_are_the_written_ones(run, written, hub):
         assert main(["--run", str(run), "--repo-id", REPO_ID, *private]) == 0
         assert contents(hub.folder) == contents(written)
         (hub.folder / "README.md").write_text("of an earlier run")
-    model_only = ["config.json", "model.safetensors"]  # timm has written no card of its own
-    assert hub.calls == [
-        *(("create", True), ("create", False), ("folder", model_only)),
-        *(("create", False), ("create", False), ("folder", model_only)),
+    assert hub.calls == [  # timm has written no card of its own
+        *(("create", True), ("create", False), ("folder", MODEL_FILES)),
+        *(("create", False), ("create", False), ("folder", MODEL_FILES)),
     ]
 
 
@@ -142,7 +139,8 @@ def test_the_licence_is_that_of_the_weights_it_started_from(synthetic_tree, tmp_
     assert ModelCard(card).data.license == "cc-by-nc-4.0"
     rows = {row[0]: row[1:] for row in cells(card)}
     assert rows["licence"] == ["cc-by-nc-4.0: not for commercial use, like the weights that training started from"]
-    assert rows["started from"] == ["a checkpoint"]
+    digest = hashlib.sha256((tmp_path / "imagenet.pth").read_bytes()).hexdigest()
+    assert rows["started from"] == [f"a checkpoint with SHA-256 {digest}"]
 
 
 def test_names_in_the_card_are_no_markup(run, metrics):
@@ -234,9 +232,13 @@ def flip(path: Path) -> None:
         (lambda run: change_metrics(run, best_sha256=None), "metrics.json must be written by .*, got no best_sha256"),
         (lambda run: change_metrics(run, classes=None), "metrics.json must be written by .*, got KeyError.'classes'"),
         (lambda run: change_metrics(run, n_images=3), "metrics.json must be written by .*, got TypeError"),
-        (
-            lambda run: change_metrics(run, best_sha256={}),
-            "best must be the checkpoint that its run wrote, got another",
+        *(
+            (
+                lambda run, hashes=hashes: change_metrics(run, best_sha256=hashes),
+                "best_sha256 must have 64 hexadecimal digits for each of config.json and model.safetensors of .*best, "
+                "got ",
+            )
+            for hashes in ({}, [], 7, "ab" * 32, {"config.json": "ab" * 32}, dict.fromkeys(MODEL_FILES, 3))
         ),
         # The scores of one run must not be published with the weights of another.
         (

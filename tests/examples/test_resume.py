@@ -1,15 +1,16 @@
 """Runs that are killed and go on."""
 
+import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from breakhis.training.checkpoints import check_checkpoint
 from breakhis.training.engine import predict, train_one_epoch
@@ -17,52 +18,35 @@ from breakhis.training.state import load_state, save_state
 from safetensors.torch import load_file, save_file
 from train_breakhis import main
 
+from tests.support.fork_server import fork_server, run_and_signal
 from tests.support.hub import needs_local_dir
 from tests.support.locks import lock_holder
-from tests.support.runs import SMALL, heed_interrupts, launch, read_rows
+from tests.support.runs import NARROW, SMALL, read_rows
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ["--img-size", "32", "--epochs", "4", "--num-workers", "0", "--num-folds", "3", "--drop-path", "0.2"]
-RECIPE += ["--mixup", "0.3", "--ema-decay", "0.9", "--stain-jitter", "0.2", "--lr", "1e-3", "--resume"]
+RECIPE += [*NARROW, "--mixup", "0.3", "--ema-decay", "0.9", "--stain-jitter", "0.2", "--lr", "1e-3", "--resume"]
 
 
-def run_and_signal(arguments: list[str], wait_for: Path, seconds: float, number: int) -> tuple[int, str]:
-    """Return exit status and errors of a run that gets a signal some seconds after it has written a file."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / "train_breakhis.py"), *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
-    deadline = time.monotonic() + 120
-    while not wait_for.is_file() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(seconds)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
-
-
-def run_and_kill(arguments: list[str], out: Path, seconds: float) -> int:
-    """Return the exit status of a run in a process that is killed after some seconds of training."""
-    status, errors = run_and_signal(arguments, out / "config.yaml", seconds, signal.SIGKILL)
-    assert status in (0, -signal.SIGKILL), errors
-    return status
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen]:
+    with fork_server() as process:
+        yield process
 
 
 @pytest.mark.slow
 @needs_local_dir
-def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been_killed(synthetic_tree, tmp_path):
+def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been_killed(server, synthetic_tree, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start = time.monotonic()
     main(["--data-dir", str(synthetic_tree), "--output-dir", str(whole), *RECIPE])
     duration = time.monotonic() - start
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(broken), *RECIPE]
-    moments = duration * torch.rand(3, generator=torch.Generator().manual_seed(0))
-    statuses = [run_and_kill(arguments, broken, seconds) for seconds in moments.tolist()]
+    moments = duration * torch.rand(4, generator=torch.Generator().manual_seed(0)).sort().values
+    statuses = []
+    for seconds in moments.tolist():
+        status, errors = run_and_signal(server, arguments, tmp_path / "errors", seconds, signal.SIGKILL)
+        assert status in (0, -signal.SIGKILL), errors
+        statuses.append(status)
     assert -signal.SIGKILL in statuses
     main(arguments)
     main(arguments)  # finished: there is nothing left to do
@@ -110,11 +94,29 @@ def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_p
     assert not any(path.exists() for path in leftovers)
     assert "resumed after epoch 2" in caplog.messages
     assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3, 4]
-    # Without --resume, the run in this directory starts again.
+    assert_keeps_a_finished_run(arguments[:-1], tmp_path, monkeypatch)
+    # A run that is not finished starts again without --resume.
     epochs.clear()
     monkeypatch.setattr("breakhis.training.fit.train_one_epoch", record)
     main(arguments[:-1])
     assert epochs == [0, 1, 2, 3]
+
+
+def assert_keeps_a_finished_run(arguments: list[str], out: Path, monkeypatch) -> None:
+    """Check that a finished run is replaced with --overwrite alone; leave a run that is not finished."""
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr("breakhis.training.fit.train_one_epoch", lambda *args: pytest.fail("trained"))
+    message = rf"^train_breakhis.py: error: --output-dir must have no finished run, got {out} with metrics.json: \S+"
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr("breakhis.training.fit.train_one_epoch", stop)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        main([*arguments, "--overwrite"])
+    (note,) = stopped.value.__notes__
+    assert note.endswith("the same command with --resume instead of --overwrite goes on from there")
+    assert not (out / "metrics.json").exists()
+    assert not (out / "state.pt").exists()
 
 
 def assert_refuses_what_is_not_of_this_run(arguments: list[str], out: Path, monkeypatch) -> None:
@@ -209,7 +211,7 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
         return scores
 
     monkeypatch.setattr("train_breakhis.predict", replace_image)
-    refused(rf"the images must not change during a run, but 1 did, such as {image}$")
+    refused(rf"files that a run reads must not change meanwhile, but 1 did: {image}$")
     monkeypatch.undo()
     image.write_bytes(content)
 
@@ -228,6 +230,45 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
 
 
 @needs_local_dir
+@pytest.mark.slow
+def test_a_run_does_not_go_on_from_another_file_of_weights(synthetic_tree, tmp_path, monkeypatch):
+    weights, out = tmp_path / "weights.pth", tmp_path / "out"
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(out), *SMALL, "--model", "test_convnext"]
+    arguments += ["--checkpoint-path", str(weights), "--resume"]
+
+    def save(seed: int) -> str:
+        """Write weights; return their hash."""
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_convnext").state_dict(), weights)
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    def refused(message: str) -> None:
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+
+    digests = [save(0), save(1)]
+    other = rf"--resume must go on with .*: checkpoint_sha256, of the content of {weights}, was '{digests[0]}', now '"
+    save(0)
+    with monkeypatch.context() as patch:  # stopped before the first epoch
+        patch.setattr("breakhis.training.fit.train_one_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    save(1)
+    refused(other + digests[1])
+    save(0)
+    with monkeypatch.context() as patch:  # replaced while the run trains
+        patch.setattr("train_breakhis.predict", lambda *arguments: (predict(*arguments), save(1))[0])
+        refused(rf"files that a run reads must not change meanwhile, but 1 did: {weights}$")
+    assert not (out / "metrics.json").exists()
+    assert load_state(out / "state.pt")["identity"]["checkpoint_sha256"] == digests[0]
+    save(0)
+    (metrics,) = main(arguments)
+    assert metrics["flags"]["checkpoint_sha256"] == digests[0]
+    save(1)
+    refused(other + digests[1])  # a finished run too
+
+
+@needs_local_dir
 def test_a_folder_in_use_is_refused_before_anything_is_written(synthetic_tree, tmp_path):
     with lock_holder(tmp_path) as process:
         names = [path.name for path in tmp_path.iterdir()]
@@ -240,23 +281,13 @@ def test_a_folder_in_use_is_refused_before_anything_is_written(synthetic_tree, t
 @needs_local_dir
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_says_what_is_saved_and_leaves_no_lock(synthetic_tree, tmp_path, number, code):
+def test_a_signal_says_what_is_saved_and_leaves_no_lock(server, synthetic_tree, tmp_path, number, code):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL]
     arguments += ["--epochs", "500", "--model", "test_convnext", "--num-workers", "1"]
-    status, errors = run_and_signal(arguments, tmp_path / "state.pt", 0.1, number)
+    status, errors = run_and_signal(server, arguments, tmp_path / "errors", 0.1, number, after=tmp_path / "state.pt")
     word = {143: "terminated", 130: "interrupted"}[code]
     sentence = f"{tmp_path} has every complete epoch; the same command with --resume goes on from there"
     assert (status, errors.splitlines()[-1]) == (code, f"train_breakhis.py: {word}; {sentence}")
     assert "Traceback" not in errors
     assert not (tmp_path / "run.lock").exists()
     assert load_state(tmp_path / "state.pt", ["history"])["history"]
-
-
-@needs_local_dir
-@pytest.mark.slow
-def test_all_processes_stop_when_the_folder_is_in_use(synthetic_tree, tmp_path):
-    with lock_holder(tmp_path) as holder:
-        process = launch(tmp_path, 2, "--data-dir", str(synthetic_tree), *SMALL)
-    assert process.returncode != 0
-    message = f"train_breakhis.py: error: --output-dir {tmp_path} must not be in use, but process {holder.pid} on "
-    assert process.stderr.count(message) == 2

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--img-size", "64", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--num-folds", "3"]
+TWO_EPOCHS = [*SMALL, "--epochs", "2"]
+NARROW = ["--model-kwargs", "{depths: [1, 1, 1, 1], dims: [16, 32, 48, 64]}"]
+"""A KFDE model with every part, which trains in a quarter of the time."""
 BINARY, SUBTYPES = ["benign", "malignant"], ["A", "F", "PT", "TA", "DC", "LC", "MC", "PC"]
 
 
@@ -27,6 +30,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of a CSV file."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files below a folder, by name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def load_with_timm(folder: Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:

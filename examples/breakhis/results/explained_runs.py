@@ -10,6 +10,7 @@ PARTS = {"test": "test", "val": "validation"}
 KINDS = {
     **dict.fromkeys(("dataset", "protocol_in_words", "fold_in_words", "task", "scored_on", "variant"), str),
     **{"magnification": str, "fold": int, "seed": int, "classes": list, "flags": dict, "synthetic": bool},
+    "best_sha256": dict,
 }
 """Types of the entries of `metrics.json` that are used."""
 

@@ -12,7 +12,10 @@ import torch
 from breakhis.mappings import parse_yaml
 from breakhis.names import printable
 
-LARGEST = 1e6
+LARGEST = 10**6
+"""The largest number that a flag takes by default. Libraries fail on much larger ones without naming the flag."""
+MAX_WORKERS = 256
+"""The largest number of processes that load images, twice the cores of a large machine. Each one is started at once."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,14 +26,13 @@ class Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """Make the type of a finite number from `low` to `high`."""
+def number(kind: type, low: float, high: float = LARGEST) -> Callable[[str], Any]:
+    """Make the type of a number from `low` to `high`."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"must be {limit}, got {value}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {value}")
         return value
 
     parse.__name__ = kind.__name__  # argparse prints it, as in "invalid int value"
@@ -38,7 +40,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 
 
 def positive(text: str) -> float:
-    """Parse a number above 0 that the weights' number formats can hold with what they are multiplied by."""
+    """Parse a number above 0, at most `LARGEST`."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {value}")

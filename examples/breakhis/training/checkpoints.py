@@ -1,8 +1,9 @@
 """Build a timm model for histology, and save it so that timm alone can load it again."""
 
 import argparse
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,23 @@ def hash_checkpoint(folder: Path) -> dict[str, str]:
     return {path.name: digest for path, digest in hash_files(folder / name for name in FILES).items()}
 
 
-def check_checkpoint(folder: Path, hashes: Mapping[str, str]) -> None:
+def check_checkpoint(folder: Path, hashes: Any) -> None:
     """Refuse a checkpoint whose files are not those that `hash_checkpoint` has seen.
 
+    Args:
+        folder: Folder of the checkpoint.
+        hashes: What `hash_checkpoint` returned, or what a file holds in its place.
+
     Raises:
-        ValueError: A file is missing or has another content; the message names it.
+        ValueError: `hashes` is no such mapping, or a file is missing or has another content; the message names it.
     """
-    if changed := changed_files({folder / name: hashes.get(name, "") for name in FILES}):
+    digests = [hashes.get(name) for name in FILES] if isinstance(hashes, dict) else [None]
+    if not all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
+        raise ValueError(
+            f"best_sha256 must have 64 hexadecimal digits for each of {' and '.join(FILES)} of {folder}, "
+            f"got {hashes!r:.200}"
+        )
+    if changed := changed_files({folder / name: hashes[name] for name in FILES}):
         raise ValueError(f"{folder} must be the checkpoint that its run wrote, got another {changed[0].name}")
 
 

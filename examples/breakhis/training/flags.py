@@ -7,7 +7,7 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.idc import IDC
 from breakhis.data.naming import BREAKHIS
 from breakhis.data.splits import PROTOCOLS
-from breakhis.training.argument_types import Parser, fold, mapping, number, path, positive, sha256
+from breakhis.training.argument_types import MAX_WORKERS, Parser, fold, mapping, number, path, positive, sha256
 from breakhis.training.model_config import SIDES
 
 SOURCES = {"breakhis": BREAKHIS, "idc": IDC}
@@ -18,6 +18,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "KFDE": {},
 }
 MAX_SEED = 2**32 - 1  # of NumPy's and scikit-learn's generators
+MAX_FOLDS = 1000  # more than any data set has patients; each is a run with `--folds all`
 SWITCH = argparse.BooleanOptionalAction  # the command line can switch off what a file switches on
 
 
@@ -45,7 +46,13 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--resume", action=SWITCH, default=False, help="go on where a run into this directory was cut off, or start"
     )
     group.add_argument(
-        "--num-workers", type=number(int, 0), default=2, help="processes that load images; 0: the main process does"
+        "--overwrite", action=SWITCH, default=False, help="replace finished runs in this directory, which are else kept"
+    )
+    group.add_argument(
+        "--num-workers",
+        type=number(int, 0, MAX_WORKERS),
+        default=2,
+        help=f"processes that load images, at most {MAX_WORKERS}; 0: the main process does",
     )
     group.add_argument(
         "--mixed-precision",
@@ -101,7 +108,9 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
         default="patient",
         help="images that stay on one side together; case is stricter",
     )
-    group.add_argument("--num-folds", type=number(int, 2), default=5, help="number of folds; official has five")
+    group.add_argument(
+        "--num-folds", type=number(int, 2, MAX_FOLDS), default=5, help="number of folds; official has five"
+    )
     group.add_argument("--folds", nargs="+", type=fold, default=[0], help="test folds from 0, one run for each; or all")
     group.add_argument(
         "--fold-dir", type=path, default=None, help="directory with the authors' lists, dsfold1.txt to dsfold5.txt"
@@ -139,6 +148,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="start from the weights in this file, except those of the classifier",
     )
     group.add_argument(
+        "--checkpoint-sha256", type=sha256, default=None, help="hash that this file must have; config.yaml records it"
+    )
+    group.add_argument(
         "--freeze-backbone", action=SWITCH, default=False, help="train only the KFDE blocks and the classifier"
     )
     group.add_argument("--drop-path", type=share, default=None, help="stochastic depth; unset leaves it to the model")
@@ -152,9 +164,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
     group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
-    group.add_argument(
-        "--batch-size", type=number(int, 1, 2**31 - 1), default=8, help="images per step, over all processes"
-    )
+    group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
     group.add_argument("--grad-accum-steps", type=count, default=1, help="batches per update")
     group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
     group.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")

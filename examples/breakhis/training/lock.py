@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -29,6 +30,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     A process must not take the lock of one folder twice.
 
     Raises:
+        OSError: There can be no lock in the folder; the message names the file.
         ValueError: Another run holds the lock, or a run on another machine has left its file.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,12 +54,29 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _open(path: Path) -> int:
+    """Open the file, which is made if needed; return the descriptor.
+
+    Raises:
+        OSError: The path leads to no plain file, or the file cannot be written.
+    """
+    try:
+        # A link could lead to a file of value, and opening a pipe could wait for another process.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        got = "a symbolic link" if path.is_symlink() else error.strerror
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        got = "a pipe or a device"
+    raise OSError(f"{path} must be a plain file that can be written, got: {got}")
+
+
 def _open_locked(path: Path) -> int:
     """Open the file and lock it; return the descriptor."""
     while True:
-        descriptor = os.open(
-            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
-        )  # a link could lead to a file of value
+        descriptor = _open(path)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):

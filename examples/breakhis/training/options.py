@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import yaml
 
+from breakhis.data.hashes import hash_files
 from breakhis.data.naming import BREAKHIS
 from breakhis.files import real_path
 from breakhis.mappings import read_yaml
@@ -83,6 +84,8 @@ def _as_argv(config: dict[str, Any]) -> list[str]:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse contradicting flags."""
+    if args.resume and args.overwrite:
+        parser.error("argument --overwrite: not allowed with argument --resume, which keeps what --overwrite replaces")
     _check_data(parser, args)
     _check_protocol(parser, args)
     _check_model(parser, args)
@@ -154,10 +157,26 @@ def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     ):
         if own := sorted(_OWN_ARGUMENTS & set(map(str, kwargs or {}))):
             parser.error(f"argument --{flag}: must not have {own[0]}, which this script sets itself, got {kwargs!r}")
-    if args.pretrained and args.checkpoint_path is not None:
+    _check_start(parser, args)
+
+
+def _check_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the file of weights, and make its content a flag: another file under the same name starts another run."""
+    path, wanted = args.checkpoint_path, args.checkpoint_sha256
+    if path is None:
+        if wanted is not None:
+            parser.error("argument --checkpoint-sha256: not allowed without argument --checkpoint-path")
+        return
+    if args.pretrained:
         parser.error("argument --checkpoint-path: not allowed with argument --pretrained")
-    if args.checkpoint_path is not None and not args.checkpoint_path.is_file():
-        parser.error(f"argument --checkpoint-path: must be a file, got {str(args.checkpoint_path)!r}")
+    if not path.is_file():
+        parser.error(f"argument --checkpoint-path: must be a file, got {str(path)!r}")
+    args.checkpoint_sha256 = hash_files([path])[path]
+    if wanted not in (None, args.checkpoint_sha256):
+        parser.error(
+            f"argument --checkpoint-path: must be the file with --checkpoint-sha256 {wanted}, got {str(path)!r} with "
+            f"{args.checkpoint_sha256}"
+        )
 
 
 def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -184,12 +203,14 @@ def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
 def recorded(run: argparse.Namespace) -> dict[str, Any]:
     """Return the flags of a run as a mapping from which `--config` repeats it."""
     flags = {key: str(real_path(value)) if isinstance(value, Path) else value for key, value in vars(run).items()}
-    del flags["config"], flags["output_dir"], flags["resume"], flags["variant"]
+    for name in ("config", "output_dir", "resume", "overwrite", "variant"):  # not of the run itself, or in other flags
+        del flags[name]
     flags["folds"], flags["seeds"] = [flags.pop("fold")], [flags.pop("seed")]
     return flags | {"magnification": [run.magnification]}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the changed flags that could change the results of a resumed run, such as "lr was 0.1, now 0.2"."""
-    keys = [key for key in {**before, **now} if key not in _FREE_FLAGS]
-    return [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
+    keys = [key for key in {**before, **now} if key not in _FREE_FLAGS and before.get(key) != now.get(key)]
+    names = {"checkpoint_sha256": f"checkpoint_sha256, of the content of {now.get('checkpoint_path')},"}
+    return [f"{names.get(key, key)} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys]

@@ -32,6 +32,20 @@ RESULTS = (METRICS, STATE, "best", "last")
 """What a run without its `config.yaml` and `split.csv` cannot be trusted in."""
 
 
+def refuse_finished(folders: Sequence[Path]) -> None:
+    """Refuse to replace a finished run, which may have taken days.
+
+    Raises:
+        ValueError: A folder holds a finished run; the message names it.
+    """
+    for folder in folders:
+        if (folder / METRICS).is_file():
+            raise ValueError(
+                f"--output-dir must have no finished run, got {folder} with {METRICS}: --resume keeps it, "
+                "--overwrite replaces it"
+            )
+
+
 def find_finished(out: Path, flags: dict[str, Any], rows: Sequence[dict[str, str]]) -> dict[str, Any] | None:
     """Check that a run may go on, or start, in a folder; return its `metrics.json` if it is finished.
 
@@ -48,7 +62,7 @@ def find_finished(out: Path, flags: dict[str, Any], rows: Sequence[dict[str, str
         if leftovers and not (out / name).is_file():
             raise ValueError(
                 f"--resume must find {name} next to {leftovers[0]}, got none in {out}: nothing else says what the run "
-                "was started with. Without --resume, it starts again"
+                "was started with. With --overwrite instead of --resume, it starts again"
             )
     if (out / CONFIG).is_file() and (changed := differences(read_yaml(out / CONFIG), flags)):
         raise ValueError(f"--resume must go on with the flags that {out} was started with: {'; '.join(changed)}")

@@ -124,7 +124,7 @@ def test_a_formula_is_written_as_text(tmp_path, start):
     ("value", "cell"),
     [
         *((-1, "-1"), (-0.25, "-0.25"), ("-1.5e-07", "-1.5e-07"), ("+3", "+3"), (1e-9, "1e-09"), (None, "")),
-        *(("-1+1", "'-1+1"), ("-", "'-"), ("-1\n", "'-1\n"), ("-\u0661", "'-\u0661"), ("-inf", "'-inf"), ("", "")),
+        *(("-1+1", "'-1+1"), ("-", "'-"), ("-1\n", "'-1\n'"), ("-\u0661", "'-\u0661"), ("-inf", "'-inf"), ("", "")),
     ],
 )
 def test_numbers_stay_numbers(tmp_path, value, cell):
@@ -141,6 +141,7 @@ NAMES = st.one_of(
         st.sampled_from([*FORMULAS, "'", '"', ",", "\n"]),
         st.text(st.characters(codec="ascii", exclude_characters="\0")),
     ).map("".join),
+    st.text(st.sampled_from([*FORMULAS, *"';\",1a"])),  # many ends of cells
 )
 
 
@@ -154,9 +155,61 @@ def test_any_names_are_read_back(tmp_path_factory, rows, header):
     table = [dict(zip(names, row, strict=True)) for row in rows]
     write_csv(path, table)
     assert read_csv(path) == table
+    for cell in cells_of(path, ","):
+        assert not cell.startswith(FORMULAS) or math.isfinite(float(cell)) or "e" in cell.lower()  # a number
+    for delimiter in ";\t":
+        assert not [cell for cell in cells_of(path, delimiter) if cell.startswith(FORMULAS)]
+
+
+def cells_of(path: Path, delimiter: str) -> list[str]:
+    """Return the cells of a file as a reader with this delimiter sees them."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        for cell in (cell for row in csv.reader(file) for cell in row):
-            assert not cell.startswith(FORMULAS) or math.isfinite(float(cell)) or "e" in cell.lower()  # a number
+        return [cell for row in csv.reader(file, delimiter=delimiter) for cell in row]
+
+
+INNER = [
+    *("x;=1+1", "x;;@a", ";=1", "x;", ";", ";;", "x;'=1", "x;'", "';=1", "'x;'", "=a;=b", "a;-1", "a;b;+c"),
+    *('x;"=1+1', 'x;""=1', '";=1', '"=1";=2', 'x";"=1', "x,;=1", 'x,";\n"=1'),
+    *("x\t=1", "\t=1", "x\t", "x;\t=1", "x\t;=1", "x\n=1", "x\r=1", "x\r\n=1", "x\n", "x\n;=1", "x;\n=1", "-1;2"),
+    *("x;\uff1d1", "x;\uff0b1", "x\t\uff20a", "-1", "+3", "1;2", "x; =1"),
+]
+
+
+@pytest.mark.parametrize("text", INNER)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_no_cell_is_a_formula_for_readers_of_another_country(tmp_path, text, place):
+    """They end a cell at a semicolon, and some at a tab, where our quotation marks are no longer at its beginning."""
+    names, path = ["a", "b", "c"], tmp_path / "table.csv"
+    names[place] = text
+    row = {name: text if place == index else "plain" for index, name in enumerate(names)}
+    table = [row, dict.fromkeys(names, "2+1"), dict.fromkeys(names, text)]
+    write_csv(path, table)
+    assert read_csv(path) == table
+    for delimiter in ";\t":
+        cells = cells_of(path, delimiter)
+        assert len(cells) >= 4
+        assert not [cell for cell in cells if cell.startswith(FORMULAS)]
+
+
+def test_a_number_with_a_sign_is_no_beginning_of_a_row(tmp_path):
+    """Where the decimal point is a comma, the row -1,2+cmd would be one formula."""
+    write_csv(tmp_path / "table.csv", [{"a": -1, "b": "2+cmd"}, {"a": 1, "b": -2}])
+    assert (tmp_path / "table.csv").read_text() == "a,b\n'-1,2+cmd\n1,-2\n"
+    assert read_csv(tmp_path / "table.csv") == [{"a": "-1", "b": "2+cmd"}, {"a": "1", "b": "-2"}]
+
+
+def test_the_mark_is_one_quote_where_a_cell_would_begin(tmp_path):
+    write_csv(tmp_path / "table.csv", [{"a;b": "x;=1+1", "c": "1;2"}, {"a;b": "x;'", "c": -1}])
+    text = (tmp_path / "table.csv").read_bytes().decode()
+    assert text == "a;b,c\nx;'=1+1,1;2\nx;'',-1\n"
+
+
+@pytest.mark.parametrize("rows", [[{"a": "x", "b": "x\0y"}], [{"a": "\0"}], [{"a\0": "x"}], [{"a": "x"}, {"a": "x\0"}]])
+def test_a_nul_character_is_refused_at_writing(tmp_path, rows):
+    """The reader refuses it too: see `test_no_table_is_refused`."""
+    with pytest.raises(ValueError, match=r"table.csv must be a table of texts without a NUL character, got .*\\x00"):
+        write_csv(tmp_path / "table.csv", rows)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_that_was_cut_off_lacks_columns(tmp_path):

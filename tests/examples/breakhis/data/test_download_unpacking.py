@@ -6,22 +6,16 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from breakhis.data.download import download
 
 from tests.support.archives import ARCHIVE, IMAGES, TREE, WHOLE, assert_unpacked, make_member, names_in, pack
+from tests.support.downloads import download_with
 
 
-def unpack(
-    directory: Path, archive: bytes, num_images: int = 3, max_bytes: int = 10**9, max_headers: int = 10**7
-) -> Path:
+def unpack(directory: Path, archive: bytes, **constants: int) -> Path:
     """Unpack an archive that is already in the directory; no server is used."""
     (directory / ARCHIVE).write_bytes(archive)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("breakhis.data.download.ARCHIVE_URL", "http://127.0.0.1:9")
-        patch.setattr("breakhis.data.download.NUM_IMAGES", num_images)
-        patch.setattr("breakhis.data.download.MAX_BYTES", max_bytes)
-        patch.setattr("breakhis.data.download.MAX_HEADERS", max_headers)
-        return download(directory)
+    limits = {"NUM_IMAGES": 3, "MAX_BYTES": 10**9, "MAX_HEADERS": 10**7}
+    return download_with(directory, ARCHIVE_URL="http://127.0.0.1:9", **limits | constants)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +64,9 @@ def test_a_bomb_is_refused(tmp_path, bomb):
     archive = pack(bomb)
     assert len(archive) < 50_000
     with pytest.raises(ValueError, match="must unpack to at most 1000000 bytes, got more"):
-        unpack(tmp_path, archive, max_bytes=1_000_000, num_images=len(bomb))
+        unpack(tmp_path, archive, MAX_BYTES=1_000_000, NUM_IMAGES=len(bomb))
     assert names_in(tmp_path) == {ARCHIVE}
-    unpack(tmp_path, archive, num_images=len(bomb))
+    unpack(tmp_path, archive, NUM_IMAGES=len(bomb))
     assert names_in(tmp_path) == {ARCHIVE, TREE}
 
 
@@ -105,7 +99,7 @@ def test_many_headers_are_refused(tmp_path):
     records = [header(tarfile.XGLTYPE, 29) + key.ljust(512, b"\0") for key in keys]
     archive = gzip.compress(b"".join(records) + bytes(1024), mtime=0)
     with pytest.raises(ValueError, match=r"must have at most 100000 bytes of headers, got more"):
-        unpack(tmp_path, archive, max_headers=100_000)
+        unpack(tmp_path, archive, MAX_HEADERS=100_000)
     # Within the limit, tarfile calls itself for each.
     with pytest.raises(ValueError, match=r"must be a whole archive, got: maximum recursion depth exceeded"):
         unpack(tmp_path, archive)
@@ -114,7 +108,7 @@ def test_many_headers_are_refused(tmp_path):
 
 def test_the_content_of_files_is_no_header(tmp_path):
     assert sum(map(len, IMAGES.values())) > 200_000
-    unpack(tmp_path, WHOLE, max_headers=20_000)
+    unpack(tmp_path, WHOLE, MAX_HEADERS=20_000)
     assert_unpacked(tmp_path)
 
 
@@ -176,7 +170,7 @@ def test_damaged_archives_are_refused(tmp_path, archive):
 
 def test_too_few_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{ARCHIVE} must hold 4 images, got 3; delete it to make it anew"):
-        unpack(tmp_path, WHOLE, num_images=4)
+        unpack(tmp_path, WHOLE, NUM_IMAGES=4)
     assert names_in(tmp_path) == {ARCHIVE}
     unpack(tmp_path, WHOLE)
     (tmp_path / TREE / next(iter(IMAGES))).unlink()

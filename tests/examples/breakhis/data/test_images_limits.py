@@ -1,4 +1,3 @@
-import io
 import os
 import re
 import struct
@@ -7,7 +6,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from breakhis.data import images
 from breakhis.data.images import find_faults, open_rgb
@@ -15,17 +13,7 @@ from PIL import Image, ImageFile
 
 from tests.support.bombs import png, write_bombs
 from tests.support.pages import ROOT
-
-
-def noise(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    noise(64, 64).save(buffer, "JPEG")
-    return buffer.getvalue()
-
+from tests.support.pictures import encode, noise
 
 READ_IN_LITTLE_MEMORY = """
 import resource, sys
@@ -54,7 +42,7 @@ def read_in_little_memory(folder: Path, limits: str) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory in the way of Linux")
 def test_no_file_takes_more_memory_than_a_field(tmp_path):
-    write_bombs(tmp_path, jpeg())
+    write_bombs(tmp_path, encode(noise(64, 64), "JPEG"))
     results = read_in_little_memory(tmp_path, "limited")
     bytes_besides = f"the image must have at most {16 * 2**20} bytes besides the pixels, got more"
     too_large = "the image must have at most 100000000 px, got 12000 x 12000 px"
@@ -84,7 +72,7 @@ def test_no_file_takes_more_memory_than_a_field(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory in the way of Linux")
 def test_without_the_limits_files_take_more_memory(tmp_path):
-    for path in write_bombs(tmp_path, jpeg()):
+    for path in write_bombs(tmp_path, encode(noise(64, 64), "JPEG")):
         if path.name not in ("colours of 16 bits.png", "tags.tif", "tag.tif", "text.png"):
             path.unlink()
     assert set(read_in_little_memory(tmp_path, "unlimited").values()) == {"MemoryError"}

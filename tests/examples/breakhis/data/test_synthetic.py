@@ -33,6 +33,9 @@ def test_the_seed_decides_every_byte(tmp_path):
     assert a.keys() == c.keys()
     assert all(a[name] != c[name] for name in a)
     assert len(set(a.values())) == 8
+    for path in (tmp_path / "a").rglob("*.png"):
+        with Image.open(path) as picture:
+            assert (picture.size, picture.mode) == (FIELD_SIZE, "RGB")
 
 
 def test_the_reader_of_the_real_data_reads_the_tree(synthetic_tree):
@@ -43,8 +46,8 @@ def test_the_reader_of_the_real_data_reads_the_tree(synthetic_tree):
     assert {record.magnification for record in records} == {"100X"}
     path = records[0].path
     assert path.relative_to(synthetic_tree).parts[:5] == ("BreaKHis_v1", "histology_slides", "breast", "benign", "SOB")
-    with Image.open(path) as picture:
-        assert (picture.size, picture.mode) == (FIELD_SIZE, "RGB")
+    with Image.open(path) as picture:  # half of a field, see `synthetic_tree`
+        assert (picture.size, picture.mode) == (tuple(side // 2 for side in FIELD_SIZE), "RGB")
 
 
 def test_one_magnification_is_a_part_of_the_full_tree(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ METRICS = {
     "task": "binary",
 }
 METRICS |= {"scored_on": "test", "variant": "KFDE", "magnification": "40X", "fold": 0, "seed": 0, "synthetic": False}
-METRICS |= {"classes": ["a", "b"], "flags": {"data_dir": "data"}, "further": None}
+METRICS |= {"classes": ["a", "b"], "flags": {"data_dir": "data"}, "best_sha256": {}, "further": None}
 TABLE = "file,patient,target,prediction,prob_a,prob_b\n1.png,p,a,a,0.75,0.25\n"
 
 
@@ -33,6 +33,7 @@ def test_a_run_is_read_with_its_predictions(tmp_path):
     [
         *(("variant", 3), ("magnification", None), ("fold", "0"), ("seed", 1.5), ("classes", "ab"), ("flags", [])),
         *(("synthetic", "no"), ("dataset", {}), ("task", ["binary"])),
+        *(("best_sha256", None), ("best_sha256", [])),
     ],
 )
 def test_entries_of_a_wrong_type_are_named(tmp_path, key, value):

@@ -145,8 +145,9 @@ def test_a_saved_model_is_loaded_with_all_its_weights(saved):
         ({"model_args": {"foo": 1}}, "config.json must describe a model that timm can build, got .*foo"),
         ({"model_args": 7}, "config.json must describe a model that timm can build, got "),
         ({"model_args": {"in_chans": 1}}, "must hold the weights"),
-        ({"interpolation": "magic"}, "config.json must describe how images become inputs of its model, got .*magic"),
-        ({"crop_pct": "all"}, "config.json must describe how images become inputs of its model, got "),
+        ({"interpolation": "magic"}, "config.json must have interpolation of .*, got 'magic'"),
+        ({"crop_pct": "all"}, "config.json must have crop_pct from 0.5 to 1, got 'all'"),
+        ({"model_args": {"global_pool": ""}}, "config.json must describe how images become inputs of its model, got "),
     ],
 )
 def test_a_configuration_that_is_not_that_of_the_weights_is_refused(saved, changes, message):

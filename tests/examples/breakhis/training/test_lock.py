@@ -1,9 +1,11 @@
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 from breakhis.training.lock import LOCK, lock_folder
@@ -124,12 +126,47 @@ def test_a_file_that_its_owner_removes_between_opening_and_locking_is_not_locked
     assert len(calls) == 2
 
 
-def test_a_link_is_not_followed(tmp_path):
+def bind_socket(path: Path) -> None:
+    """Leave a socket, whose own path must be short."""
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda path: path.symlink_to(path.with_name("precious")), "a symbolic link"),
+        (lambda path: path.symlink_to(path.with_name("none")), "a symbolic link"),
+        (lambda path: path.symlink_to(path), "a symbolic link"),
+        (lambda path: path.symlink_to("/dev/null"), "a symbolic link"),
+        (Path.mkdir, "Is a directory"),
+        (os.mkfifo, "a pipe or a device"),
+        (bind_socket, "No such device or address|Operation not supported on socket"),
+    ],
+    ids=["link", "broken link", "link to itself", "link to a device", "directory", "pipe", "socket"],
+)
+def test_only_a_plain_file_is_locked(tmp_path, make, got):
+    """In one line that names the file, and at once: opening a pipe can wait for ever."""
     (tmp_path / "precious").write_text("content")
-    (tmp_path / LOCK).symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"):
+    make(tmp_path / LOCK)
+    before = {path.name: path.lstat().st_ino for path in tmp_path.iterdir()}
+    message = rf"^{tmp_path / LOCK} must be a plain file that can be written, got: ({got})$"
+    with pytest.raises(OSError, match=message):
         lock_folder(tmp_path).__enter__()
+    assert {path.name: path.lstat().st_ino for path in tmp_path.iterdir()} == before
     assert (tmp_path / "precious").read_text() == "content"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, number):
+    """The administrator may write any file, so the error of the system is put in its place."""
+
+    def fail(*args):
+        raise OSError(number, os.strerror(number), str(tmp_path / LOCK))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OSError, match=rf"^{tmp_path / LOCK} must be a plain file .*, got: {os.strerror(number)}$"):
+        lock_folder(tmp_path).__enter__()
 
 
 def test_a_file_system_without_locks_is_refused_by_name(tmp_path, monkeypatch):

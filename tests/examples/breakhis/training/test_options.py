@@ -1,7 +1,11 @@
+import argparse
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from breakhis.training.flags import make_parser
 from breakhis.training.options import differences, expand, parse_args, recorded
 
 
@@ -103,6 +107,7 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         "output_dir",
         "config",
         "resume",
+        "overwrite",
         "variant",
         "fold",
         "seed",
@@ -111,17 +116,63 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
     assert differences(recorded(before), recorded(now)) == ["lr was 0.1, now 0.2"]
 
 
+def test_the_content_of_a_checkpoint_is_recorded_and_compared(tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    runs = []
+    for content in (b"first", b"second"):
+        weights.write_bytes(content)
+        runs += expand(parse(tmp_path, "--checkpoint-path", str(weights)))
+    before, now = (recorded(run) for run in runs)
+    digests = [hashlib.sha256(content).hexdigest() for content in (b"first", b"second")]
+    assert [flags["checkpoint_sha256"] for flags in (before, now)] == digests
+    message = f"checkpoint_sha256, of the content of {weights}, was '{digests[0]}', now '{digests[1]}'"
+    assert differences(before, now) == [message]
+    assert differences(recorded(*expand(parse(tmp_path))), now) == [
+        f"checkpoint_path was None, now '{weights}'",
+        f"checkpoint_sha256, of the content of {weights}, was None, now '{digests[1]}'",
+    ]
+    # The recorded flags repeat a run from the same weights only.
+    argv = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(tmp_path / "out")]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(now))
+    assert parse_args(argv).checkpoint_sha256 == digests[1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert f"with --checkpoint-sha256 {digests[0]}, got '{weights}' with {digests[1]}" in capsys.readouterr().err
+
+
+WHOLE_NUMBERS = [
+    *(("epochs", 1, 10**6), ("batch-size", 1, 10**6), ("grad-accum-steps", 1, 10**6), ("folds", 0, 10**6)),
+    *(("num-workers", 0, 256), ("num-folds", 2, 1000), ("img-size", 32, 4096)),
+    *(("seeds", 0, 2**32 - 1), ("split-seed", 0, 2**32 - 1)),
+]
+
+
+def test_every_flag_of_a_whole_number_has_a_limit():
+    """Find them by what they do with text, so that a new flag cannot be forgotten."""
+    whole = {action.dest for action in make_parser()._actions if action.type is not None and is_whole(action.type)}
+    assert whole == {flag.replace("-", "_") for flag, _, _ in WHOLE_NUMBERS}
+
+
+def is_whole(parse: Callable[[str], object]) -> bool:
+    """Return whether a type makes the number 64 of "64"."""
+    try:
+        return type(parse("64")) is int
+    except argparse.ArgumentTypeError:
+        return False
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data-dir", "x"], "one of the arguments --data-dir and --synthetic is required, and not both"),
         (["--folds", "5"], "argument --folds: must be below --num-folds 5, got 5"),
         (["--folds", "some"], "argument --folds: invalid"),
-        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--epochs", "0"], "argument --epochs: must be from 1 to 1000000, got 0"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--lr", "nan"], "argument --lr: must be a positive number, got nan"),
         (["--smoothing", "2"], "argument --smoothing: must be from 0 to 1, got 2.0"),
-        (["--mixup", "nan"], "argument --mixup: must be at least 0, got nan"),
+        (["--mixup", "nan"], "argument --mixup: must be from 0 to 1000000, got nan"),
         (["--model", "nonesuch"], "a model that timm knows, got 'nonesuch'"),
         (["--model-kwargs", "7"], "argument --model-kwargs: must be a mapping in YAML, got '7'"),
         (["--model", "resnet18", "--ablation"], "argument --ablation: needs a model that starts with kfde_"),
@@ -146,8 +197,14 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
             "argument --batch-size: must be even with --mixup or --cutmix, got 3",
         ),
         (["--config", "none.yaml"], "argument --config: must be a YAML file that can be read"),
-        (["--batch-size", "0"], "argument --batch-size: must be from 1 to 2147483647, got 0"),
-        (["--batch-size", str(2**31)], "argument --batch-size: must be from 1 to 2147483647, got 2147483648"),
+        (["--batch-size", "0"], "argument --batch-size: must be from 1 to 1000000, got 0"),
+        (["--mixup", "inf"], "argument --mixup: must be from 0 to 1000000, got inf"),
+        (["--weight-decay", "1e300"], "argument --weight-decay: must be from 0 to 1000000, got 1e+300"),
+        *(
+            ([f"--{flag}", str(value)], f"argument --{flag}: must be from {low} to {high}, got {value}")
+            for flag, low, high in WHOLE_NUMBERS
+            for value in (high + 1, 10**30, -1)
+        ),
         (["--lr", "1e300"], "argument --lr: must be at most 1e+06, got 1e+300"),
         (["--model-kwargs", "{checkpoint_path: x}"], "argument --model-kwargs: must not have checkpoint_path, which"),
         (["--model-kwargs", "{pretrained: true}"], "argument --model-kwargs: must not have pretrained, which this"),
@@ -170,6 +227,13 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         (["--config", "\0"], "argument --config: must be a path, which has no NUL character, got"),
         (["--output-dir", __file__], "argument --output-dir: must be a directory, got the file"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--overwrite", "--resume"], "argument --overwrite: not allowed with argument --resume"),
+        (["--checkpoint-sha256", "0" * 63], "argument --checkpoint-sha256: must be 64 hexadecimal digits, got '000"),
+        (["--checkpoint-sha256", "0" * 64], "argument --checkpoint-sha256: not allowed without argument --checkpoint-"),
+        (
+            ["--checkpoint-path", __file__, "--checkpoint-sha256", "0" * 64],
+            f"must be the file with --checkpoint-sha256 {'0' * 64}, got {__file__!r} with ",
+        ),
         (["--archive-sha256", "abc"], "argument --archive-sha256: must be 64 hexadecimal digits, got 'abc'"),
         (["--archive-sha256", "0" * 63 + "g"], "argument --archive-sha256: must be 64 hexadecimal digits, got '000"),
         (["--archive-sha256", "0" * 64], "argument --archive-sha256: not allowed without argument --download"),
@@ -220,6 +284,9 @@ def test_a_nul_in_a_file_of_flags_is_refused(tmp_path, capsys):
 def test_the_largest_values_pass(tmp_path):
     args = parse(tmp_path, "--seeds", str(2**32 - 1), "--color-jitter", "2.5", "--stain-jitter", "1")
     assert (args.seeds, args.color_jitter, args.stain_jitter) == ([2**32 - 1], 2.5, 1)
+    numbers = {"--epochs": 10**6, "--batch-size": 10**6, "--num-workers": 256, "--num-folds": 1000}
+    args = parse(tmp_path, *(str(part) for pair in numbers.items() for part in pair))
+    assert (args.epochs, args.batch_size, args.num_workers, args.num_folds) == (10**6, 10**6, 256, 1000)
 
 
 def test_a_file_with_an_unknown_flag_is_refused(tmp_path, capsys):

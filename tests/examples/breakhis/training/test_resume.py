@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from breakhis.training.resume import begin, find_finished, identify
+from breakhis.training.resume import begin, find_finished, identify, refuse_finished
 
 FLAGS = {"lr": 0.1, "seeds": [0], "num_workers": 2}
 ROWS = [
@@ -105,6 +105,19 @@ def test_a_run_that_starts_again_removes_what_was_there(begun):
     begin(begun, FLAGS | {"lr": 0.2}, ROWS[:2], resume=False)
     assert sorted(path.name for path in begun.iterdir()) == ["config.yaml", "split.csv"]
     assert find_finished(begun, FLAGS | {"lr": 0.2}, ROWS[:2]) is None
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "state.pt", "config.yaml", "best", "results.json"])
+def test_only_a_finished_run_is_protected(tmp_path, name):
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / name).touch()
+    if name == "metrics.json":
+        message = f"--output-dir must have no finished run, got {finished} with metrics.json: --resume keeps it, --over"
+        with pytest.raises(ValueError, match=message):
+            refuse_finished([tmp_path / "none", tmp_path, finished])
+    else:
+        refuse_finished([tmp_path / "none", tmp_path, finished])
 
 
 def test_the_identity_of_a_run_is_everything_that_its_weights_depend_on(monkeypatch):
