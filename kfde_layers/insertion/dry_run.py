@@ -183,6 +183,7 @@ def have_effects(
     return effects | _change_the_output(model, example, doubtful) if doubtful else effects
 
 
+@torch.enable_grad()  # also where the caller wants no gradient
 def _have_gradients(model: nn.Module, example: Tensor, taps: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each map whether its gradient is not zero.
 

@@ -274,7 +274,7 @@ class MFDF(nn.Module):
         branches = zip(self.branches, self._settings, strict=True)
         if not self.plain_branches or not self.fc_are_plain or any(why_not_plain_conv(*branch) for branch in branches):
             return False
-        return all(isinstance(branch.bias, Tensor) == self._has_bias for branch in self.branches)
+        return all((getattr(branch, "bias", None) is not None) == self._has_bias for branch in self.branches)
 
     @property
     def fc_are_plain(self) -> bool:

@@ -104,13 +104,15 @@ def test_a_module_that_is_not_called_where_gradients_are_wanted():
     insert(SkippedWithGradients(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), {"1": SFE}, example_input=images(8))
 
 
-def test_many_points_take_no_more_runs_than_one():
+@pytest.mark.parametrize("grad", [True, False])
+def test_many_points_take_no_more_runs_than_one(grad):
     runs = []
     for count in (1, 12):
         model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(12)], nn.Flatten())
         calls = []
         model.register_forward_hook(lambda module, args, output, calls=calls: calls.append(None))
-        insert(model, {str(index): SFE for index in range(count)}, example_input=images(8))
+        with torch.set_grad_enabled(grad):
+            insert(model, {str(index): SFE for index in range(count)}, example_input=images(8))
         runs.append(len(calls))
     assert runs[0] == runs[1] < 10
 
