@@ -17,8 +17,7 @@ from kfde_layers.insertion.dry_run import (
     runs_children,
 )
 from kfde_layers.insertion.points import CHILD, Seen, probe
-from kfde_layers.insertion.restoring import restored_parameters
-from kfde_layers.insertion.running import check_unwrapped, example_for
+from kfde_layers.insertion.running import Trial, check_unwrapped, example_for
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,14 +76,13 @@ def insert(
     for name in blocks:
         check_instance("each key of blocks", name, str)
     check_bool("identity_start", identity_start)
-    example = example_for(model, example_input)
-    with restored_parameters(model):
-        insertions = _prepare(model, blocks, example, identity_start)
-        noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
-        taps = {insertion.name: _adapted(Tap(), insertion.seen) for insertion in insertions}
-        check_calls_in_training(model, example, noises)
-        is_run = runs_children(model, example, noises)
-        has_effect = have_effects(model, example, taps, noises)
+    trial = Trial(model, example_for(model, example_input))
+    insertions = _prepare(trial, blocks, identity_start)
+    noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
+    taps = {insertion.name: _adapted(Tap(), insertion.seen) for insertion in insertions}
+    check_calls_in_training(trial, noises)
+    is_run = runs_children(trial, noises)
+    has_effect = have_effects(trial, taps, noises)
     for insertion in insertions:
         if not has_effect[insertion.name]:
             warnings.warn(
@@ -153,20 +151,17 @@ class _Insertion(NamedTuple):
 
 
 def _prepare(
-    model: nn.Module,
-    blocks: Mapping[str, nn.Module | Callable[[int], nn.Module]],
-    example: Tensor,
-    identity_start: bool,
+    trial: Trial, blocks: Mapping[str, nn.Module | Callable[[int], nn.Module]], identity_start: bool
 ) -> list[_Insertion]:
     """Make the blocks and try them; leave the model unchanged."""
-    seen_at = probe(model, blocks, example)
+    seen_at = probe(trial, blocks)
     insertions: list[_Insertion] = []
-    owners = dict.fromkeys(model.modules(), "the model")
+    owners = dict.fromkeys(trial.model.modules(), "the model")
     for name, block in blocks.items():
         seen = seen_at[name]
         if isinstance(seen, str):
             raise ValueError(f"cannot insert at {name!r}: {seen}")
-        module = model.get_submodule(name)
+        module = trial.model.get_submodule(name)
         for insertion in insertions:
             if insertion.module is module:
                 raise ValueError(f"cannot insert at {name!r}: it is the same module as {insertion.name!r}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kfde_layers.insertion.points import CHILD, Seen, reason_children_are_special
-from kfde_layers.insertion.running import run
+from kfde_layers.insertion.running import Trial
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -20,9 +20,9 @@ def check_block(name: str, block: nn.Module, seen: Seen) -> None:
     wanted = (seen.output.shape[0], seen.point.channels, *seen.map_size)
     dtype = seen.output.dtype
     x = _noise_like(seen.output.new_empty(wanted))
-    trial = copy.deepcopy(block).to(x.device, dtype).requires_grad_(False)  # a gradient can come from the map alone
+    copied = copy.deepcopy(block).to(x.device, dtype).requires_grad_(False)  # a gradient can come from the map alone
     try:
-        y = run(_WithGradient(trial), x, ())
+        y = Trial(_WithGradient(copied), x).run()
     except ValueError as error:
         reason = error.__cause__
         raise ValueError(f"the block at {name!r} does not run on its map of shape {wanted}: {reason}") from reason
@@ -64,7 +64,7 @@ class Noise(nn.Module):
         return x + _noise_like(x) * (1 + x.abs().mean())
 
 
-def check_calls_in_training(model: nn.Module, example: Tensor, names: Iterable[str]) -> None:
+def check_calls_in_training(trial: Trial, names: Iterable[str]) -> None:
     """Refuse a module that the model calls several times in training: each call would run the same block."""
     calls = dict.fromkeys(names, 0)
 
@@ -72,7 +72,7 @@ def check_calls_in_training(model: nn.Module, example: Tensor, names: Iterable[s
         return lambda module, args, output: calls.update({name: calls[name] + 1})
 
     try:
-        run(model, example, [(model.get_submodule(name), count(name)) for name in calls], training=True)
+        trial.run([(trial.model.get_submodule(name), count(name)) for name in calls], training=True)
     except ValueError:
         return  # the example is too small for training, such as one value per channel for a batch norm
     for name, number in calls.items():
@@ -83,12 +83,11 @@ def check_calls_in_training(model: nn.Module, example: Tensor, names: Iterable[s
             )
 
 
-def runs_children(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
+def runs_children(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each named module whether it runs a child that is added after all others, as `nn.Sequential` does.
 
     Args:
-        model: Unchanged afterwards.
-        example: Input of the model.
+        trial: The model, unchanged afterwards.
         noises: For each name, a `Noise` for the module's output, which serves as the added child.
 
     Raises:
@@ -100,21 +99,19 @@ def runs_children(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Mod
         # a copy, since the rest of the model may change its input in place
         return lambda module, args, output: plain.update({name: copy.deepcopy(output)})
 
-    run(model, example, [(model.get_submodule(name), keep(name)) for name in noises])
+    trial.run([(trial.model.get_submodule(name), keep(name)) for name in noises])
     try:
-        return _run_children(model, example, noises, plain)
+        return _run_children(trial, noises, plain)
     except ValueError:
         ran: dict[str, bool] = {}
         for name, noise in noises.items():  # one by one, to name the module that does not run with one more child
-            ran |= _run_children(model, example, {name: noise}, plain)
+            ran |= _run_children(trial, {name: noise}, plain)
         return ran
 
 
-def _run_children(
-    model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module], plain: Mapping[str, Any]
-) -> dict[str, bool]:
+def _run_children(trial: Trial, noises: Mapping[str, nn.Module], plain: Mapping[str, Any]) -> dict[str, bool]:
     """Answer in one run of the model; `plain` holds the modules' outputs without an added child."""
-    modules = {name: model.get_submodule(name) for name in noises}
+    modules = {name: trial.model.get_submodule(name) for name in noises}
     with_child: dict[str, list[Tensor]] = {}
 
     def keep_and_undo(name: str) -> Callable[[nn.Module, Any, Any], Any]:
@@ -130,7 +127,7 @@ def _run_children(
     for name, noise in noises.items():
         modules[name].add_module(CHILD, noise)
     try:
-        run(model, example, [(module, keep_and_undo(name)) for name, module in modules.items()])
+        trial.run([(module, keep_and_undo(name)) for name, module in modules.items()])
     except ValueError as error:
         name = next(iter(noises))
         raise ValueError(f"cannot insert at {name!r}: {reason_children_are_special(modules[name])}") from error
@@ -164,27 +161,24 @@ class Tap(nn.Module):
         return x + zeros
 
 
-def have_effects(
-    model: nn.Module, example: Tensor, taps: Mapping[str, nn.Module], noises: Mapping[str, nn.Module]
-) -> dict[str, bool]:
+def have_effects(trial: Trial, taps: Mapping[str, nn.Module], noises: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each named module whether the model's output depends on the module's map.
 
     One pass forward and backward answers for maps that get a gradient, which are most. The others are disturbed, each
     in a run of its own.
 
     Args:
-        model: Unchanged afterwards.
-        example: Input of the model.
+        trial: The model, unchanged afterwards.
         taps: For each name, a `Tap` for the module's output.
         noises: For each name, a `Noise` for the module's output.
     """
-    effects = _have_gradients(model, example, taps)
+    effects = _have_gradients(trial, taps)
     doubtful = {name: noise for name, noise in noises.items() if not effects[name]}
-    return effects | _change_the_output(model, example, doubtful) if doubtful else effects
+    return effects | _change_the_output(trial, doubtful) if doubtful else effects
 
 
 @torch.enable_grad()  # also where the caller wants no gradient
-def _have_gradients(model: nn.Module, example: Tensor, taps: Mapping[str, nn.Module]) -> dict[str, bool]:
+def _have_gradients(trial: Trial, taps: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each map whether its gradient is not zero.
 
     If the model does not run backward, or does not call each module then, the answer is False for all.
@@ -193,9 +187,9 @@ def _have_gradients(model: nn.Module, example: Tensor, taps: Mapping[str, nn.Mod
     def through(tap: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
         return lambda module, args, output: tap(output)
 
-    hooks = [(model.get_submodule(name), through(tap)) for name, tap in taps.items()]
+    hooks = [(trial.model.get_submodule(name), through(tap)) for name, tap in taps.items()]
     try:
-        outputs = [output for output in _tensors(run(model, example, hooks, grad=True)) if output.requires_grad]
+        outputs = [output for output in _tensors(trial.run(hooks, grad=True)) if output.requires_grad]
         zeros = [_part(tap, Tap).zeros[0] for tap in taps.values()]
         torch.autograd.backward(outputs, [_noise_like(output) for output in outputs], inputs=zeros)
     except (IndexError, RuntimeError, ValueError):
@@ -207,20 +201,20 @@ def _have_gradients(model: nn.Module, example: Tensor, taps: Mapping[str, nn.Mod
     }
 
 
-def _change_the_output(model: nn.Module, example: Tensor, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
+def _change_the_output(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each map whether the model's output changes if the map is disturbed.
 
     Without any effect of the input (zero-initialised head) nothing can be concluded: assume an effect.
     """
-    undisturbed = _tensors(run(model, example, ()))
-    if example.is_meta or _equal(undisturbed, _tensors(run(model, Noise()(example), ()))):
+    undisturbed = _tensors(trial.run())
+    if trial.example.is_meta or _equal(undisturbed, _tensors(trial.run(example=Noise()(trial.example)))):
         return dict.fromkeys(noises, True)
 
     def outputs_with(name: str, noise: nn.Module) -> list[Tensor]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             return noise(output)
 
-        return _tensors(run(model, example, [(model.get_submodule(name), hook)]))
+        return _tensors(trial.run([(trial.model.get_submodule(name), hook)]))
 
     return {name: not _equal(undisturbed, outputs_with(name, noise)) for name, noise in noises.items()}
 

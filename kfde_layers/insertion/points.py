@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from kfde_layers.insertion.adapters import Key, items
 from kfde_layers.insertion.layouts import layout_of_map, layout_of_tokens
-from kfde_layers.insertion.restoring import restored_parameters
-from kfde_layers.insertion.running import check_unwrapped, example_for, run
+from kfde_layers.insertion.running import Trial, check_unwrapped, example_for
 
 CHILD = "kfde"  # the name under which a block joins its module
 
@@ -67,25 +66,24 @@ def insertion_points(model: nn.Module, *, example_input: Tensor | None = None) -
         {'0': Point(channels=16, reduction=2, layout='NCHW', num_prefix_tokens=0)}
     """
     check_unwrapped(model)
-    example = example_for(model, example_input)
+    trial = Trial(model, example_for(model, example_input))
     declared: Any = getattr(model, "feature_info", None)
     seen: dict[str, Seen | str] = {}
-    with restored_parameters(model):
-        if isinstance(declared, list):
-            seen = probe(model, dict.fromkeys(info["module"] for info in declared), example)
-        if not any(isinstance(result, Seen) for result in seen.values()):
-            names = [name for name, _ in model.named_modules() if name and CHILD not in name.split(".")]
-            seen = probe(model, names, example)
+    if isinstance(declared, list):
+        seen = probe(trial, dict.fromkeys(info["module"] for info in declared))
+    if not any(isinstance(result, Seen) for result in seen.values()):
+        names = [name for name, _ in model.named_modules() if name and CHILD not in name.split(".")]
+        seen = probe(trial, names)
     return {name: result.point for name, result in seen.items() if isinstance(result, Seen)}
 
 
-def probe(model: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, Seen | str]:
-    """Run the model once and look at the outputs of the named modules.
+def probe(trial: Trial, names: Iterable[str]) -> dict[str, Seen | str]:
+    """Run a model once and look at the outputs of the named modules.
 
     Returns:
         For each name, the map that was seen, or the reason why the module is no point; in the order of the calls.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(trial.model.named_modules(remove_duplicate=False))
     outputs: dict[str, list[Any]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -95,9 +93,9 @@ def probe(model: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, 
         return hook
 
     named = {name: modules.get(name) if name else None for name in names}
-    run(model, example, [(module, keep(name)) for name, module in named.items() if module is not None])
-    conventions = _conventions_of(model)
-    seen = {name: _look_at(modules[name], calls, example, conventions) for name, calls in outputs.items()}
+    trial.run([(module, keep(name)) for name, module in named.items() if module is not None])
+    conventions = _conventions_of(trial.model)
+    seen = {name: _look_at(modules[name], calls, trial.example, conventions) for name, calls in outputs.items()}
     for name, module in named.items():
         if module is None:
             close = ", ".join(map(repr, get_close_matches(name, modules))) or "none"

@@ -1,7 +1,7 @@
 """Put back what a forward pass changes in a network."""
 
 from collections import OrderedDict, deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from types import NoneType
@@ -16,20 +16,24 @@ _ATOMS = frozenset((NoneType, bool, int, float, str))  # types of most attribute
 _PLAIN_CONTAINERS = frozenset((dict, OrderedDict, list, set))
 
 
-@contextmanager
-def restored_parameters(model: nn.Module) -> Generator[None]:
-    """Restore parameters that a forward pass has changed in place, at the end.
+Copies = Mapping[nn.Parameter, Tensor]
 
-    Once for many runs, since a copy of all parameters takes as long as a run. A lazy module keeps its shapes.
-    """
-    values = {
+
+def copied_parameters(model: nn.Module) -> Copies:
+    """Return a copy of each parameter. The parameters of a lazy module, which may have no shape yet, are left out."""
+    return {
         parameter: parameter.detach().clone()
         for module in model.modules()
         if not _is_lazy(module)
         for parameter in module.parameters(recurse=False)
     }
-    with ExitStack() as stack:
-        for parameter, value in values.items():
+
+
+@contextmanager
+def restored_parameters(copies: Copies) -> Generator[None]:
+    """Restore parameters that are changed in place, at the end."""
+    with ExitStack() as stack:  # which undoes every change, even if undoing another one fails
+        for parameter, value in copies.items():
             stack.callback(_restore_tensor, parameter, value)
         yield
 

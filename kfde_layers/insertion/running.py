@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_instance
-from kfde_layers.insertion.restoring import restored_attributes
+from kfde_layers.insertion.restoring import copied_parameters, restored_attributes, restored_parameters
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -47,42 +47,60 @@ def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
     return noise.to(first.weight.device, first.weight.dtype)
 
 
-def run(
-    model: nn.Module,
-    example: Tensor,
-    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]],
-    *,
-    training: bool = False,
-    grad: bool = False,
-) -> Any:
-    """Run the model on the example, with forward hooks on some modules, in eval mode or in training.
+class Trial:
+    """Runs of a model on an example, which leave no trace in it.
 
-    Restore attributes, buffers and modes of all modules and the state of random numbers afterwards.
-
-    Raises:
-        ValueError: The model does not run on the example.
+    Each run begins with the state that the model has when the trial is made, so all runs give the same: parameters,
+    attributes, buffers and modes of all modules, and random numbers.
     """
-    device = example.device
-    autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
-    with ExitStack() as stack:  # which undoes every step, even if undoing another one fails
-        stack.enter_context(restored_attributes(model))
-        for module in model.modules():
-            module.training = training  # Set the flag directly: some models override eval().
-        for module, hook in hooks:  # before other hooks, as the hooks that run blocks are
-            stack.callback(module.register_forward_hook(hook, prepend=True).remove)
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        # torch.manual_seed would also seed devices that are not restored here
-        (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
-        random.seed(0)
-        np.random.seed(0)
-        stack.enter_context(torch.set_grad_enabled(grad))
-        stack.enter_context(autocast)
-        try:
-            return model(example.clone())  # which the model may change in place
-        except Exception as error:
-            shape = tuple(example.shape)
-            raise ValueError(
-                f"the model does not run on an input of shape {shape}; pass an example_input that fits"
-            ) from error
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model = model
+        self.example = example
+        self._parameters = copied_parameters(model)
+
+    def run(
+        self,
+        hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = (),
+        example: Tensor | None = None,
+        *,
+        training: bool = False,
+        grad: bool = False,
+    ) -> Any:
+        """Return the output of the model for its example or for another one.
+
+        Args:
+            hooks: Modules, and forward hooks for them.
+            example: Input of the model; None: the example of the trial.
+            training: Whether all modules are in training mode instead of evaluation mode.
+            grad: Whether gradients are recorded.
+
+        Raises:
+            ValueError: The model does not run on the example.
+        """
+        example = self.example if example is None else example
+        device = example.device
+        autocast = nullcontext() if example.is_meta else torch.autocast(device.type, enabled=False)
+        with ExitStack() as stack:  # which undoes every step, even if undoing another one fails
+            stack.enter_context(restored_parameters(self._parameters))
+            stack.enter_context(restored_attributes(self.model))
+            for module in self.model.modules():
+                module.training = training  # Set the flag directly: some models override eval().
+            for module, hook in hooks:  # before other hooks, as the hooks that run blocks are
+                stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+            stack.callback(random.setstate, random.getstate())
+            stack.callback(np.random.set_state, np.random.get_state())
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            # torch.manual_seed would also seed devices that are not restored here
+            (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
+            random.seed(0)
+            np.random.seed(0)
+            stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(autocast)
+            try:
+                return self.model(example.clone())  # which the model may change in place
+            except Exception as error:
+                shape = tuple(example.shape)
+                raise ValueError(
+                    f"the model does not run on an input of shape {shape}; pass an example_input that fits"
+                ) from error

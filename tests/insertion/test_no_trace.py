@@ -69,6 +69,8 @@ CHANGES = {
     "a buffer that is deleted": lambda model: model._buffers.pop("count", None),
     "a parameter anew": _replace_parameter,
     "a parameter in place": lambda model: model.conv.weight.data.clamp_(max=0.01),
+    "a parameter at each call anew": lambda model: model.conv.weight.data.mul_(0.9),
+    "a parameter that grows at each call": lambda model: model.end.bias.detach().add_(1),
     "a parameter that counts its writes": lambda model: model.end.bias.detach().fill_(0.5),
     "a buffer by another name": lambda model: model.others[0].add_(1),
     "a parameter by another name": lambda model: model.others[1].data.clamp_(max=0.01),
