@@ -35,6 +35,24 @@ def test_maps_in_either_layout_reach_the_block_as_nchw(make, points, side):
     assert received == [(channels, (2, channels, side // reduction, side // reduction))]
 
 
+class Reordered(nn.Module):
+    """Return the map as NHWC."""
+
+    def forward(self, x):
+        return rearrange(x, "n c h w -> n h w c")
+
+
+def test_rows_stay_rows_in_nhwc():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Reordered())
+    model.output_fmt = "NHWC"
+    shifted = nn.ConstantPad2d((1, -1, 0, 0), 0.0)  # by one px to the right
+    x = draw(2, 3, 5, 7, dtype=torch.float32)
+    before = model(x)
+    after = insert(model, {"1": shifted}, example_input=x)(x)
+    assert torch.equal(after[:, :, 1:], before[:, :, :-1])
+    assert not after[:, :, 0].any()
+
+
 class HeadAndTail(NamedTuple):
     head: Tensor
     tail: Tensor

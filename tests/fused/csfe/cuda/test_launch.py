@@ -1,19 +1,16 @@
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
 
-from kfde_layers.functional import cfe, csfe, sfe
 from kfde_layers.fused import maps
 from kfde_layers.fused.csfe.cuda import backward, forward, gates, launch, statistics, tiling
 from kfde_layers.fused.csfe.options import CsfeOptions
-from kfde_layers.testing import assert_error_budget, random_affine, random_tensor
-from tests.support.agreement import with_gradients
-from tests.support.gates import AT_THRESHOLD, groups_of_one_value, move_away_from_threshold
+from kfde_layers.testing import random_affine, random_tensor
+from tests.support.csfe_kernels import OPERATORS, check, run_kernels
 from tests.support.guards import guarded_memory
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
@@ -25,84 +22,7 @@ from tests.support.kernels import (
     the_launch_of,
 )
 
-OPERATORS = ("cfe", "sfe", "csfe")
-LAMBD, BETA, EPS = 1e-3, 0.2, 1e-4
-
 pytestmark = [*runs_kernels, sigmoid_may_overflow, pytest.mark.usefixtures("guards")]
-
-
-def run_reference(
-    operator: str,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    threshold: float,
-    correction: int,
-    scale: float,
-) -> list[Tensor]:
-    inputs = [tensor.detach().requires_grad_() for tensor in ((x,) if operator == "sfe" else (x, weight, bias))]
-    if operator == "sfe":
-        y = sfe(*inputs, LAMBD, BETA, correction, impl="reference")
-    elif operator == "cfe":
-        y = cfe(*inputs, num_groups, threshold, EPS, impl="reference")
-    else:
-        fusion = {1.0: "sum", 0.5: "mean"}[scale]
-        y = csfe(*inputs, num_groups, threshold, LAMBD, BETA, correction, EPS, fusion=fusion, impl="reference")
-    return with_gradients(y, inputs, dy)
-
-
-def run_kernels(
-    operator: str,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    threshold: float,
-    correction: int,
-    scale: float,
-) -> list[Tensor]:
-    affine = (None, None) if operator == "sfe" else (weight, bias)
-    options = CsfeOptions(num_groups, threshold, LAMBD, BETA, correction, EPS, operator != "cfe", scale)
-    y, mean, m2 = launch.launch_forward(x, *affine, options)
-    gradients = launch.launch_backward(dy, x, *affine, mean, m2, options)
-    return [y, *(gradient for gradient in gradients if gradient is not None)]
-
-
-def check(
-    operator: str,
-    x: Tensor,
-    num_groups: int = 1,
-    *,
-    threshold: float = 0.5,
-    correction: int = 0,
-    scale: float = 1.0,
-    affine: tuple[Tensor, Tensor] | None = None,
-    dy: Tensor | None = None,
-    margin: float = 1e-5,
-    factor: float = 4.0,
-) -> None:
-    """Compare the result and every gradient with the reference in float64.
-
-    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first.
-    """
-    x = x.to(DEVICE)
-    weight, bias = (p.to(DEVICE) for p in (affine or random_affine(x.shape[1], seed=1)))
-    dy = random_tensor(*x.shape, seed=2, dtype=x.dtype, device=DEVICE) if dy is None else dy.to(DEVICE)
-    if operator != "sfe":
-        parameters = (weight.double(), bias.double(), num_groups, threshold, EPS)
-        move_away_from_threshold(lambda x: cfe(x, *parameters, impl="reference"), x, margin)
-    options = (num_groups, threshold, correction, scale)
-    actual = run_kernels(operator, dy, x, weight, bias, *options)
-    reference = run_reference(operator, dy, x, weight, bias, *options)
-    exact = run_reference(operator, dy.double(), x.double(), weight.double(), bias.double(), *options)
-    assert len(actual) == len(exact)
-    for name, *results in zip(("y", "dx", "dweight", "dbias"), actual, reference, exact, strict=False):
-        assert_error_budget(*results, factor=factor, name=name)
-    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    assert all(result.is_contiguous(memory_format=layout) for result in actual[:2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -124,7 +44,7 @@ def test_groups(num_groups, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (5, 34, 1, 1), (2, 6, 1, 13), (2, 6, 4, 4), (1, 134, 3, 5)])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (3, 34, 1, 1), (2, 6, 1, 13), (2, 6, 4, 4), (1, 70, 3, 5)])
 def test_odd_sizes(shape, layout):
     for operator in OPERATORS:
         check(operator, random_tensor(*shape, seed=4, memory_format=LAYOUTS[layout]), 2 if shape[1] > 2 else 1)
@@ -136,9 +56,9 @@ def test_sfe_takes_an_odd_number_of_channels(channels, layout):
     check("sfe", random_tensor(2, channels, 5, 7, seed=4, memory_format=LAYOUTS[layout]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_of_positions_are_combined(layout):
-    x = random_tensor(1, 6, 61, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
+@pytest.mark.parametrize(("layout", "height"), [("nchw", 61), ("nhwc", 29)])  # px; chunks are shorter in "nhwc"
+def test_chunks_of_positions_are_combined(layout, height):
+    x = random_tensor(1, 6, height, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(launch, run=True) as launches:
         check("csfe", x, 3)
     assert [kernel_launch.name for kernel_launch in launches] == [
@@ -174,45 +94,6 @@ def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
     assert parameters["C"] / parameters["BLOCK"] > 32
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("mean", [1e4, 1e6])  # float32 holds 1e6 to a step of 0.06
-def test_survives_a_large_mean(mean, operator, layout):
-    x = random_tensor(2, 6, 7, 11, seed=7, mean=mean, memory_format=LAYOUTS[layout])
-    x[:, ::2] += 3 * random_tensor(2, 3, 1, 1, seed=8)  # the channels of a group differ
-    check(operator, x, 3)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_large_mean_in_several_chunks(layout):
-    x = random_tensor(1, 2, 71, 73, seed=9, mean=1e6, memory_format=LAYOUTS[layout])
-    with recorded(launch, run=True) as launches:
-        check("csfe", x, 1)
-    assert "csfe_combine_kernel" in {kernel_launch.name for kernel_launch in launches}
-
-
-@pytest.mark.parametrize("magnitude", [1e-15, 1e12, 1e15])
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_survives_every_magnitude(operator, magnitude):
-    check(operator, magnitude * random_tensor(2, 6, 7, 11, seed=7, mean=2.0), 3)
-
-
-def test_an_element_at_the_threshold_is_closed():
-    x, weight = groups_of_one_value(device=DEVICE)
-    for bias, expected in AT_THRESHOLD:
-        y, *_ = launch.launch_forward(x, weight, torch.full_like(weight, bias), CsfeOptions(num_groups=2, eps=EPS))
-        assert y[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype, parameters, layout):
-    affine = random_affine(10, seed=1, dtype=parameters)
-    x = random_tensor(3, 10, 5, 7, seed=8, dtype=dtype, memory_format=LAYOUTS[layout])
-    check("csfe", x, 5, affine=affine)
-
-
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_inputs_that_are_not_dense(operator):
     rows = random_tensor(3, 6, 10, 9, seed=9)[:, :, ::2, 1:8]
@@ -241,15 +122,6 @@ def test_an_empty_batch(operator, layout):
     assert y.shape == dx.shape == x.shape
     assert all(torch.equal(gradient, torch.zeros(6, device=DEVICE)) for gradient in parameter_gradients)
     assert len(parameter_gradients) == (0 if operator == "sfe" else 2)
-
-
-@pytest.mark.parametrize(("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0)])
-def test_a_sum_of_gamma_near_zero_is_replaced(first, last):
-    # A sum below 1e-6 becomes 1e-6 with the same sign. Then every gate is 0 or 1, and the rest can be compared exactly.
-    x = random_tensor(2, 2, 5, 7, seed=11)
-    weight, bias = torch.tensor([first, last]), torch.tensor([0.5, -0.3])
-    assert abs(float(weight.double().sum())) < 1e-6
-    check("csfe", x, 1, affine=(weight, bias), margin=-1.0 if first == 0 else 1e-5)
 
 
 def test_same_bits_every_time():
