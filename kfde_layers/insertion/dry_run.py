@@ -164,8 +164,8 @@ class Tap(nn.Module):
 def have_effects(trial: Trial, taps: Mapping[str, nn.Module], noises: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each named module whether the model's output depends on the module's map.
 
-    One pass forward and backward answers for maps that get a gradient, which are most. The others are disturbed, each
-    in a run of its own.
+    One pass forward and backward answers for all maps that get a gradient. The other maps are disturbed, each in a run
+    of its own.
 
     Args:
         trial: The model, unchanged afterwards.
@@ -177,28 +177,48 @@ def have_effects(trial: Trial, taps: Mapping[str, nn.Module], noises: Mapping[st
     return effects | _change_the_output(trial, doubtful) if doubtful else effects
 
 
-@torch.enable_grad()  # also where the caller wants no gradient
 def _have_gradients(trial: Trial, taps: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each map whether its gradient is not zero.
 
-    If the model does not run backward, or does not call each module then, the answer is False for all.
+    A copy of the model runs, without backward hooks: gradients must not reach the tensors and hooks of the model
+    itself. If no copy can be made, or it does not run backward, the answer is False for all.
     """
 
     def through(tap: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
         return lambda module, args, output: tap(output)
 
-    hooks = [(trial.model.get_submodule(name), through(tap)) for name, tap in taps.items()]
     try:
-        outputs = [output for output in _tensors(trial.run(hooks, grad=True)) if output.requires_grad]
-        zeros = [_part(tap, Tap).zeros[0] for tap in taps.values()]
-        torch.autograd.backward(outputs, [_noise_like(output) for output in outputs], inputs=zeros)
-    except (IndexError, RuntimeError, ValueError):
+        copied = copy.deepcopy(trial.model).requires_grad_(False)
+        for module in copied.modules():
+            module._backward_hooks.clear()  # pyright: ignore[reportPrivateUsage]
+            module._backward_pre_hooks.clear()  # pyright: ignore[reportPrivateUsage]
+        hooks = [(copied.get_submodule(name), through(tap)) for name, tap in taps.items()]
+        gradients = Trial(_Gradients(copied, taps.values()), trial.example).run(hooks)
+    except Exception:  # of the model's own code, which can fail in any way
         return dict.fromkeys(taps, False)
-    gradients = dict(zip(taps, (x.grad for x in zeros), strict=True))
-    return {
-        name: gradient is not None and (gradient.is_meta or bool(gradient.any()))
-        for name, gradient in gradients.items()
-    }
+    return {name: _is_nonzero(gradient) for name, gradient in zip(taps, gradients, strict=True)}
+
+
+class _Gradients(nn.Module):
+    """Run a model forward and backward, and return the gradients of the maps that taps have seen."""
+
+    def __init__(self, model: nn.Module, taps: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.model = model
+        self.taps = tuple(taps)
+
+    def forward(self, x: Tensor) -> list[Tensor | None]:
+        with torch.enable_grad():
+            outputs = [output for output in _tensors(self.model(x)) if output.requires_grad]
+            zeros = [_part(tap, Tap).zeros[0] for tap in self.taps]
+            torch.autograd.backward(outputs, [_noise_like(output) for output in outputs], inputs=zeros)
+        return [tensor.grad for tensor in zeros]
+
+
+def _is_nonzero(gradient: Tensor | None) -> bool:
+    if gradient is None or gradient.is_meta:
+        return gradient is not None
+    return bool(gradient.isfinite().all()) and bool(gradient.any())
 
 
 def _change_the_output(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[str, bool]:

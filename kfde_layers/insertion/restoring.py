@@ -1,7 +1,7 @@
 """Put back what a forward pass changes in a network."""
 
-from collections import OrderedDict, deque
-from collections.abc import Generator, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from types import NoneType
@@ -12,11 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_ATOMS = frozenset((NoneType, bool, int, float, str))  # types of most attributes, which hold nothing that can change
-_PLAIN_CONTAINERS = frozenset((dict, OrderedDict, list, set))
-
-
 Copies = Mapping[nn.Parameter, Tensor]
+
+_ATOMS = frozenset((NoneType, bool, int, float, str))  # types of most attributes, which hold nothing that can change
+# How to fill each type of container. Subclasses are left alone: they may refuse writes, or do more than that.
+_FILL: dict[type, Callable[[Any, Any], object]] = {
+    dict: dict.update,
+    defaultdict: dict.update,
+    Counter: dict.update,
+    OrderedDict: OrderedDict.update,
+    list: list.extend,
+    deque: deque.extend,
+    set: set.update,
+}
 
 
 def copied_parameters(model: nn.Module) -> Copies:
@@ -42,8 +50,8 @@ def restored_parameters(copies: Copies) -> Generator[None]:
 def restored_attributes(model: nn.Module) -> Generator[None]:
     """Restore attributes, registries, buffers and modes of all modules, at the end. A lazy module keeps its shapes.
 
-    Tensors, NumPy's arrays, lists, dicts, sets and queues that a module holds get their content back, at any depth. The
-    content of parameters is left to `restored_parameters`, and objects of other types are not looked into.
+    Tensors, NumPy's arrays and Python's containers (`_FILL`) that a module holds get their content back, at any depth.
+    The content of parameters is left to `restored_parameters`, and objects of other types are not looked into.
     """
     contents = _Contents()
     modes: list[tuple[nn.Module, bool]] = []
@@ -62,7 +70,7 @@ def restored_attributes(model: nn.Module) -> Generator[None]:
 
 
 class _Contents:
-    """What containers, tensors and arrays hold. Writes nothing that is unchanged: some objects refuse every write."""
+    """What containers, tensors and arrays hold. What is unchanged is not written."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -76,35 +84,31 @@ class _Contents:
         pending = [value]
         while pending:
             value = pending.pop()
-            kind = type(value)
+            kind: type = type(value)  # `isinstance` would ask a weak reference's object, which may be gone
             if kind in _ATOMS:
                 continue
-            if kind in _PLAIN_CONTAINERS and not value:
+            if kind in _FILL and not value:
                 self._empty.append(value)
                 continue
             if id(value) in self._seen:
                 continue
             self._seen.add(id(value))
-            if isinstance(value, dict):
-                before: Any = dict(value)  # pyright: ignore[reportUnknownArgumentType]
+            if kind in _FILL:
+                before: Any = dict(value) if issubclass(kind, dict) else [*value]
                 self._containers.append((value, before))
-                pending += before.values()
-            elif isinstance(value, list | set | deque):
-                before = [*value]
-                self._containers.append((value, before))
-                pending += before
-            elif isinstance(value, tuple):
+                pending += before.values() if issubclass(kind, dict) else before
+            elif issubclass(kind, tuple):
                 pending += value
-            elif isinstance(value, Tensor):
-                if value.layout == torch.strided and not isinstance(value, nn.Parameter):
+            elif kind is Tensor:
+                if value.layout == torch.strided and not value.is_nested:
                     self._tensors.append((value, value.detach().clone()))
-            elif isinstance(value, np.ndarray) and value.flags.writeable:
+            elif kind is np.ndarray and value.flags.writeable:
                 self._arrays.append((value, value.copy()))
 
     def restore(self, stack: ExitStack) -> None:
         """Have each object restored when the stack is left."""
         for array, values in self._arrays:
-            stack.callback(np.copyto, array, values)
+            stack.callback(_restore_array, array, values)
         for tensor, value in self._tensors:
             stack.callback(_restore_tensor, tensor, value)
         for container in filter(None, self._empty):
@@ -123,16 +127,28 @@ def _holds(container: Any, entries: Any) -> bool:
 
 def _refill(container: Any, entries: Any) -> None:
     container.clear()
-    (container.update if isinstance(container, dict | set) else container.extend)(entries)
+    _FILL[type(container)](container, entries)
+
+
+def _restore_array(array: Any, values: Any) -> None:
+    if array.shape != values.shape or array.tobytes() != values.tobytes():
+        array.setflags(write=True)
+        array.resize(values.shape, refcheck=False)
+        array[...] = values
 
 
 def _restore_tensor(tensor: Tensor, value: Tensor) -> None:
     if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
         tensor.data = value
     # Write only what has changed: autograd counts writes, and a graph of the caller may hold the tensor.
-    elif not tensor.is_meta and not torch.equal(tensor, value):
+    elif not tensor.is_meta and not _equal(tensor, value):
         with torch.no_grad():
             tensor.copy_(value)
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether two tensors of one shape are equal, where NaN equals NaN."""
+    return torch.equal(tensor, value) or bool(((tensor == value) | ((tensor != tensor) & (value != value))).all())
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -65,15 +65,13 @@ class Trial:
         example: Tensor | None = None,
         *,
         training: bool = False,
-        grad: bool = False,
     ) -> Any:
-        """Return the output of the model for its example or for another one.
+        """Return the output of the model for its example or for another one, without gradient.
 
         Args:
             hooks: Modules, and forward hooks for them.
             example: Input of the model; None: the example of the trial.
             training: Whether all modules are in training mode instead of evaluation mode.
-            grad: Whether gradients are recorded.
 
         Raises:
             ValueError: The model does not run on the example.
@@ -95,7 +93,7 @@ class Trial:
             (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
             random.seed(0)
             np.random.seed(0)
-            stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(torch.no_grad())
             stack.enter_context(autocast)
             try:
                 return self.model(example.clone())  # which the model may change in place

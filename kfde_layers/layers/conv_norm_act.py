@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from kfde_layers.layers.parts import (
     OTHER_SETTINGS,
+    ConvSettings,
     check_device_of,
-    conv_settings,
+    conv_geometry,
     read,
     watched_everywhere,
     why_not_plain,
@@ -17,6 +18,8 @@ from kfde_layers.layers.parts import (
 )
 from kfde_layers.ops.formats import autocasts
 from kfde_layers.ops.mfdf import is_empty
+
+NOT_AFFINE = "has a batch norm without affine parameters or running statistics"
 
 
 class ConvNormAct(nn.Module):
@@ -30,7 +33,7 @@ class ConvNormAct(nn.Module):
         super().__init__()
         self.conv = conv
         self.norm: Any = norm
-        self.act = act
+        self.register_module("act", act)  # refuses later what is no module, even where it is None
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -44,7 +47,7 @@ class ConvNormAct(nn.Module):
             return self._activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
     def _activate(self, y: Tensor) -> Tensor:
-        return y if self.act is None else self.act(y)
+        return y if self.act is None else self.act(y)  # pyright: ignore
 
     def _fold_if_plain(self) -> tuple[Tensor, Tensor] | None:
         """Return weight and bias of the convolution that takes over the norm, or None if it cannot now."""
@@ -78,7 +81,7 @@ def call_branch(name: str, branch: nn.Module, x: Tensor) -> Tensor:
     return branch(x)
 
 
-def why_not_one_conv(branch: nn.Module, settings: tuple[object, ...]) -> str | None:
+def why_not_one_conv(branch: nn.Module, settings: ConvSettings) -> str | None:
     """Return why a branch does not equal one convolution with these settings now, or None if it does."""
     if reason := why_not_plain(branch, ConvNormAct):
         return reason
@@ -86,11 +89,11 @@ def why_not_one_conv(branch: nn.Module, settings: tuple[object, ...]) -> str | N
     conv = parts["conv"]
     if reason := why_not_plain(conv, nn.Conv2d):
         return f"has a part conv that {reason}"
-    if conv_settings(conv) != settings:
+    if conv_geometry(conv) != settings[1]:
         return f"has a part conv that {OTHER_SETTINGS}"
     if reason := _why_not_linear(parts["norm"]):
         return reason
-    if parts.get("act") is not None:
+    if parts["act"] is not None:
         return "has an activation"
     return None
 
@@ -99,7 +102,12 @@ def _why_not_linear(norm: nn.Module) -> str | None:
     """Return why a norm is no fixed affine function now, as the end of a sentence about the branch, or None."""
     if reason := why_not_plain(norm, nn.BatchNorm2d):
         return f"has a part norm that {reason}"
-    return "has a batch norm in training" if norm.__dict__["training"] else None
+    attributes = norm.__dict__
+    if attributes["training"]:
+        return "has a batch norm in training"
+    if not attributes["affine"] or not attributes["track_running_stats"]:
+        return NOT_AFFINE
+    return None
 
 
 def _fold(conv_weight: Tensor, conv_bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor] | None:

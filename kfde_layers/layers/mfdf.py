@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_dtype, check_factory, check_int, check_made, check_map, check_real
 from kfde_layers._impl import Impl, resolve_impl, select
-from kfde_layers.layers.conv_norm_act import ConvNormAct, call_branch, why_not_one_conv
+from kfde_layers.layers.conv_norm_act import NOT_AFFINE, ConvNormAct, call_branch, why_not_one_conv
 from kfde_layers.layers.parts import (
-    OTHER_SETTINGS,
     call_linear,
     conv_settings,
     read,
@@ -120,7 +119,6 @@ class MFDF(nn.Module):
         self.dilation = list(resolve_dilations("dilation", dilation, len(self.kernel_sizes)))
         self.groups: int = resolve_groups("groups", channels, groups)
         self.impl = resolve_impl(impl).value
-        self._has_bias: bool = bias
         self.plain_branches: bool = norm_layer is None and act_layer is None  # nothing but convolutions
         depthwise = self.groups == channels
         self.mergeable_in_eval: bool = depthwise and not self.plain_branches and act_layer is None
@@ -198,12 +196,10 @@ class MFDF(nn.Module):
         for k, branch in enumerate(branches):
             kernel = (read(branch, "weight"), read(branch, "bias")) if self.plain_branches else branch.folded()
             if kernel is None:
-                return f"branches[{k}] has a batch norm without affine parameters or running statistics"
+                return f"branches[{k}] {NOT_AFFINE}"
             weight, bias = kernel
             if reason := why_not_readable(weight):
                 return f"branches[{k}] {reason}"
-            if self.plain_branches and (bias is not None) != self._has_bias:
-                return f"branches[{k}] {OTHER_SETTINGS}"
             weights.append(weight)
             if bias is not None:
                 biases.append(bias)
@@ -272,9 +268,7 @@ class MFDF(nn.Module):
     def all_parts_are_plain(self) -> bool:
         """Return whether all parameters may be read. TorchScript asks when it compiles the layer."""
         branches = zip(self.branches, self._settings, strict=True)
-        if not self.plain_branches or not self.fc_are_plain or any(why_not_plain_conv(*branch) for branch in branches):
-            return False
-        return all((getattr(branch, "bias", None) is not None) == self._has_bias for branch in self.branches)
+        return self.plain_branches and self.fc_are_plain and not any(why_not_plain_conv(*branch) for branch in branches)
 
     @property
     def fc_are_plain(self) -> bool:

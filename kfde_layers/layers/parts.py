@@ -7,7 +7,7 @@ merged instead, which means that the layer reads its parameters and computes the
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,27 @@ OTHER_SETTINGS = (
 )
 
 
-def conv_settings(conv: nn.Module) -> tuple[object, ...]:
-    """Return the settings that a convolution must keep to be merged."""
+class ConvSettings(NamedTuple):
+    """What a branch's convolution must keep to be merged."""
+
+    has_bias: bool
+    """Whether it has a bias; read of plain branches only, since a norm's intercept takes the place of a missing one."""
+    geometry: tuple[object, ...]
+    """Sizes, padding mode and groups, as `conv_geometry` returns them."""
+
+
+def conv_settings(conv: nn.Module) -> ConvSettings:
+    """Return the settings of a convolution."""
+    return ConvSettings(has_bias(conv), conv_geometry(conv))
+
+
+def has_bias(conv: nn.Module) -> bool:
+    """Return whether a convolution has a bias, without reading one that a parametrization computes."""
+    return conv.__dict__["_parameters"].get("bias", conv) is not None
+
+
+def conv_geometry(conv: nn.Module) -> tuple[object, ...]:
+    """Return the attributes of a convolution that decide which values meet."""
     attributes = conv.__dict__
     return (
         attributes["kernel_size"],
@@ -61,11 +80,11 @@ def conv_settings(conv: nn.Module) -> tuple[object, ...]:
     )
 
 
-def why_not_plain_conv(conv: nn.Module, settings: tuple[object, ...]) -> str | None:
+def why_not_plain_conv(conv: nn.Module, settings: ConvSettings) -> str | None:
     """Return why a branch's convolution must be called, or None if it is plain and still has the layer's settings."""
     if reason := why_not_plain(conv, nn.Conv2d):
         return reason
-    if conv_settings(conv) != settings:
+    if has_bias(conv) != settings[0] or conv_geometry(conv) != settings[1]:  # numbers are quicker than names
         return OTHER_SETTINGS
     return None
 

@@ -62,10 +62,35 @@ class OneWay(torch.autograd.Function):
         return 2 * x
 
 
+class FailsBackward(torch.autograd.Function):
+    """An operation whose backward pass fails with an error of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise KeyError("no gradient")
+
+
+class Uncopied(nn.Module):
+    """A module of which no copy can be made."""
+
+    def forward(self, x):
+        return 2 * x
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot be copied")
+
+
 WITHOUT_GRADIENT = {
     "a derivative of zero": lambda x: (10 * x).round(),
     "detached": lambda x: x.detach() + 1,
     "no backward pass": OneWay.apply,
+    "a backward pass that fails": FailsBackward.apply,
+    "no copy": Uncopied(),
+    "a gradient that is not a number": lambda x: torch.where(x < 9, x, (0 * x).sqrt()),
     "integers": lambda x: (10 * x).long(),
     "another result where gradients are wanted": lambda x: x.detach() if torch.is_grad_enabled() else x,
 }

@@ -1,12 +1,15 @@
 """Networks that change in their own forward pass are as before after `insertion_points`, `insert` and refusals."""
 
 import random
-from collections import deque
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from kfde_layers import CSFE, SFE, insert, insertion_points, remove
 from kfde_layers.insertion import running
@@ -30,6 +33,7 @@ class Changing(nn.Module):
         self.scale, self.grid = torch.ones(2), np.zeros(3)
         self.grid_of = {"tuple": (np.ones(2), [torch.zeros(2)])}
         self.names, self.last = {"conv", "end"}, deque([1, 2], maxlen=2)
+        self.counts, self.defaults = Counter(["conv", "conv"]), defaultdict(list)
         self.frozen = Frozen(kind="network")
         self.change = change
 
@@ -53,6 +57,11 @@ class Hidden:
 
 def _resize(model):
     model.position.data = nn.functional.interpolate(model.position, scale_factor=2)
+
+
+def _activation(model):
+    """Return a map that depends on a parameter, as an average of activations does."""
+    return nn.functional.conv2d(torch.ones(1, 3, 4, 4), model.conv.weight, padding=1)
 
 
 def _replace_parameter(model):
@@ -88,6 +97,11 @@ CHANGES = {
     "a key that is deleted": lambda model: model.seen.pop("keys", None),
     "a set that grows": lambda model: model.names.add(len(model.names)),
     "a queue that moves on": lambda model: model.last.append(model.last[-1] + 1),
+    "an activation in a buffer": lambda model: model.position.copy_(_activation(model)),
+    "an activation in a plain tensor": lambda model: model.scale.copy_(_activation(model)[0, :2, 0, 0]),
+    "an array that grows": lambda model: model.grid.resize(6, refcheck=False),
+    "a count": lambda model: model.counts.update(["conv"]),
+    "a mapping with defaults": lambda model: model.defaults["conv"].append(1),
     "the mode of a child": lambda model: model.end.train(not model.end.training),
     "random numbers of torch": lambda model: torch.rand(3),
     "random numbers of Python": lambda model: random.random(),
@@ -100,7 +114,10 @@ def state_of(model):
     modules = {}
     for name, module in model.named_modules():
         tensors = {**module._parameters, **module._buffers}
-        values = {key: None if tensor is None else (id(tensor), tensor.tolist()) for key, tensor in tensors.items()}
+        values = {
+            key: None if tensor is None else (id(tensor), tensor.requires_grad, tensor.is_leaf, tensor.tolist())
+            for key, tensor in tensors.items()
+        }
         attributes = {key: repr(value) for key, value in module.__dict__.items() if not key.startswith("_")}
         modules[name] = (values, attributes, list(module._modules), len(module._forward_hooks))
     return modules, torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
@@ -126,6 +143,65 @@ def test_the_changes_are_seen(change):
     before = state_of(model)
     model(X)
     assert state_of(model) != before
+
+
+class Talkative(OrderedDict):
+    """A mapping that is more than its entries, and refuses to be updated."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("this mapping cannot be updated")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_odd_attributes_do_not_keep_a_block_out(tmp_path):
+    model = Changing(lambda model: model.talkative.__setitem__("key", 1))
+    model.talkative = Talkative()
+    model.__dict__["gone"] = weakref.proxy(nn.Identity())
+    model.nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    model.sparse, model.unknown = torch.eye(3).to_sparse(), torch.full((3,), torch.nan).expand(2, 3)
+    model.fake = FakeTensorMode().from_tensor(torch.zeros(3))
+    model.objects, model.constant = np.array([None, {}]), np.zeros(2)
+    model.constant.setflags(write=False)
+    np.save(tmp_path / "map.npy", np.zeros(3))
+    model.memory = np.load(tmp_path / "map.npy", mmap_mode="r+")
+    model.own = [model.seen]
+    model.own.append(model.own)
+    written = (tmp_path / "map.npy").stat().st_mtime_ns
+    insert(model, {"conv": CSFE}, example_input=X)
+    assert type(model.conv.kfde) is CSFE
+    assert model.talkative == {"key": 1}  # a mapping of another type is not looked into, and keeps what it got
+    assert model.unknown._version == 0
+    assert (tmp_path / "map.npy").stat().st_mtime_ns == written
+
+
+class Checkpointed(nn.Module):
+    """Run the second half again in the backward pass, where batch norms would count it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        return checkpoint(self.second, self.first(x), use_reentrant=False)
+
+
+def test_a_forward_pass_that_is_repeated_backward_leaves_no_trace():
+    model = Checkpointed().train()
+    before = state_of(model)
+    remove(insert(model, {"first": SFE}, example_input=X))
+    assert state_of(model) == before
+
+
+def test_backward_hooks_and_gradients_of_the_model_see_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    calls = []
+    model[2].register_full_backward_hook(lambda *args: calls.append("module"))
+    model[2].register_full_backward_pre_hook(lambda *args: calls.append("module, before"))
+    model[2].weight.register_hook(lambda gradient: calls.append("weight"))
+    insert(model, {"1": SFE}, example_input=X)
+    assert not calls
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_step_that_cannot_be_undone_keeps_no_other_from_being_undone(monkeypatch):

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from einops import rearrange
 from torch import nn
 
 from kfde_layers import CSFE, SFE, insert, insertion_points
@@ -69,3 +70,18 @@ def test_refusals_leave_the_model_unchanged(name, block, message):
     assert torch.equal(model(images(16)), expected)
     assert not any(hasattr(module, "kfde") or module._forward_hooks for module in model.modules())
     assert set(insertion_points(model, example_input=torch.zeros(1, 3, 16, 16))) == {"conv", "parts.own", "parts.own.0"}
+
+
+def test_windows_of_a_map_are_no_point():
+    class Windows(nn.Module):
+        def forward(self, x):
+            return rearrange(x, "n c (i h) (j w) -> (n i j) c h w", i=2, j=2)
+
+    class Whole(nn.Module):
+        def forward(self, x):
+            return rearrange(x, "(n i j) c h w -> n c (i h) (j w)", i=2, j=2)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Windows(), nn.Conv2d(8, 8, 1), Whole())
+    assert list(insertion_points(model, example_input=images(8))) == ["0", "3"]
+    with pytest.raises(ValueError, match="cannot insert at '1': it returns no feature map of the input"):
+        insert(model, {"1": SFE}, example_input=images(8))

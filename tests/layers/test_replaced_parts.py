@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import fusion
 
+from kfde_layers import MFDF
 from kfde_layers.testing import random_tensor
 from tests.support.parts import (
     MADE,
@@ -207,3 +208,42 @@ def test_fc1_may_be_scripted(name):
     expected = layer(x)
     layer.fc1 = torch.jit.script(layer.fc1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_activation_that_is_no_module_is_refused():
+    layer = MFDF(8, norm_layer=nn.BatchNorm2d)
+    with pytest.raises(TypeError, match="child module 'act'"):
+        layer.branches[0].act = torch.relu
+
+
+class Counting(nn.Module):
+    """A parametrization that counts how often its parameter is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def forward(self, weight):
+        self.reads += 1
+        return weight
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, lambda layer: setattr(layer.branches[1], "bias", None)),
+        ({"norm_layer": nn.BatchNorm2d}, lambda layer: None),
+        ({"norm_layer": lambda channels: nn.BatchNorm2d(channels, affine=False)}, lambda layer: None),
+        ({"norm_layer": nn.BatchNorm2d, "groups": 1}, lambda layer: None),
+        ({"norm_layer": nn.BatchNorm2d, "act_layer": nn.ReLU}, lambda layer: None),
+    ],
+)
+def test_a_parametrized_weight_is_read_once_a_call(options, change):
+    layer = MFDF(8, **options).eval()
+    change(layer)
+    conv = layer.branches[0].conv if options else layer.branches[0]
+    counting = Counting()
+    nn.utils.parametrize.register_parametrization(conv, "weight", counting)
+    counting.reads = 0
+    layer(random_tensor(2, 8, 5, 7))
+    assert counting.reads == 1
