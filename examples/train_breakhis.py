@@ -45,7 +45,7 @@ from breakhis.training.fit import fit
 from breakhis.training.flags import SOURCES
 from breakhis.training.lock import lock_folder
 from breakhis.training.options import expand, parse_args, recorded
-from breakhis.training.resume import METRICS, begin, find_finished, identify, refuse_finished
+from breakhis.training.resume import METRICS, begin, find_finished, identify, make_way
 from breakhis.training.state import STATE
 from torch.utils.data import DataLoader
 
@@ -204,7 +204,9 @@ def check_inputs(accelerator: Accelerator, hashes: Mapping[Path, str]) -> None:
     changed = changed_files(hashes) if accelerator.is_main_process else []
     (changed,) = broadcast_object_list([changed])
     if changed:
-        raise ValueError(f"files that a run reads must not change meanwhile, but {len(changed)} did: {changed[0]}")
+        raise ValueError(
+            f"the files that a run reads must not change during it, got {len(changed)} changed, such as {changed[0]}"
+        )
 
 
 def draw_figures(
@@ -245,8 +247,8 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
     """Find the images, do each run that the flags ask for, and write the tables of a study."""
     scaler, runs = copy.deepcopy(accelerator.scaler), expand(args)
-    if not args.resume and not args.overwrite:
-        refuse_finished([run.output_dir for run in runs])
+    if not args.resume:
+        make_way([run.output_dir for run in runs], args.overwrite)
     data_dir, records = find_records(args, accelerator)
     splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
     (hashes,) = broadcast_object_list(

@@ -13,10 +13,9 @@ from typing import Any
 # in full width. A quote in front marks such a cell as text. A text that begins with a quote is marked too, so that
 # it can be told from those.
 _MARKED = (*"=+-@\t\r\n\uff1d\uff0b\uff0d\uff20", "'")
-# A spreadsheet of a country that writes 0,5 takes ; for the end of a cell, and some take a tab. Quotation marks do not
-# help, since there the cell does not begin where they begin. So the rest of a text after ; is marked like a cell of its
-# own. It is also marked if it begins with a quotation mark, which such a reader may drop, and if there is none, since
-# our own quotation mark follows.
+# With a decimal comma, spreadsheets end a cell at a semicolon, and some end it at a tab, also between quotation marks.
+# So the text after such a character is marked like a new cell. It is also marked if it begins with a quotation mark,
+# which a reader may drop, and if it is empty, because the closing quotation mark of the CSV cell follows it.
 _INNER = re.compile(rf"([;\t\r\n])(?=[{re.escape(''.join(_MARKED))}\"]|\Z)")
 _INNER_MARKED = re.compile(r"([;\t\r\n])'")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)

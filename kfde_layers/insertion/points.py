@@ -46,7 +46,7 @@ def insertion_points(model: nn.Module, *, example_input: Tensor | None = None) -
         model: Left unchanged, except that lazy modules take their shapes. In a timm model, the points are the modules
             that it lists in `feature_info`; in any other model, and if the forward pass calls none of these, all
             submodules.
-        example_input: Image (N, C, H, W) to run the model on, without gradient, without autocast and in eval mode. None
+        example_input: Image (N, C, H, W) to run the model on, without autocast and in eval mode. None
             makes one of noise, of the size that the model's `pretrained_cfg` gives (else 224 px), with the model's
             `in_chans` (else the channels of the first convolution).
 

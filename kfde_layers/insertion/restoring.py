@@ -50,8 +50,8 @@ def restored_parameters(copies: Copies) -> Generator[None]:
 def restored_attributes(model: nn.Module) -> Generator[None]:
     """Restore attributes, registries, buffers and modes of all modules, at the end. A lazy module keeps its shapes.
 
-    Tensors, NumPy's arrays and Python's containers (`_FILL`) that a module holds get their content back, at any depth.
-    The content of parameters is left to `restored_parameters`, and objects of other types are not looked into.
+    Tensors, NumPy's arrays and Python's containers (those of `_FILL`) that a module holds get their content back, at
+    any depth. The content of parameters is left to `restored_parameters`. Objects of other types are not looked into.
     """
     contents = _Contents()
     modes: list[tuple[nn.Module, bool]] = []

@@ -1,6 +1,6 @@
 """Every option becomes one graph for all batches and sizes, which gives the right numbers for each of them.
 
-Inductor compiles such graphs in the tests of AOTInductor's packages, and graphs of fixed sizes in test_compile.py.
+Inductor compiles graphs of fixed sizes in test_compile.py, for the layers as they are by default.
 """
 
 from typing import NamedTuple
@@ -89,12 +89,25 @@ def test_fused_is_the_same_graph_as_auto(fused, auto):
     assert graphs[0].code == graphs[1].code
 
 
-@torch.no_grad()
 @DYNAMIC_CELL
 @each_case({name: case for name, case in OPTIONS.items() if list(case.make().buffers())})
-def test_inference_with_norms(case):
+def test_norms_in_evaluation(case):
     module, reference = module_and_reference(case)
     compiled = compile_whole(module, backend="aot_eager", dynamic=True)
     for shape in case.shapes:
-        x = input_of_case(reference, shape).contiguous(memory_format=torch.channels_last)
+        x = input_of_case(reference, shape)
+        with torch.no_grad():
+            assert relative_error(compiled(x), reference(x.double())) < TOLERANCE
+    actual = output_and_gradients(compiled, module, x)
+    assert_within_tolerance(actual, output_and_gradients(reference, reference, x.double()))
+
+
+@torch.no_grad()
+@DYNAMIC_CELL
+@each_case({name: OPTIONS[name] for name in ("CSFE", "MFDF")})
+def test_by_inductor(case):
+    module, reference = module_and_reference(case)
+    compiled = compile_whole(module, dynamic=True)
+    for shape in case.shapes:
+        x = input_of_case(reference, shape)
         assert relative_error(compiled(x), reference(x.double())) < TOLERANCE

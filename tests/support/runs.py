@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,3 +65,17 @@ def launch(out: Path, processes: int, *arguments: str) -> subprocess.CompletedPr
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_and_terminate(arguments: list[str], after: Path) -> tuple[int, str]:
+    """Return exit status and errors of the script, which is terminated when a file is there."""
+    command = [sys.executable, str(ROOT / "examples" / "train_breakhis.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, **pipes)
+    deadline = time.monotonic() + 120
+    while not after.is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors

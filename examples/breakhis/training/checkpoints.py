@@ -180,7 +180,8 @@ def check_checkpoint(folder: Path, hashes: Any) -> None:
         hashes: What `hash_checkpoint` returned, or what a file holds in its place.
 
     Raises:
-        ValueError: `hashes` is no such mapping, or a file is missing or has another content; the message names it.
+        ValueError: `hashes` does not map each name to a SHA-256, or a file is missing or has another content. The
+            message names it.
     """
     digests = [hashes.get(name) for name in FILES] if isinstance(hashes, dict) else [None]
     if not all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):

@@ -46,7 +46,10 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--resume", action=SWITCH, default=False, help="go on where a run into this directory was cut off, or start"
     )
     group.add_argument(
-        "--overwrite", action=SWITCH, default=False, help="replace finished runs in this directory, which are else kept"
+        "--overwrite",
+        action=SWITCH,
+        default=False,
+        help="replace finished runs in this directory; without this flag or --resume they are refused",
     )
     group.add_argument(
         "--num-workers",

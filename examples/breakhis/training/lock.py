@@ -30,7 +30,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     A process must not take the lock of one folder twice.
 
     Raises:
-        OSError: There can be no lock in the folder; the message names the file.
+        OSError: The lock file cannot be made or written, or is no plain file; the message names it.
         ValueError: Another run holds the lock, or a run on another machine has left its file.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +66,11 @@ def _open(path: Path) -> int:
     except OSError as error:
         got = "a symbolic link" if path.is_symlink() else error.strerror
     else:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:  # 0: its owner has just removed it
             return descriptor
         os.close(descriptor)
-        got = "a pipe or a device"
+        got = "a file with other names" if stat.S_ISREG(status.st_mode) else "a pipe or a device"
     raise OSError(f"{path} must be a plain file that can be written, got: {got}")
 
 

@@ -13,7 +13,7 @@ import timm
 from breakhis.mappings import read_json
 
 SIDES = range(32, 4097)  # px; from the smallest --img-size to a size that memory can hold
-SMALLEST_CROP = 0.5  # timm's models have at least 0.87; the image is enlarged to side / crop_pct, also in memory
+SMALLEST_CROP = 0.5  # the image is enlarged to side / crop_pct, also in memory; the trainer saves 1.0
 WORDS = {
     "interpolation": ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"),
     "crop_mode": ("border", "center", "squash"),

@@ -212,5 +212,5 @@ def recorded(run: argparse.Namespace) -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the changed flags that could change the results of a resumed run, such as "lr was 0.1, now 0.2"."""
     keys = [key for key in {**before, **now} if key not in _FREE_FLAGS and before.get(key) != now.get(key)]
-    names = {"checkpoint_sha256": f"checkpoint_sha256, of the content of {now.get('checkpoint_path')},"}
+    names = {"checkpoint_sha256": f"checkpoint_sha256 of {now.get('checkpoint_path')}"}
     return [f"{names.get(key, key)} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys]

@@ -32,14 +32,21 @@ RESULTS = (METRICS, STATE, "best", "last")
 """What a run without its `config.yaml` and `split.csv` cannot be trusted in."""
 
 
-def refuse_finished(folders: Sequence[Path]) -> None:
-    """Refuse to replace a finished run, which may have taken days.
+def make_way(folders: Sequence[Path], overwrite: bool) -> None:
+    """Let finished runs be replaced, or refuse it, since they may have taken days.
+
+    Args:
+        folders: Folders of all runs that will be done.
+        overwrite: Whether finished runs are replaced. None of them is then finished any more, so that `--resume` after
+            an interruption takes none for a new one.
 
     Raises:
         ValueError: A folder holds a finished run; the message names it.
     """
     for folder in folders:
-        if (folder / METRICS).is_file():
+        if overwrite:
+            (folder / METRICS).unlink(missing_ok=True)
+        elif (folder / METRICS).is_file():
             raise ValueError(
                 f"--output-dir must have no finished run, got {folder} with {METRICS}: --resume keeps it, "
                 "--overwrite replaces it"

@@ -177,7 +177,7 @@ INNER = [
 
 @pytest.mark.parametrize("text", INNER)
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_no_cell_is_a_formula_for_readers_of_another_country(tmp_path, text, place):
+def test_no_cell_is_a_formula_where_semicolons_or_tabs_end_cells(tmp_path, text, place):
     """They end a cell at a semicolon, and some at a tab, where our quotation marks are no longer at its beginning."""
     names, path = ["a", "b", "c"], tmp_path / "table.csv"
     names[place] = text

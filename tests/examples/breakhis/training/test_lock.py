@@ -139,11 +139,12 @@ def bind_socket(path: Path) -> None:
         (lambda path: path.symlink_to(path.with_name("none")), "a symbolic link"),
         (lambda path: path.symlink_to(path), "a symbolic link"),
         (lambda path: path.symlink_to("/dev/null"), "a symbolic link"),
+        (lambda path: path.hardlink_to(path.with_name("precious")), "a file with other names"),
         (Path.mkdir, "Is a directory"),
         (os.mkfifo, "a pipe or a device"),
         (bind_socket, "No such device or address|Operation not supported on socket"),
     ],
-    ids=["link", "broken link", "link to itself", "link to a device", "directory", "pipe", "socket"],
+    ids=["link", "broken link", "link to itself", "link to a device", "hard link", "directory", "pipe", "socket"],
 )
 def test_only_a_plain_file_is_locked(tmp_path, make, got):
     """In one line that names the file, and at once: opening a pipe can wait for ever."""

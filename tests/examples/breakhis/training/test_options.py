@@ -125,11 +125,11 @@ def test_the_content_of_a_checkpoint_is_recorded_and_compared(tmp_path, capsys):
     before, now = (recorded(run) for run in runs)
     digests = [hashlib.sha256(content).hexdigest() for content in (b"first", b"second")]
     assert [flags["checkpoint_sha256"] for flags in (before, now)] == digests
-    message = f"checkpoint_sha256, of the content of {weights}, was '{digests[0]}', now '{digests[1]}'"
+    message = f"checkpoint_sha256 of {weights} was '{digests[0]}', now '{digests[1]}'"
     assert differences(before, now) == [message]
     assert differences(recorded(*expand(parse(tmp_path))), now) == [
         f"checkpoint_path was None, now '{weights}'",
-        f"checkpoint_sha256, of the content of {weights}, was None, now '{digests[1]}'",
+        f"checkpoint_sha256 of {weights} was None, now '{digests[1]}'",
     ]
     # The recorded flags repeat a run from the same weights only.
     argv = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(tmp_path / "out")]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from breakhis.training.resume import begin, find_finished, identify, refuse_finished
+from breakhis.training.resume import begin, find_finished, identify, make_way
 
 FLAGS = {"lr": 0.1, "seeds": [0], "num_workers": 2}
 ROWS = [
@@ -115,9 +115,18 @@ def test_only_a_finished_run_is_protected(tmp_path, name):
     if name == "metrics.json":
         message = f"--output-dir must have no finished run, got {finished} with metrics.json: --resume keeps it, --over"
         with pytest.raises(ValueError, match=message):
-            refuse_finished([tmp_path / "none", tmp_path, finished])
+            make_way([tmp_path / "none", tmp_path, finished], overwrite=False)
     else:
-        refuse_finished([tmp_path / "none", tmp_path, finished])
+        make_way([tmp_path / "none", tmp_path, finished], overwrite=False)
+
+
+def test_all_runs_that_are_replaced_are_unfinished_from_the_start(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders[:2]:
+        folder.mkdir()
+        (folder / "metrics.json").touch()
+    make_way(folders, overwrite=True)
+    assert not list(tmp_path.rglob("metrics.json"))
 
 
 def test_the_identity_of_a_run_is_everything_that_its_weights_depend_on(monkeypatch):
