@@ -3,6 +3,7 @@ import torch
 from accelerate import Accelerator
 from breakhis.training.engine import Trainer, train_one_epoch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 
 class FixedRate:
@@ -38,3 +39,21 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
     with pytest.raises(FloatingPointError, match="gradient must be finite, got norm nan in epoch 1, step 1: a, b"):
         train_one_epoch(Accelerator(cpu=True), trainer, batches, 0, ["a", "b"])
     assert torch.isfinite(model.weight).all()
+
+
+def test_the_last_update_of_an_epoch_takes_the_rest_of_the_batches():
+    updates = []
+
+    class Recorder:
+        def step_update(self, update):
+            updates.append(update)
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = torch.nn.Linear(2, 2)
+    loader = DataLoader([(torch.ones(2), 0, index) for index in range(5)], batch_size=1)
+    loader = accelerator.prepare(loader)  # knows the last batch, whose gradients are not kept for a sixth
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer = Trainer(model, optimizer, Recorder(), F.cross_entropy)
+    for epoch in (0, 4):
+        train_one_epoch(accelerator, trainer, loader, epoch, list("abcde"))
+    assert updates == [1, 2, 3, 13, 14, 15]

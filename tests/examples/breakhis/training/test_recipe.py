@@ -35,7 +35,7 @@ def test_class_targets_are_smoothed_and_mixed_ones_are_not():
     logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     smooth = Loss(targets.tolist(), 3, class_weights=False, smoothing=0.1)
     torch.testing.assert_close(smooth(logits, targets), F.cross_entropy(logits, targets, label_smoothing=0.1))
-    mixed = torch.full((4, 3), 1 / 3)
+    mixed = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.4, 0.6], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]])
     torch.testing.assert_close(smooth(logits, mixed), F.cross_entropy(logits, mixed))
 
 
