@@ -16,6 +16,22 @@ from tests.support.kernels import DEVICE, recorded, runs_kernels, sigmoid_may_ov
 pytestmark = [*runs_kernels, sigmoid_may_overflow, pytest.mark.usefixtures("guards")]
 
 
+def test_an_element_at_the_threshold_is_closed():
+    x, weight = groups_of_one_value(device=DEVICE)
+    for bias, expected in AT_THRESHOLD:
+        y, *_ = launch.launch_forward(x, weight, torch.full_like(weight, bias), CsfeOptions(num_groups=2, eps=EPS))
+        assert y[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0)])
+def test_a_sum_of_gamma_near_zero_is_replaced(first, last):
+    # A sum below 1e-6 becomes 1e-6 with the same sign. Then every gate is 0 or 1, and the rest can be compared exactly.
+    x = random_tensor(2, 2, 5, 7, seed=11)
+    weight, bias = torch.tensor([first, last]), torch.tensor([0.5, -0.3])
+    assert abs(float(weight.double().sum())) < 1e-6
+    check("csfe", x, 1, affine=(weight, bias), margin=-1.0 if first == 0 else 1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("mean", [1e4, 1e6])  # float32 holds 1e6 to a step of 0.06
@@ -39,13 +55,6 @@ def test_survives_every_magnitude(operator, magnitude):
     check(operator, magnitude * random_tensor(2, 6, 7, 11, seed=7, mean=2.0), 3)
 
 
-def test_an_element_at_the_threshold_is_closed():
-    x, weight = groups_of_one_value(device=DEVICE)
-    for bias, expected in AT_THRESHOLD:
-        y, *_ = launch.launch_forward(x, weight, torch.full_like(weight, bias), CsfeOptions(num_groups=2, eps=EPS))
-        assert y[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -53,12 +62,3 @@ def test_low_precision(dtype, parameters, layout):
     affine = random_affine(10, seed=1, dtype=parameters)
     x = random_tensor(3, 10, 5, 7, seed=8, dtype=dtype, memory_format=LAYOUTS[layout])
     check("csfe", x, 5, affine=affine)
-
-
-@pytest.mark.parametrize(("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0)])
-def test_a_sum_of_gamma_near_zero_is_replaced(first, last):
-    # A sum below 1e-6 becomes 1e-6 with the same sign. Then every gate is 0 or 1, and the rest can be compared exactly.
-    x = random_tensor(2, 2, 5, 7, seed=11)
-    weight, bias = torch.tensor([first, last]), torch.tensor([0.5, -0.3])
-    assert abs(float(weight.double().sum())) < 1e-6
-    check("csfe", x, 1, affine=(weight, bias), margin=-1.0 if first == 0 else 1e-5)
