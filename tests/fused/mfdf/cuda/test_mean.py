@@ -15,6 +15,14 @@ pytestmark = [*runs_kernels, pytest.mark.usefixtures("guards")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_that_is_no_multiple_of_a_programs_samples(layout, monkeypatch):
+    monkeypatch.setattr(tiling, "FILL", 0)  # programs of four samples, which large maps have
+    with recorded(launch, run=True) as launches:
+        check_mean(random_tensor(5, 3, 3, 5, seed=7, memory_format=LAYOUTS[layout]))
+    assert the_launch_of(launches, "mfdf_mean_kernel").arguments["SAMPLES"] == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("size", "tap_spacing"),
     [(1, 1), (3, 1), (7, 1), (9, 1), (5, 2), (3, 3), (1, 2), (9, 2)],
