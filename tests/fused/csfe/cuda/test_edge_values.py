@@ -23,9 +23,12 @@ def test_an_element_at_the_threshold_is_closed():
         assert y[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("first", "last"), [(1.0, -1.0), (1.0, -1.0 - 2**-21), (1.0, -1.0 + 2**-21), (0.0, 0.0), (2e-7, 3e-7)]
+)
 def test_a_sum_of_gamma_near_zero_is_replaced(first, last):
     # A sum below 1e-6 becomes 1e-6 with the same sign. Then every gate is 0 or 1, and the rest can be compared exactly.
+    # Where all of gamma is small, the gates lie between, and the constant sum must get no gradient.
     x = random_tensor(2, 2, 5, 7, seed=11)
     weight, bias = torch.tensor([first, last]), torch.tensor([0.5, -0.3])
     assert abs(float(weight.double().sum())) < 1e-6

@@ -15,6 +15,11 @@ pytestmark = [*runs_kernels, pytest.mark.usefixtures("guards")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_kernel_whose_first_taps_are_far_from_its_centre(layout):
+    check_merged(random_tensor(1, 2, 2, 3, seed=7, memory_format=LAYOUTS[layout]), 1, 15)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("branches", "size", "tap_spacing"),
     [(1, 1, 1), (2, 3, 1), (3, 7, 1), (4, 9, 1), (2, 5, 2), (1, 3, 3), (3, 1, 2), (2, 9, 2)],
