@@ -59,6 +59,7 @@ def test_training_does_not_change_the_model():
     torch.testing.assert_close(model.weight, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", bench_models.WORK)
 def test_only_checkpointed_training_checkpoints_and_only_training_counts_saved_memory(work, monkeypatch):
     enabled = []

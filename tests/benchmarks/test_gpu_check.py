@@ -82,6 +82,7 @@ def test_a_layer_that_is_wrong_at_the_end_of_a_large_batch_is_noticed():
     assert len(failures(outcomes)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "way"), [("compiled", "compiled"), ("autocast", "under autocast")])
 def test_a_layer_that_is_wrong_in_one_way_to_run_is_noticed(quick_compiler, fault, way):
     wrong = failures(device_checks.ways_to_run("cpu", (2, 32, 6, 6), faulty_case(fault)))

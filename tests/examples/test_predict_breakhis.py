@@ -14,6 +14,7 @@ from tests.support.runs import load_input, load_with_timm, predict_with_timm, re
 pytestmark = needs_local_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_every_image_is_predicted_as_by_timm_alone(checkpoint, images, tmp_path, workers):
     output = tmp_path / "new" / "predictions.csv"
@@ -98,6 +99,7 @@ def test_there_is_no_vote_without_a_patient(checkpoint, images, tmp_path):
     assert not (tmp_path / "none_patients.csv").exists()
 
 
+@pytest.mark.slow
 def test_each_image_has_its_overlay(checkpoint, images, tmp_path):
     cams = tmp_path / "cams"
     assert main(arguments(checkpoint, images, tmp_path / "out.csv", "--cam-dir", str(cams))) == 0

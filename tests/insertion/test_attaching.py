@@ -111,6 +111,7 @@ def test_blocks_follow_dtype_device_and_mode_of_their_point():
     assert model[1].kfde.training
 
 
+@pytest.mark.slow
 def test_torchscript_takes_an_inserted_model():
     for name in ("convnextv2_atto", "resnet18"):
         model = timm.create_model(name).eval()
@@ -168,6 +169,7 @@ def test_other_hooks_see_the_blocks_output():
     assert torch.equal(outputs[0], expected)
 
 
+@pytest.mark.slow
 def test_remove_leaves_no_trace():
     for make in (lambda: timm.create_model("test_resnet"), lambda: timm.create_model("kfde_convnextv2_atto")):
         original = make().eval()

@@ -160,6 +160,7 @@ def test_every_parameter_gets_a_gradient():
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 def test_features_come_with_kfde(tmp_path):
     backbone, kfde = backbone_and_kfde()
     x = images(SIDE)

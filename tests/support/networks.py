@@ -79,7 +79,10 @@ HOSTS = {
     ),
     "nn.Sequential": (plain_backbone, {"1": (32, 4, "NCHW"), "2": (8, 4, "NCHW")}, 64),
 }
-each_host = pytest.mark.parametrize(("make", "points", "side"), HOSTS.values(), ids=HOSTS.keys())
+each_host = pytest.mark.parametrize(
+    ("make", "points", "side"),
+    [pytest.param(*host, id=name, marks=pytest.mark.slow if name == "Swin" else ()) for name, host in HOSTS.items()],
+)
 
 
 def make_host(make: Callable[[], nn.Module]) -> nn.Module:

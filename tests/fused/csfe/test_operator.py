@@ -188,6 +188,7 @@ def test_no_more_is_saved_than_the_input_and_its_moments(operation, dtype):
     assert sum(saved.values()) <= tensors[0].untyped_storage().nbytes() + moments
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_the_operator_keeps_its_contract(memory_format):

@@ -32,6 +32,7 @@ def test_exporters_see_the_branches(monkeypatch):
     assert relative_error(parameters(x, 1, 6, "auto"), parameters(x, 1, 6, "reference")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "memory_format", "grad", "operator"),
     [

@@ -50,6 +50,7 @@ def test_compiled_in_one_graph_fused_is_the_same(memory_format):
         assert relative_error(actual, expected) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its copies
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_the_operators_keep_their_contracts(memory_format):

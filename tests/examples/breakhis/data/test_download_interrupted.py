@@ -114,6 +114,7 @@ BAD = {
 FAULTS = st.lists(st.tuples(st.sampled_from(sorted(BAD)), st.integers(0, len(NEWER) - 1)), max_size=6)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(faults=FAULTS)
 def test_versions_are_never_mixed_after_any_faults(tmp_path_factory, faults):

@@ -52,6 +52,7 @@ def test_dangerous_members_are_refused_by_name(tmp_path, evil, name):
     assert names_in(outside) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bomb",
     [

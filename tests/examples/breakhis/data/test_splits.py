@@ -56,6 +56,7 @@ def assert_partition(split: Split, records: list[Record]) -> None:
     assert sorted(placed, key=str) == sorted(records, key=str)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     records=collections(2),
