@@ -75,7 +75,9 @@ def call_branch(name: str, branch: nn.Module, x: Tensor) -> Tensor:
     conv = branch if why_not_plain(branch, ConvNormAct) else cast(ConvNormAct, branch).conv
     check_device_of(name, conv, nn.Conv2d, x)
     if not autocasts(x):
-        x = x.to(next((tensor.dtype for tensor in branch.parameters() if tensor.is_floating_point()), x.dtype))
+        # a list, since older compilers of PyTorch do not read `next` with a default
+        dtypes = [parameter.dtype for parameter in branch.parameters() if parameter.is_floating_point()]
+        x = x.to(dtypes[0]) if dtypes else x
     if is_empty(x):  # which conv2d refuses; the parameters stay in the graph, with gradients of zero
         return x + sum(0 * parameter.sum() for parameter in branch.parameters())
     return branch(x)

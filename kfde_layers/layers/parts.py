@@ -130,7 +130,8 @@ def call_linear(name: str, fc: nn.Module, p: Tensor) -> Tensor:
     if weight is None and isinstance(parameters, dict):  # not so in a scripted module
         weight = cast("dict[str, Tensor | None]", parameters).get("weight")
     if weight is None or not weight.is_floating_point():  # in a wrapper, or quantised
-        weight = next((parameter for parameter in fc.parameters() if parameter.is_floating_point()), p)
+        floating = [parameter for parameter in fc.parameters() if parameter.is_floating_point()]
+        weight = floating[0] if floating else p
     if weight.dtype == p.dtype:
         return fc(p).to(p.dtype)
     if why_not_plain(fc, nn.Linear) is None and why_not_readable(weight) is None:
