@@ -47,7 +47,7 @@ class ConvNormAct(nn.Module):
             return self._activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
     def _activate(self, y: Tensor) -> Tensor:
-        return y if self.act is None else self.act(y)  # pyright: ignore
+        return y if self.act is None else self.act(y)  # pyright: ignore[reportUnnecessaryComparison, reportCallIssue]
 
     def _fold_if_plain(self) -> tuple[Tensor, Tensor] | None:
         """Return weight and bias of the convolution that takes over the norm, or None if it cannot now."""

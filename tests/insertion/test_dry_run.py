@@ -97,8 +97,10 @@ WITHOUT_GRADIENT = {
 
 
 @pytest.mark.parametrize("function", WITHOUT_GRADIENT.values(), ids=WITHOUT_GRADIENT.keys())
-def test_no_warning_where_the_output_changes_without_a_gradient(function):
-    insert(nn.Sequential(nn.Conv2d(3, 4, 1), Through(function)), {"0": SFE}, example_input=images(8))
+def test_no_warning_where_the_output_changes_without_a_gradient(function, recwarn):
+    model = insert(nn.Sequential(nn.Conv2d(3, 4, 1), Through(function)), {"0": SFE}, example_input=images(8))
+    assert type(model[0].kfde) is SFE
+    assert not recwarn.list
 
 
 class IgnoresTheSecond(nn.Sequential):
@@ -125,8 +127,13 @@ class SkippedWithGradients(nn.Sequential):
         return x if torch.is_grad_enabled() else self[1](x)
 
 
-def test_a_module_that_is_not_called_where_gradients_are_wanted():
-    insert(SkippedWithGradients(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), {"1": SFE}, example_input=images(8))
+def test_a_module_that_is_not_called_where_gradients_are_wanted(recwarn):
+    model = SkippedWithGradients(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    with torch.no_grad():
+        expected = SFE()(model(images(8)))
+        insert(model, {"1": SFE}, example_input=images(8))
+        assert torch.equal(model(images(8)), expected)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("grad", [True, False])
