@@ -3,6 +3,7 @@
 A test file that imports this module first skips itself where Triton is not installed.
 """
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,12 @@ from tests.support.agreement import with_gradients
 from tests.support.kernels import DEVICE
 
 RESULTS = ("p", "dx of the mean", "dkernel", "y", "dx", "dalpha", "dstacked", "dbias")
+
+each_small_map = pytest.mark.parametrize(
+    ("height", "width", "size", "tap_spacing"),
+    [(1, 1, 7, 1), (1, 1, 9, 3), (1, 5, 7, 2), (3, 2, 7, 1), (3, 2, 9, 1), (6, 7, 7, 3)],
+)
+"""Maps that are smaller than the kernel."""
 
 
 def draw(*shape: int, seed: int) -> Tensor:

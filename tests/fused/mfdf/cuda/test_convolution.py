@@ -9,7 +9,7 @@ from kfde_layers.fused.mfdf.cuda import convolution, launch, taps, tiling
 from kfde_layers.testing import random_tensor
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import launches_of, needs_interpreter, recorded, runs_kernels
-from tests.support.mfdf_kernels import check_merged
+from tests.support.mfdf_kernels import check_merged, each_small_map
 
 pytestmark = [*runs_kernels, pytest.mark.usefixtures("guards")]
 
@@ -30,10 +30,7 @@ def test_equals_the_reference(branches, size, tap_spacing, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("height", "width", "size", "tap_spacing"),
-    [(1, 1, 7, 1), (1, 1, 9, 3), (1, 5, 7, 2), (3, 2, 7, 1), (3, 2, 9, 1), (6, 7, 7, 3)],
-)
+@each_small_map
 def test_maps_smaller_than_the_kernel(height, width, size, tap_spacing, layout):
     x = random_tensor(2, 3, height, width, seed=7, memory_format=LAYOUTS[layout])
     check_merged(x, 1, size, tap_spacing)
