@@ -109,6 +109,11 @@ CHANGES = {
 }
 
 
+def _text(value):
+    """Return the text of a value. The order of a set is Python's to choose: it may change when the set is filled again."""
+    return repr(sorted(value, key=repr) if isinstance(value, set) else value)
+
+
 def state_of(model):
     """Return everything that a forward pass may change, in a form that can be compared."""
     modules = {}
@@ -118,7 +123,7 @@ def state_of(model):
             key: None if tensor is None else (id(tensor), tensor.requires_grad, tensor.is_leaf, tensor.tolist())
             for key, tensor in tensors.items()
         }
-        attributes = {key: repr(value) for key, value in module.__dict__.items() if not key.startswith("_")}
+        attributes = {key: _text(value) for key, value in module.__dict__.items() if not key.startswith("_")}
         modules[name] = (values, attributes, list(module._modules), len(module._forward_hooks))
     return modules, torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
