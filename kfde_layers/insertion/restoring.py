@@ -1,10 +1,12 @@
 """Put back what a forward pass changes in a network."""
 
+import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from operator import is_
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,16 @@ _FILL: dict[type, Callable[[Any, Any], object]] = {
     list: list.extend,
     deque: deque.extend,
     set: set.update,
+}
+# How to read and write the state of each type of generator of random numbers.
+_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], object]]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (
+        lambda generator: generator.bit_generator.state,
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
 }
 
 
@@ -50,8 +62,9 @@ def restored_parameters(copies: Copies) -> Generator[None]:
 def restored_attributes(model: nn.Module) -> Generator[None]:
     """Restore attributes, registries, buffers and modes of all modules, at the end. A lazy module keeps its shapes.
 
-    Tensors, NumPy's arrays and Python's containers (those of `_FILL`) that a module holds get their content back, at
-    any depth. The content of parameters is left to `restored_parameters`. Objects of other types are not looked into.
+    Tensors, NumPy's arrays, Python's containers (those of `_FILL`), namespaces, dataclasses and generators of random
+    numbers that a module holds get their content back, at any depth. The content of parameters is left to
+    `restored_parameters`. Objects of other types are not looked into.
     """
     contents = _Contents()
     modes: list[tuple[nn.Module, bool]] = []
@@ -70,7 +83,7 @@ def restored_attributes(model: nn.Module) -> Generator[None]:
 
 
 class _Contents:
-    """What containers, tensors and arrays hold. What is unchanged is not written."""
+    """What containers, tensors, arrays and generators hold. What is unchanged in the others is not written."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -78,6 +91,7 @@ class _Contents:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._arrays: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[Any, Any]] = []
 
     def add(self, value: Any) -> None:
         """Remember the content of an object, and of all objects that it holds."""
@@ -104,9 +118,17 @@ class _Contents:
                     self._tensors.append((value, value.detach().clone()))
             elif kind is np.ndarray and value.flags.writeable:
                 self._arrays.append((value, value.copy()))
+            elif kind in _GENERATORS:
+                read, _ = _GENERATORS[kind]
+                self._generators.append((value, read(value)))
+            elif kind is SimpleNamespace or (is_dataclass(kind) and hasattr(value, "__dict__")):
+                pending.append(value.__dict__)
 
     def restore(self, stack: ExitStack) -> None:
         """Have each object restored when the stack is left."""
+        for generator, state in self._generators:
+            _, write = _GENERATORS[type(generator)]
+            stack.callback(write, generator, state)
         for array, values in self._arrays:
             stack.callback(_restore_array, array, values)
         for tensor, value in self._tensors:

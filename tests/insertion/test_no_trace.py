@@ -3,6 +3,8 @@
 import random
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +37,9 @@ class Changing(nn.Module):
         self.names, self.last = {"conv", "end"}, deque([1, 2], maxlen=2)
         self.counts, self.defaults = Counter(["conv", "conv"]), defaultdict(list)
         self.frozen = Frozen(kind="network")
+        self.notes, self.history = SimpleNamespace(calls=0, of={"conv": [0]}), History()
+        self.torch_generator, self.python_generator = torch.Generator().manual_seed(1), random.Random(1)
+        self.numpy_generators = [np.random.default_rng(1), np.random.RandomState(1)]
         self.change = change
 
     def forward(self, x):
@@ -49,6 +54,14 @@ class Frozen(dict):
         raise TypeError("this mapping cannot be changed")
 
     clear = update = __setitem__ = refuse
+
+
+@dataclass
+class History:
+    """What a network remembers of its calls."""
+
+    last: float = 0.0
+    all: list[float] = field(default_factory=list)
 
 
 class Hidden:
@@ -102,6 +115,15 @@ CHANGES = {
     "an array that grows": lambda model: model.grid.resize(6, refcheck=False),
     "a count": lambda model: model.counts.update(["conv"]),
     "a mapping with defaults": lambda model: model.defaults["conv"].append(1),
+    "an entry of a namespace": lambda model: setattr(model.notes, "calls", model.notes.calls + 1),
+    "a list in a namespace": lambda model: model.notes.of["conv"].append(1),
+    "an entry that a namespace gets": lambda model: setattr(model.notes, "late", 1),
+    "a field of a dataclass": lambda model: setattr(model.history, "last", model.history.last + 0.5),
+    "a list in a dataclass": lambda model: model.history.all.append(1.0),
+    "numbers of its own generator of torch": lambda model: torch.rand(3, generator=model.torch_generator),
+    "numbers of its own generator of Python": lambda model: model.python_generator.random(),
+    "numbers of its own generator of NumPy": lambda model: model.numpy_generators[0].random(),
+    "numbers of its own older generator of NumPy": lambda model: model.numpy_generators[1].rand(),
     "the mode of a child": lambda model: model.end.train(not model.end.training),
     "random numbers of torch": lambda model: torch.rand(3),
     "random numbers of Python": lambda model: random.random(),
@@ -110,7 +132,20 @@ CHANGES = {
 
 
 def _text(value):
-    """Return the text of a value. The order of a set is Python's to choose: it may change when the set is filled again."""
+    """Return the text of a value, or the state of a generator of random numbers.
+
+    The order of a set is Python's to choose: it may change when the set is filled again.
+    """
+    if isinstance(value, torch.Generator):
+        return str(value.get_state().tolist())
+    if isinstance(value, random.Random):
+        return str(value.getstate())
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return str(value.get_state(legacy=False))
+    if isinstance(value, list):
+        return str(list(map(_text, value)))
     return repr(sorted(value, key=repr) if isinstance(value, set) else value)
 
 

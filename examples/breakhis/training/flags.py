@@ -49,7 +49,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action=SWITCH,
         default=False,
-        help="replace finished runs in this directory; without this flag or --resume they are refused",
+        help="replace earlier runs in this directory; without this flag or --resume they are refused",
     )
     group.add_argument(
         "--num-workers",

@@ -4,6 +4,7 @@ timm takes true for 1, NaN for a number, 0 for an entry that is not there, and a
 """
 
 import math
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -19,6 +20,7 @@ WORDS = {
     "crop_mode": ("border", "center", "squash"),
 }
 """Entries of `pretrained_cfg` that timm has a list for."""
+_NOT_WRITABLE = re.compile(r"[\0\ud800-\udfff]")  # NUL, and halves of characters, which UTF-8 has no bytes for
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -40,6 +42,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must have num_classes of at least 1, got {count}")
     if len(labels) != count or len({name for name in labels if isinstance(name, str)}) != count:
         raise ValueError(f"{path} must have {count} different label_names, as num_classes says, got {labels!r:.200}")
+    if any(_NOT_WRITABLE.search(name) for name in labels):
+        raise ValueError(f"{path} must have label_names that a CSV file can hold, got {labels!r:.200}")
     _check_input(config["pretrained_cfg"], path)
     return config
 

@@ -19,7 +19,7 @@ from breakhis.training.argument_types import Parser, path
 from breakhis.training.flags import ABLATION, SOURCES, make_parser
 
 # Flags that a resumed run may change: they affect no result. Its images are compared separately.
-_FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256")
+_FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256", "checkpoint_path")
 # Arguments of timm by which a model could get other inputs and outputs, or weights that nobody has checked.
 _OWN_ARGUMENTS = {"num_classes", "in_chans", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _OWN_ARGUMENTS |= {"checkpoint_path", "cache_dir"}

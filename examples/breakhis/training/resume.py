@@ -33,24 +33,25 @@ RESULTS = (METRICS, STATE, "best", "last")
 
 
 def make_way(folders: Sequence[Path], overwrite: bool) -> None:
-    """Let finished runs be replaced, or refuse it, since they may have taken days.
+    """Let earlier runs be replaced, or refuse it, since they may have taken days.
 
     Args:
         folders: Folders of all runs that will be done.
-        overwrite: Whether finished runs are replaced. None of them is then finished any more, so that `--resume` after
-            an interruption takes none for a new one.
+        overwrite: Whether earlier runs are replaced. None of them is then finished any more, or can go on, so that
+            `--resume` after an interruption takes none for a new one.
 
     Raises:
-        ValueError: A folder holds a finished run; the message names it.
+        ValueError: A folder holds a run that is finished, or that can go on; the message names it.
     """
     for folder in folders:
-        if overwrite:
-            (folder / METRICS).unlink(missing_ok=True)
-        elif (folder / METRICS).is_file():
-            raise ValueError(
-                f"--output-dir must have no finished run, got {folder} with {METRICS}: --resume keeps it, "
-                "--overwrite replaces it"
-            )
+        for name, kind, use in ((METRICS, "finished", "keeps it"), (STATE, "unfinished", "goes on with it")):
+            if overwrite:
+                (folder / name).unlink(missing_ok=True)
+            elif (folder / name).is_file():
+                raise ValueError(
+                    f"--output-dir must have no {kind} run, got {folder} with {name}: --resume {use}, "
+                    "--overwrite replaces it"
+                )
 
 
 def find_finished(out: Path, flags: dict[str, Any], rows: Sequence[dict[str, str]]) -> dict[str, Any] | None:

@@ -118,6 +118,8 @@ def test_a_file_that_is_nested_deeply_is_looked_through(tmp_path):
         ({"num_classes": NAN}, "must have finite numbers, got nan in num_classes$"),
         ({"model_args": {"mlp": [{"ratio": -INFINITY}]}}, "must have finite numbers, got -inf in model_args$"),
         ({"num_features": INFINITY}, "must have finite numbers, got inf in num_features$"),
+        ({"label_names": ["a", "b", "c\0"]}, r"must have label_names that a CSV file can hold, got .*'c\\x00'"),
+        ({"label_names": ["a", "\ud800", "c"]}, r"must have label_names that a CSV file can hold, got .*ud800"),
         ({"label_names": ["a", "b", True]}, "must have 3 different label_names"),
         ({"architecture": True}, "must have architecture of type str, got True"),
         ({"input_size": 8}, "must have input_size .3, height, width., from 32 px to 4096 px, got 8"),

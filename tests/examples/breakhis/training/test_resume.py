@@ -107,26 +107,36 @@ def test_a_run_that_starts_again_removes_what_was_there(begun):
     assert find_finished(begun, FLAGS | {"lr": 0.2}, ROWS[:2]) is None
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "state.pt", "config.yaml", "best", "results.json"])
-def test_only_a_finished_run_is_protected(tmp_path, name):
-    finished = tmp_path / "finished"
-    finished.mkdir()
-    (finished / name).touch()
-    if name == "metrics.json":
-        message = f"--output-dir must have no finished run, got {finished} with metrics.json: --resume keeps it, --over"
-        with pytest.raises(ValueError, match=message):
-            make_way([tmp_path / "none", tmp_path, finished], overwrite=False)
-    else:
-        make_way([tmp_path / "none", tmp_path, finished], overwrite=False)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("metrics.json", "no finished run, got {} with metrics.json: --resume keeps it, --overwrite replaces it"),
+        ("state.pt", "no unfinished run, got {} with state.pt: --resume goes on with it, --overwrite replaces it"),
+    ],
+)
+def test_a_run_is_not_replaced_without_being_asked_for(tmp_path, name, message):
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / name).touch()
+    with pytest.raises(ValueError, match=message.format(earlier)):
+        make_way([tmp_path / "none", tmp_path, earlier], overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "split.csv", "best", "results.json"])
+def test_a_run_without_a_complete_epoch_is_replaced(tmp_path, name):
+    (tmp_path / name).touch()
+    make_way([tmp_path / "none", tmp_path], overwrite=False)
 
 
 def test_all_runs_that_are_replaced_are_unfinished_from_the_start(tmp_path):
     folders = [tmp_path / name for name in "abc"]
-    for folder in folders[:2]:
+    for folder in folders:
         folder.mkdir()
+    for folder in folders[:2]:
         (folder / "metrics.json").touch()
+    (folders[2] / "state.pt").touch()
     make_way(folders, overwrite=True)
-    assert not list(tmp_path.rglob("metrics.json"))
+    assert not [*tmp_path.rglob("metrics.json"), *tmp_path.rglob("state.pt")]
 
 
 def test_the_identity_of_a_run_is_everything_that_its_weights_depend_on(monkeypatch):
