@@ -84,6 +84,7 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt as stop:
+        sys.unraisablehook = lambda _: None  # objects that the signal left half made complain as they are deleted
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         notes = "; ".join([f"{Path(sys.argv[0]).name}: {word}", *getattr(stop, "__notes__", [])])
         print(printable(notes), file=sys.stderr)

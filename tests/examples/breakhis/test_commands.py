@@ -115,12 +115,22 @@ class Sleeper:
     def __del__(self):
         time.sleep(60)
 
+class HalfMade:
+    def __init__(self):
+        time.sleep(60)
+        self.parts = []
+
+    def __del__(self):
+        self.parts.clear()  # not there yet if a signal came before
+
 @one_line_errors
 def main():
     try:
         print("ready", flush=True)
         if sys.argv[1] == "dropped":
             Sleeper()  # Python drops what is raised in __del__
+        if sys.argv[1] == "half made":
+            HalfMade()
         time.sleep(60 if sys.argv[1] in ("wait", "dropped") else 0)
         return {"code": 3, "list": [1], "none": None}[sys.argv[1]]
     except KeyboardInterrupt as stop:
@@ -145,7 +155,7 @@ def start(tmp_path: Path, argument: str) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-@pytest.mark.parametrize("moment", ["wait", "dropped"])
+@pytest.mark.parametrize("moment", ["wait", "dropped", "half made"])
 def test_a_signal_ends_the_script_after_its_clean_up_and_says_what_is_saved(tmp_path, moment, number, code, word):
     process = start(tmp_path, moment)
     assert process.stdout.readline() == "ready\n"
