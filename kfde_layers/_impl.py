@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -48,8 +50,8 @@ def unsupported(x: Tensor, parameters: Callable[[], Iterable[Tensor | None]] = t
         return "on CUDA it computes in float32, got x in torch.float64"
     if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.get_device_capability(x.device) < (8, 0):
         return f"on CUDA it needs compute capability 8.0, which {torch.cuda.get_device_name(x.device)} does not have"
-    if transforming() or _has_tangent(x, parameters):
-        return "it has no rule for the transforms of torch.func and for forward-mode differentiation"
+    if _inside_jvp() or _has_tangent(x, parameters):
+        return "it has no rule for forward-mode differentiation, nor for torch.func in a compiled function"
     return None
 
 
@@ -85,8 +87,17 @@ def exporting() -> bool:
 
 
 def transforming() -> bool:
-    """Return whether `torch.func` transforms the call: it cannot see into an operator."""
+    """Return whether `torch.func` transforms the call."""
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+
+
+def _inside_jvp() -> bool:
+    """Return whether one of the transforms may be `torch.func.jvp`, which cannot see into an operator."""
+    if not transforming():
+        return False
+    if torch.compiler.is_compiling():  # which cannot look at the transforms
+        return True
+    return any(interpreter.key() == TransformType.Jvp for interpreter in retrieve_all_functorch_interpreters())
 
 
 def _has_tangent(x: Tensor, parameters: Callable[[], Iterable[Tensor | None]]) -> bool:

@@ -10,13 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What the two families of fused implementations may import: never an operation, and never each other.
-_SHARED = ("kfde_layers.fused.second_order", "kfde_layers.ops.gate", "kfde_layers.ops.formats", "kfde_layers._impl")
+_SHARED = (
+    "kfde_layers.fused.batching",
+    "kfde_layers.fused.second_order",
+    "kfde_layers.fused.transforms",
+    "kfde_layers.ops.gate",
+    "kfde_layers.ops.formats",
+    "kfde_layers._impl",
+)
 
 # What each file or folder may import of this project, timm and Triton; the first entry that matches a path holds.
 ALLOWED = {
     "kfde_layers/__init__.py": tuple(f"kfde_layers.{room}" for room in ("layers", "functional", "insertion", "models")),
     "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "kfde_layers._checks", "timm"),
-    "kfde_layers/insertion": ("kfde_layers.layers", "kfde_layers.insertion", "kfde_layers._checks"),
+    "kfde_layers/insertion": ("kfde_layers.layers", "kfde_layers.insertion", "kfde_layers._checks", "timm"),
     "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
     "kfde_layers/functional.py": tuple(f"kfde_layers.ops.{page}" for page in ("cfe", "sfe", "csfe", "mfdf")),
     "kfde_layers/ops/gate.py": (),

@@ -1,8 +1,8 @@
 """Put blocks after the modules of a network, and take them out again."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -12,23 +12,23 @@ from kfde_layers.insertion.dry_run import (
     Noise,
     Tap,
     check_block,
-    check_calls_in_training,
+    check_training,
     have_effects,
     runs_children,
 )
-from kfde_layers.insertion.points import CHILD, Seen, probe
+from kfde_layers.insertion.joining import holds_block, join, leave
+from kfde_layers.insertion.making import Block, make_block
+from kfde_layers.insertion.merging import check_merging
+from kfde_layers.insertion.points import Seen, probe
 from kfde_layers.insertion.running import Trial, check_unwrapped, example_for
 from kfde_layers.layers import Blend
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Marks modules that `insert` changed; the name `kfde` alone also occurs in this package's own models.
-_INSERTED = f"{CHILD}_inserted"
-
 
 def insert(
     model: Model,
-    blocks: Mapping[str, nn.Module | Callable[[int], nn.Module]],
+    blocks: Mapping[str, Block],
     *,
     example_input: Tensor | None = None,
     identity_start: bool = False,
@@ -44,8 +44,10 @@ def insert(
     Args:
         model: Changed in place.
         blocks: For each module name, a module, or a function that makes one from a number of channels, such as the
-            class `CSFE` or `functools.partial(MFDF, kernel_sizes=(3, 5))`. `insertion_points(model)` names the usual
-            places. Any submodule is possible that returns a feature map and is called once.
+            class `CSFE` or `functools.partial(MFDF, kernel_sizes=(3, 5))`. A file of settings can hold the name of a
+            layer, `"CSFE"`, or a pair of name and options, `["MFDF", {"kernel_sizes": [3, 5]}]`.
+            `insertion_points(model)` names the usual places. Any submodule is possible that returns a feature map and
+            is called once.
         example_input: As in `insertion_points`.
         identity_start: Whether each block starts as the identity (`kfde_layers.layers.Blend`), so that the outputs of
             a pretrained model do not change before training.
@@ -80,8 +82,9 @@ def insert(
     insertions = _prepare(trial, blocks, identity_start)
     noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
     taps = {insertion.name: _adapted(Tap(), insertion.seen) for insertion in insertions}
-    check_calls_in_training(trial, noises)
+    check_training(trial, {insertion.name: insertion.seen for insertion in insertions})
     is_run = runs_children(trial, noises)
+    check_merging(trial, noises, {insertion.name: insertion.seen.key for insertion in insertions}, is_run)
     has_effect = have_effects(trial, taps, noises)
     for insertion in insertions:
         if not has_effect[insertion.name]:
@@ -121,19 +124,14 @@ def remove(model: Model, names: Iterable[str] | None = None) -> Model:
         raise TypeError(f"names must be a list of module names, got the string {names!r}: did you mean [{names!r}]?")
     if names is not None and not isinstance(names, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"names must be a list of module names or None, got {names!r} of type {type(names).__name__}")
-    holders = {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if _INSERTED in module.__dict__
-    }
+    holders = {name: module for name, module in model.named_modules(remove_duplicate=False) if holds_block(module)}
     chosen = holders if names is None else dict.fromkeys(names)
     for name in chosen:
         if name not in holders:
             wanted = ", ".join(map(repr, holders)) or "none in this model"
             raise ValueError(f"names must be modules into which a block was inserted ({wanted}), got {name!r}")
     for module in {holders[name]: None for name in chosen}:
-        handle = module.__dict__.pop(_INSERTED)
-        if handle is not None:
-            handle.remove()
-        delattr(module, CHILD)
+        leave(module)
     return model
 
 
@@ -150,9 +148,7 @@ class _Insertion(NamedTuple):
     """The block, adapted to the module's output."""
 
 
-def _prepare(
-    trial: Trial, blocks: Mapping[str, nn.Module | Callable[[int], nn.Module]], identity_start: bool
-) -> list[_Insertion]:
+def _prepare(trial: Trial, blocks: Mapping[str, Block], identity_start: bool) -> list[_Insertion]:
     """Make the blocks and try them; leave the model unchanged."""
     seen_at = probe(trial, blocks)
     insertions: list[_Insertion] = []
@@ -170,47 +166,23 @@ def _prepare(
                 f"cannot insert at {name!r}: its map has values that are not finite, for this example and these weights"
             )
         channels = seen.point.channels
-        new = _make_block(name, block, channels)
+        new = make_block(name, block, channels, seen.output.device)
         label = f"the block at {name!r}"
         for part in new.modules():
             if (owner := owners.setdefault(part, label)) != label:
                 raise ValueError(f"{label} must share no module with {owner}, got a {type(part).__name__} of both")
         check_block(name, new, seen)
         if identity_start:
-            new = Blend(new, channels)
+            new = Blend(new, channels, device=seen.output.device)
         insertions.append(_Insertion(name, module, seen, _adapted(new, seen)))
     return insertions
 
 
-def _make_block(name: str, block: Any, channels: int) -> nn.Module:
-    """Return the block for the point `name`, of so many channels."""
-    if isinstance(block, nn.Module) or not callable(block):
-        new = block
-    else:
-        try:
-            new = block(channels)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"the block at {name!r} cannot be made for its {channels} channels: {error}") from error
-    if not isinstance(new, nn.Module):
-        raise TypeError(
-            f"the block at {name!r} must be a module, or a function that makes one from a number of channels, "
-            f"got {new!r}"
-        )
-    return new
-
-
 def _attach(insertion: _Insertion, is_run: bool) -> None:
-    """Make the block a child of its module, and have it run after the module: by a hook unless the module runs it."""
+    """Have the block join its module, on the device and in the dtype and mode of the module."""
     module, output = insertion.module, insertion.seen.output
-    module.add_module(CHILD, insertion.block.to(output.device, output.dtype).train(module.training))
-    handle = None
-    if not is_run:
-        hook = _run_child if insertion.seen.key is None else _run_child_of_any
-        handle = module.register_forward_hook(hook, prepend=True)  # before other hooks: they see the block's output
-    # The handle is kept with the module so that both are pickled together: torch reserves the number of an unpickled
-    # hook only if it unpickles the handle too.
-    module.__dict__[_INSERTED] = handle
+    block = insertion.block.to(output.device, output.dtype).train(module.training)
+    join(module, block, insertion.seen.key, is_run)
 
 
 def _adapted(block: nn.Module, seen: Seen) -> nn.Module:
@@ -220,12 +192,3 @@ def _adapted(block: nn.Module, seen: Seen) -> nn.Module:
     elif seen.point.layout == "NLC":
         block = Tokens(block, seen.map_size, seen.point.num_prefix_tokens)
     return block if seen.key is None else Item(block, seen.key)
-
-
-def _run_child(self: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-    # TorchScript compiles a hook like a method: it needs `self`, the attribute by name, and one type of output
-    return self.kfde(output)  # pyright: ignore[reportCallIssue]
-
-
-def _run_child_of_any(self: nn.Module, args: Any, output: Any) -> Any:
-    return self.kfde(output)  # pyright: ignore[reportCallIssue]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from kfde_layers.insertion.points import CHILD, Seen, reason_children_are_special
+from kfde_layers.insertion.adapters import items
+from kfde_layers.insertion.joining import CHILD
+from kfde_layers.insertion.points import Seen, reason_children_are_special
 from kfde_layers.insertion.running import Trial
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -64,23 +66,32 @@ class Noise(nn.Module):
         return x + _noise_like(x) * (1 + x.abs().mean())
 
 
-def check_calls_in_training(trial: Trial, names: Iterable[str]) -> None:
-    """Refuse a module that the model calls several times in training: each call would run the same block."""
-    calls = dict.fromkeys(names, 0)
+def check_training(trial: Trial, seen_at: Mapping[str, Seen]) -> None:
+    """Refuse a module that the model calls several times in training, or that returns other tokens there."""
+    outputs: dict[str, list[Any]] = {name: [] for name in seen_at}
 
-    def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: calls.update({name: calls[name] + 1})
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: outputs[name].append(output)
 
     try:
-        trial.run([(trial.model.get_submodule(name), count(name)) for name in calls], training=True)
+        trial.run([(trial.model.get_submodule(name), keep(name)) for name in outputs], training=True)
     except ValueError:
         return  # the example is too small for training, such as one value per channel for a batch norm
-    for name, number in calls.items():
-        if number > 1:
+    for name, calls in outputs.items():
+        if len(calls) > 1:
             raise ValueError(
-                f"cannot insert at {name!r}: in training the forward pass calls it {number} times, and each call would "
-                "run the same block"
+                f"cannot insert at {name!r}: in training the forward pass calls it {len(calls)} times, and each call "
+                "would run the same block"
             )
+        seen = seen_at[name]
+        length = seen.output.shape[1]
+        for output in calls:
+            tensor = output if seen.key is None else items(output)[seen.key]
+            if seen.point.layout == "NLC" and tensor.shape[1] != length:
+                raise ValueError(
+                    f"cannot insert at {name!r}: in training it returns {tensor.shape[1]} tokens instead of {length}, "
+                    "and those that are left are no map; without dropping of tokens (patch_drop_rate=0) it can"
+                )
 
 
 def runs_children(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -116,12 +127,12 @@ def _run_children(trial: Trial, noises: Mapping[str, nn.Module], plain: Mapping[
 
     def keep_and_undo(name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            with_child[name] = _tensors(output)
+            with_child[name] = tensors_in(output)
             return copy.deepcopy(plain[name])  # so that no child disturbs the modules that follow
 
         return hook
 
-    counters = {name: _part(noise, Noise) for name, noise in noises.items()}
+    counters = {name: part_of(noise, Noise) for name, noise in noises.items()}
     for counter in counters.values():
         counter.calls.clear()
     for name, noise in noises.items():
@@ -137,12 +148,12 @@ def _run_children(trial: Trial, noises: Mapping[str, nn.Module], plain: Mapping[
     ran = {name: bool(counter.calls) for name, counter in counters.items()}
     for name, noise in noises.items():
         expected = noise(copy.deepcopy(plain[name])) if ran[name] else plain[name]
-        if not _close(_tensors(expected), with_child[name]):
+        if not close(tensors_in(expected), with_child[name]):
             raise ValueError(f"cannot insert at {name!r}: {reason_children_are_special(modules[name])}")
     return ran
 
 
-def _part(adapted: nn.Module, kind: type[Part]) -> Part:
+def part_of(adapted: nn.Module, kind: type[Part]) -> Part:
     """Return the part of this kind in a module that may be wrapped in adapters."""
     (part,) = (part for part in adapted.modules() if isinstance(part, kind))
     return part
@@ -209,8 +220,8 @@ class _Gradients(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor | None]:
         with torch.enable_grad():
-            outputs = [output for output in _tensors(self.model(x)) if output.requires_grad]
-            zeros = [_part(tap, Tap).zeros[0] for tap in self.taps]
+            outputs = [output for output in tensors_in(self.model(x)) if output.requires_grad]
+            zeros = [part_of(tap, Tap).zeros[0] for tap in self.taps]
             torch.autograd.backward(outputs, [_noise_like(output) for output in outputs], inputs=zeros)
         return [tensor.grad for tensor in zeros]
 
@@ -226,24 +237,27 @@ def _change_the_output(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[st
 
     Without any effect of the input (zero-initialised head) nothing can be concluded: assume an effect.
     """
-    undisturbed = _tensors(trial.run())
-    if trial.example.is_meta or _equal(undisturbed, _tensors(trial.run(example=Noise()(trial.example)))):
+    undisturbed = tensors_in(trial.run())
+    if trial.example.is_meta or _equal(undisturbed, tensors_in(trial.run(example=Noise()(trial.example)))):
         return dict.fromkeys(noises, True)
 
     def outputs_with(name: str, noise: nn.Module) -> list[Tensor]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             return noise(output)
 
-        return _tensors(trial.run([(trial.model.get_submodule(name), hook)]))
+        return tensors_in(trial.run([(trial.model.get_submodule(name), hook)]))
 
     return {name: not _equal(undisturbed, outputs_with(name, noise)) for name, noise in noises.items()}
 
 
 def _noise_like(x: Tensor) -> Tensor:
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
+    # on the CPU, whatever PyTorch's default device is, so that it is the same noise everywhere
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    return noise.to(x.device, x.dtype)
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return a copy of each tensor of a model's output."""
     # copies, since the rest of the model may change its input in place
     return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
@@ -252,7 +266,7 @@ def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-def _close(left: list[Tensor], right: list[Tensor]) -> bool:
+def close(left: list[Tensor], right: list[Tensor]) -> bool:
     """Return whether two runs of one computation gave these; on a GPU the last bits may differ."""
     if [tensor.shape for tensor in left] != [tensor.shape for tensor in right]:
         return False

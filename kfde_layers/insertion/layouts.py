@@ -1,7 +1,10 @@
 """Recognise a feature map in a tensor from the tensor's shape and the size of the image."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
 
 # Before the map there may be no token, a class token, one for distillation too, or a class token and four registers.
 _USUAL_PREFIXES = (0, 1, 2, 5)
@@ -34,17 +37,50 @@ def layout_of_map(shape: tuple[int, ...], image: tuple[int, int], usual_order: s
     return layouts.get(usual_order, next(iter(layouts.values()), None))
 
 
-def layout_of_tokens(length: int, image: tuple[int, int], declared_prefix: int | None) -> Layout | str | None:
+def declared_grids(module: nn.Module, image: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return into how many rows and columns of patches a module says that it cuts an image: in whole patches, or more.
+
+    The module that does so declares the size of a patch (`patch_size`, px), and often the grid for the size of image
+    that it was made for (`grid_size`, `img_size`).
+    """
+    grids = []
+    grid, patch = _pair_of(module, "grid_size"), _pair_of(module, "patch_size")
+    if grid is not None and _pair_of(module, "img_size") == image:
+        grids.append(grid)
+    if patch is not None:
+        grids.append((image[0] // patch[0], image[1] // patch[1]))
+        grids.append((-(-image[0] // patch[0]), -(-image[1] // patch[1])))
+    return grids
+
+
+def _pair_of(module: nn.Module, name: str) -> tuple[int, int] | None:
+    """Return an attribute that holds one or two positive integers as two, or None."""
+    value: Any = getattr(module, name, None)
+    values = (value, value) if isinstance(value, int) else value
+    if not isinstance(values, (tuple, list)) or len(values) != 2:
+        return None
+    return (values[0], values[1]) if all(isinstance(entry, int) and entry > 0 for entry in values) else None
+
+
+def layout_of_tokens(
+    length: int, image: tuple[int, int], declared_prefix: int | None, grids: Iterable[tuple[int, int]] = ()
+) -> Layout | str | None:
     """Return the layout of a sequence of `length` tokens.
 
     Args:
         length: Number of tokens, those before the map included.
         image: Height and width of the image, px.
         declared_prefix: Number of prefix tokens that the model declares, if it does.
+        grids: Rows and columns of tokens that the model declares.
 
     Returns:
         The layout; the reason if there are several; None if the tokens cannot be a map of the image.
     """
+    for height, width in grids:
+        prefix = length - height * width
+        if prefix == declared_prefix or (declared_prefix is None and prefix in _USUAL_PREFIXES):
+            mean = round(math.sqrt(math.prod(image) / (height * width)))  # for patches that are no squares
+            return Layout("NLC", _reduction(image, (height, width)) or max(1, mean), (height, width), prefix)
     layouts = {
         prefix: Layout("NLC", reduction, map_size, prefix)
         for prefix in (_USUAL_PREFIXES if declared_prefix is None else {declared_prefix, *_USUAL_PREFIXES})

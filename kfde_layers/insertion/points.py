@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from kfde_layers.insertion.adapters import Key, items
-from kfde_layers.insertion.layouts import layout_of_map, layout_of_tokens
+from kfde_layers.insertion.joining import CHILD
+from kfde_layers.insertion.layouts import declared_grids, layout_of_map, layout_of_tokens
 from kfde_layers.insertion.running import Trial, check_unwrapped, example_for
-
-CHILD = "kfde"  # the name under which a block joins its module
 
 
 class Point(NamedTuple):
@@ -94,7 +93,7 @@ def probe(trial: Trial, names: Iterable[str]) -> dict[str, Seen | str]:
 
     named = {name: modules.get(name) if name else None for name in names}
     trial.run([(module, keep(name)) for name, module in named.items() if module is not None])
-    conventions = _conventions_of(trial.model)
+    conventions = _conventions_of(trial.model, trial.example)
     seen = {name: _look_at(modules[name], calls, trial.example, conventions) for name, calls in outputs.items()}
     for name, module in named.items():
         if module is None:
@@ -117,14 +116,18 @@ class _Conventions(NamedTuple):
     """Number of tokens before those of the map; None if the model does not declare it."""
     tokens_in_rows: bool
     """Whether tokens follow the rows of the image."""
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of tokens that its modules declare for the image."""
 
 
-def _conventions_of(model: nn.Module) -> _Conventions:
+def _conventions_of(model: nn.Module, example: Tensor) -> _Conventions:
     # a model may wrap the one that declares its prefix tokens
     declared: Any = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
     # Hiera sorts its tokens into mask units, and sorts them back ("reroll") only for the features that it returns
     tokens_in_rows = not any(hasattr(module, "reroll") for module in model.modules())
-    return _Conventions(getattr(model, "output_fmt", "NCHW"), declared, tokens_in_rows)
+    image = (example.shape[-2], example.shape[-1])
+    grids = tuple(grid for module in model.modules() for grid in declared_grids(module, image))
+    return _Conventions(getattr(model, "output_fmt", "NCHW"), declared, tokens_in_rows, grids)
 
 
 def _look_at(module: nn.Module, outputs: list[Any], example: Tensor, conventions: _Conventions) -> Seen | str:
@@ -148,7 +151,7 @@ def _look_at(module: nn.Module, outputs: list[Any], example: Tensor, conventions
         elif tensor.ndim == 3:
             if not conventions.tokens_in_rows:
                 return "its tokens are sorted into mask units, not by rows of the image"
-            layout = layout_of_tokens(shape[1], image, conventions.num_prefix_tokens)
+            layout = layout_of_tokens(shape[1], image, conventions.num_prefix_tokens, conventions.grids)
         if isinstance(layout, str):
             return layout
         if layout is not None:

@@ -41,10 +41,21 @@ def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
     if first is None or not first.in_channels:
         raise ValueError("example_input is needed: the model has no nn.Conv2d from which to guess its input")
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size", (3, 224, 224))[-2:]
+    size = _declared_size(model) or config.get("input_size", (3, 224, 224))[-2:]
     channels = getattr(model, "in_chans", first.in_channels)
-    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, channels, *size, generator=generator, device="cpu", dtype=torch.float32)
     return noise.to(first.weight.device, first.weight.dtype)
+
+
+def _declared_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return height and width of the image for which a model was made, if one of its modules says so."""
+    for module in model.modules():
+        size: Any = getattr(module, "img_size", None)
+        size = (size, size) if isinstance(size, int) else size
+        if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+            return size[0], size[1]
+    return None
 
 
 class Trial:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kfde_layers._checks import check_choice
-from kfde_layers._impl import Impl, select, tracing, unsupported
+from kfde_layers._impl import Impl, select, tracing, transforming, unsupported
 from kfde_layers.fused.csfe.auto import auto_impl
 from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
@@ -135,7 +135,7 @@ def _one_after_the_other(
             y = fused(fused(h, None, None, sfe_options), weight, bias, cfe_options)
         return as_input(y, x)
 
-    if tracing() or not torch.is_grad_enabled():
+    if tracing() or transforming() or not torch.is_grad_enabled():  # torch.func cannot look into a checkpoint
         return chain(x, weight, bias)
     # Recompute the map between the branches in backward instead of saving it.
     return checkpoint(chain, x, weight, bias, use_reentrant=False, preserve_rng_state=False)

@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from tests.support.agreement import relative_error
-from tests.support.cases import CASES, OPTIONS, TABLE, each_case, module_and_reference
+from tests.support.cases import CASES, TABLE, each_case, module_and_reference
 from tests.support.inputs import MEMORY_FORMATS, draw
-
-FUSED = {name: case for name, case in OPTIONS.items() if "fused" in name}
-TRANSFORMED = {name: case for name, case in CASES.items() if name not in FUSED}
 
 # Both sides compute in float64, which rounds by 2e-16.
 TOLERANCE = 1e-11
@@ -59,7 +56,7 @@ def test_functional_call_takes_other_parameters(case):
 @slow_in_timm
 @torch.no_grad()
 @pytest.mark.cell(TABLE, "torch.func: vmap")
-@each_case(TRANSFORMED)
+@each_case(CASES)
 def test_vmap(case):
     module, reference, x = in_double(case)
     stack = torch.stack((x, x.flip(1), 2 * x))
@@ -70,7 +67,7 @@ def test_vmap(case):
 @slow_in_timm
 @pytest.mark.cell(TABLE, "torch.func: vmap")
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=str)
-@each_case(TRANSFORMED)
+@each_case(CASES)
 def test_gradients_of_each_sample_by_vmap_of_grad(case, memory_format):
     module, reference, x = in_double(case)
     x = x.contiguous(memory_format=memory_format)
@@ -85,7 +82,7 @@ def test_gradients_of_each_sample_by_vmap_of_grad(case, memory_format):
 
 
 @pytest.mark.cell(TABLE, "torch.func: grad")
-@each_case(TRANSFORMED)
+@each_case(CASES)
 def test_grad(case):
     module, reference, x = in_double(case)
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
@@ -94,19 +91,3 @@ def test_grad(case):
     assert relative_error(of_input, expected_input[0]) < TOLERANCE
     for name, gradient in of_parameters.items():
         assert relative_error(gradient, expected[name][0]) < TOLERANCE, name
-
-
-@pytest.mark.cell(TABLE, "torch.func: vmap")
-@each_case(FUSED)
-def test_fused_refuses_vmap(case):
-    module, _, x = in_double(case)
-    with pytest.raises(NotImplementedError, match=r"it has no rule for the transforms of torch\.func"):
-        torch.vmap(module)(x[None])
-
-
-@pytest.mark.cell(TABLE, "torch.func: grad")
-@each_case(FUSED)
-def test_fused_refuses_grad(case):
-    module, _, x = in_double(case)
-    with pytest.raises(NotImplementedError, match=r"it has no rule for the transforms of torch\.func"):
-        torch.func.grad(lambda x: module(x).sum())(x)

@@ -136,7 +136,7 @@ def test_one_module_under_two_names():
         (
             {"1": 3},
             TypeError,
-            "the block at '1' must be a module, or a function that makes one from a number of channels, got 3",
+            "the block at '1' must be a module, a function that makes one .* a pair of such a name and a dict .* got 3",
         ),
         ({"1": lambda channels: nn.Flatten()}, ValueError, r"the block at '1' must keep the shape \(1, 32, 56, 56\)"),
         ({"1": CSFE(8)}, ValueError, "the block at '1' does not run .* x must have 8 channels in dimension 1, got 32"),
@@ -207,7 +207,11 @@ def test_a_pickled_block_is_not_lost_to_hooks_of_another_process(tmp_path, monke
             TypeError,
             "each key of blocks must be a str, got 1 of type int",
         ),
-        (lambda model: insert(model, {"1": lambda c: c}), TypeError, "must be a module, or a function .*, got 32"),
+        (
+            lambda model: insert(model, {"1": lambda c: c}),
+            TypeError,
+            "the function for '1' must make a module, got 32 of",
+        ),
         (lambda model: insertion_points(model, example_input=(1,)), TypeError, "example_input must be a Tensor"),
         (
             lambda model: insertion_points(model, example_input=torch.zeros(3, 8, 8)),

@@ -3,16 +3,20 @@
 The backward pass takes the inputs and three numbers per channel, and computes everything else again.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from kfde_layers._impl import exporting, tracing
+from kfde_layers._impl import exporting, tracing, transforming
+from kfde_layers.fused.batching import batch_one_by_one, batch_over_samples
 from kfde_layers.fused.csfe import cpu
 from kfde_layers.fused.csfe.moments import Moments, csfe_from_moments
 from kfde_layers.fused.csfe.options import OPTIONS_SCHEMA, CsfeOptions
 from kfde_layers.fused.second_order import differentiable_gradients
+from kfde_layers.fused.transforms import Rules, apply_transformed
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast
 
 
@@ -23,8 +27,34 @@ def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOp
     file that it writes; the compiler on CPU, because Inductor fuses them better.
     """
     if exporting() or (tracing() and not x.is_cuda):
-        return as_input(csfe_from_moments(upcast(x), weight, bias, options), x)
+        return _equations(options)(x, weight, bias)
+    if transforming():
+        parameters = () if weight is None or bias is None else (weight, bias)
+        return apply_transformed(_rules(options, with_cfe=bool(parameters)), x, *parameters)
     return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
+
+
+def _equations(options: CsfeOptions) -> Callable[..., Tensor]:
+    """Return the plain PyTorch equations as a function of x, weight and bias."""
+
+    def equations(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return as_input(csfe_from_moments(upcast(x), weight, bias, options), x)
+
+    return equations
+
+
+def _rules(options: CsfeOptions, with_cfe: bool) -> Rules:
+    absent = () if with_cfe else (None, None)
+
+    def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.kfde.csfe_fused(x, *parameters, *absent, *options)
+
+    def backward(dy: Tensor, x: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+        *parameters, mean, m2 = saved
+        gradients = torch.ops.kfde.csfe_fused_backward(dy, x, *parameters, *absent, mean, m2, *options)
+        return gradients[: 1 + len(parameters)]
+
+    return Rules(forward, backward, _equations(options))
 
 
 @torch.library.custom_op(
@@ -62,36 +92,43 @@ def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     "kfde::csfe_fused_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor m2, {OPTIONS_SCHEMA}) -> Tensor[]",
+    schema=f"(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor m2, {OPTIONS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, m2: Tensor, *options: Any
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(x)
     dy = dy.contiguous(memory_format=memory_format(x))
     if x.numel() == 0:
-        return [torch.zeros_like(tensor) for tensor in (x, weight, bias) if tensor is not None]
+        parameters = (tensor if tensor is None else torch.zeros_like(tensor) for tensor in (weight, bias))
+        return _all_three(x, torch.zeros_like(x), *parameters)
     moments = Moments(mean[:, 0], mean[:, 1], m2, x.shape[2] * x.shape[3])
-    gradients = cpu.backward(dy, x, weight, bias, moments, CsfeOptions(*options))
-    return [gradient for gradient in gradients if gradient is not None]
+    return _all_three(x, *cpu.backward(dy, x, weight, bias, moments, CsfeOptions(*options)))
+
+
+def _all_three(x: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all three gradients, those of absent parameters empty: PyTorch batches no operator that returns a list."""
+    return dx, x.new_empty(0) if dweight is None else dweight, x.new_empty(0) if dbias is None else dbias
 
 
 def _backward_on_cuda(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, m2: Tensor, *options: Any
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from kfde_layers.fused.csfe.cuda.launch import launch_backward
 
-    gradients = launch_backward(dy, dense(x), weight, bias, mean, m2, CsfeOptions(*options))
-    return [gradient for gradient in gradients if gradient is not None]
+    return _all_three(x, *launch_backward(dy, dense(x), weight, bias, mean, m2, CsfeOptions(*options)))
 
 
 torch.library.register_kernel(_backward, "cuda", _backward_on_cuda)
 
 
 @_backward.register_fake
-def _fake_backward(_: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *__: Any) -> list[Tensor]:
+def _fake_backward(
+    _: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=memory_format(x))
-    return [dx] if weight is None or bias is None else [dx, torch.empty_like(weight), torch.empty_like(bias)]
+    return _all_three(x, dx, *(tensor if tensor is None else torch.empty_like(tensor) for tensor in (weight, bias)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -103,15 +140,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, m2 = ctx.saved_tensors
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
-
-        def equations(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            return as_input(csfe_from_moments(upcast(x), weight, bias, ctx.options), x)
-
-        gradients = differentiable_gradients(equations, (x, weight, bias), dy)
+        gradients = differentiable_gradients(_equations(ctx.options), (x, weight, bias), dy)
     else:
-        gradients = torch.ops.kfde.csfe_fused_backward(dy, x, weight, bias, mean, m2, *ctx.options)
-        gradients += [None] * (3 - len(gradients))
+        dx, dweight, dbias = torch.ops.kfde.csfe_fused_backward(dy, x, weight, bias, mean, m2, *ctx.options)
+        gradients = (dx, None, None) if weight is None else (dx, dweight, dbias)
     return *gradients, *(None for _ in ctx.options)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+
+batch_over_samples(_forward, per_sample=(0,))  # x
+batch_one_by_one(_backward)
+
+
+@register_flop_formula([torch.ops.kfde.csfe_fused, torch.ops.kfde.csfe_fused_backward])
+def _flops(*_: Any, **__: Any) -> int:
+    """Count nothing: PyTorch counts convolutions and products of matrices alone, also in the reference."""
+    return 0

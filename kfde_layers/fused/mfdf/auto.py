@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfde_layers._impl import Impl
+from kfde_layers._impl import Impl, transforming
 from kfde_layers.fused.mfdf.cpu import SMALL_MAP
 from kfde_layers.fused.mfdf.merging import spacing_and_radii
 
 
 def auto_impl(x: Tensor, branch_weights: Sequence[Tensor], dilations: Sequence[int]) -> Impl:
     """Return the implementation that "auto" takes where both can run."""
+    if transforming():  # the equations run batched, the operators' gradients one by one
+        return Impl.REFERENCE
     merge = _merging_pays(branch_weights, dilations) and not _branches_compile_better(x)
     return Impl.FUSED if merge else Impl.REFERENCE
 

@@ -1,4 +1,5 @@
-"""The two operators of the fused MFDF: their schemas, their implementations for each device, their gradients.
+"""The two operators of the fused MFDF: their schemas, their implementations for each device, their gradients, and
+their rules for `torch.vmap` and for counters of operations.
 
 `mean_of_convolution` is the mean over all positions of a depthwise convolution. `merged_convolution` is a depthwise
 convolution by merged kernels, one per sample and channel. Neither makes the map of a branch, and the backward passes
@@ -10,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from kfde_layers.fused.mfdf import cpu
+from kfde_layers._impl import transforming
+from kfde_layers.fused.batching import batch_one_by_one, batch_over_samples
+from kfde_layers.fused.mfdf import cpu, flops
 from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels, stack_kernels
 from kfde_layers.fused.second_order import differentiable_gradients
+from kfde_layers.fused.transforms import Rules, apply_transformed
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast, without_autocast
 
 
@@ -27,7 +32,7 @@ def fused(
     """Return MFDF of `x` in its dtype and memory format; `attention` maps p (N, C) to alpha (N, K, C)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     stacked_kernels, tap_spacing = stack_kernels(branch_weights, dilations, dtype)
-    p = mean_of_convolution(x, stacked_kernels.sum(dim=0), tap_spacing)
+    p = _mean(x, stacked_kernels.sum(dim=0), tap_spacing)
     if branch_biases is None:
         alpha = attention(p)
         merged_bias = torch.zeros_like(p)
@@ -35,6 +40,18 @@ def fused(
         biases = torch.stack(list(branch_biases)).to(dtype)
         alpha = attention(p + biases.sum(dim=0))
         merged_bias = (alpha * biases).sum(dim=1)
+    return _convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
+
+
+def _mean(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
+    if transforming():
+        return apply_transformed(_mean_rules(tap_spacing), x, kernel)
+    return mean_of_convolution(x, kernel, tap_spacing)
+
+
+def _convolution(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int) -> Tensor:
+    if transforming():
+        return apply_transformed(_merged_rules(tap_spacing), x, alpha, stacked_kernels, merged_bias)
     return merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
 
 
@@ -129,30 +146,70 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def _mean_equations(tap_spacing: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the plain PyTorch equations as a function of x and kernel."""
+
+    def equations(x: Tensor, kernel: Tensor) -> Tensor:
+        with without_autocast(x):
+            return mean_by_coverage(upcast(x), kernel, tap_spacing)
+
+    return equations
+
+
+def _merged_equations(tap_spacing: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the plain PyTorch equations as a function of x, alpha, stacked_kernels and merged_bias."""
+
+    def equations(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor) -> Tensor:
+        with without_autocast(x):
+            merged_kernels = merge_kernels(alpha, stacked_kernels)
+            return as_input(convolve_each(upcast(x), merged_kernels, merged_bias, tap_spacing), x)
+
+    return equations
+
+
 def _mean_gradients(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
-    x, kernel = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
-
-        def equations(x: Tensor, kernel: Tensor) -> Tensor:
-            with without_autocast(x):
-                return mean_by_coverage(upcast(x), kernel, ctx.tap_spacing)
-
-        return *differentiable_gradients(equations, (x, kernel), dp), None
-    return *torch.ops.kfde.mean_of_convolution_backward(dp, x, kernel, ctx.tap_spacing), None
+        return *differentiable_gradients(_mean_equations(ctx.tap_spacing), tensors, dp), None
+    return *torch.ops.kfde.mean_of_convolution_backward(dp, *tensors, ctx.tap_spacing), None
 
 
 def _merged_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, alpha, stacked_kernels, merged_bias = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
+        return *differentiable_gradients(_merged_equations(ctx.tap_spacing), tensors, dy), None
+    return *torch.ops.kfde.merged_convolution_backward(dy, *tensors[:3], ctx.tap_spacing), None
 
-        def equations(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor) -> Tensor:
-            with without_autocast(x):
-                merged_kernels = merge_kernels(alpha, stacked_kernels)
-                return as_input(convolve_each(upcast(x), merged_kernels, merged_bias, ctx.tap_spacing), x)
 
-        return *differentiable_gradients(equations, (x, alpha, stacked_kernels, merged_bias), dy), None
-    return *torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, ctx.tap_spacing), None
+def _mean_rules(tap_spacing: int) -> Rules:
+    def forward(x: Tensor, kernel: Tensor) -> tuple[Tensor]:
+        return (torch.ops.kfde.mean_of_convolution(x, kernel, tap_spacing),)
+
+    def backward(dp: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.kfde.mean_of_convolution_backward(dp, x, kernel, tap_spacing)
+
+    return Rules(forward, backward, _mean_equations(tap_spacing))
+
+
+def _merged_rules(tap_spacing: int) -> Rules:
+    def forward(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor) -> tuple[Tensor]:
+        return (torch.ops.kfde.merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing),)
+
+    def backward(dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing)
+
+    return Rules(forward, backward, _merged_equations(tap_spacing))
 
 
 mean_of_convolution.register_autograd(_mean_gradients, setup_context=_save)
 merged_convolution.register_autograd(_merged_gradients, setup_context=_save)
+
+batch_over_samples(mean_of_convolution, per_sample=(0,))  # x
+batch_one_by_one(_mean_backward)
+batch_over_samples(merged_convolution, per_sample=(0, 1, 3))  # x, alpha, merged_bias
+batch_one_by_one(_merged_backward)
+
+register_flop_formula(torch.ops.kfde.mean_of_convolution)(flops.mean_of_convolution)
+register_flop_formula(torch.ops.kfde.mean_of_convolution_backward)(flops.mean_of_convolution_backward)
+register_flop_formula(torch.ops.kfde.merged_convolution)(flops.merged_convolution)
+register_flop_formula(torch.ops.kfde.merged_convolution_backward)(flops.merged_convolution_backward)

@@ -227,22 +227,6 @@ def test_a_graph_can_hold_the_operator_itself():
     assert_equal(*gradients, 1e-6)
 
 
-@each_operation
-def test_transforms_take_the_reference_and_fused_refuses_them(operation):
-    x, weight, bias = (tensor.detach() for tensor in map_and_parameters(3, 10, 4, 5))
-
-    def run_sample(sample, impl="auto"):
-        return operation(sample[None], weight, bias, impl=impl)[0]
-
-    torch.testing.assert_close(torch.func.vmap(run_sample)(x), operation(x, weight, bias, impl="reference"))
-    _, tangent = torch.func.jvp(run_sample, (x[0],), (torch.ones_like(x[0]),))
-    assert tangent.abs().max() > 0
-    with pytest.raises(
-        NotImplementedError, match=r"impl='fused' cannot run: it has no rule for the transforms of torch.f"
-    ):
-        torch.func.vmap(lambda sample: run_sample(sample, "fused"))(x)
-
-
 def test_the_comparison_can_fail(monkeypatch):
     spatial_root = cpu.spatial_root
     monkeypatch.setattr(cpu, "spatial_root", lambda *args: 1.001 * spatial_root(*args))

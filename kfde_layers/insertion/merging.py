@@ -1,0 +1,64 @@
+"""Whether blocks stay in a model that merges its modules for inference, as RepVGG and LeViT do."""
+
+import copy
+from collections.abc import Iterable, Mapping
+
+from timm.utils.model import reparameterize_model
+from torch import nn
+
+from kfde_layers.insertion.adapters import Key
+from kfde_layers.insertion.dry_run import Noise, close, part_of, tensors_in
+from kfde_layers.insertion.joining import join
+from kfde_layers.insertion.running import Trial
+
+_METHODS = ("fuse", "reparameterize", "switch_to_deploy")  # those that timm's `reparameterize_model` calls
+
+
+def check_merging(
+    trial: Trial, noises: Mapping[str, nn.Module], keys: Mapping[str, Key | None], is_run: Mapping[str, bool]
+) -> None:
+    """Refuse a module that would lose its block, or whose merged form gives other numbers with it.
+
+    Args:
+        trial: The model, unchanged afterwards.
+        noises: For each name, a `Noise` for the module's output, which stands for the block.
+        keys: For each name, the key of the map in the module's output.
+        is_run: For each name, whether the module runs a new child.
+
+    Raises:
+        ValueError: A block would not stay; the message names its module.
+    """
+    children = (module for module in trial.model.modules() if module is not trial.model)
+    if not any(hasattr(child, method) for child in children for method in _METHODS):
+        return
+
+    def is_kept(names: Iterable[str]) -> bool:
+        return _is_kept(trial, {name: noises[name] for name in names}, keys, is_run)
+
+    if is_kept(noises) or not is_kept(()):  # without a block, the model may not be mergeable either
+        return
+    for name in noises:
+        if not is_kept([name]):
+            raise ValueError(
+                f"cannot insert at {name!r}: the model merges this module into another one for inference, without the "
+                "block; merge first (timm.utils.model.reparameterize_model), then insert"
+            )
+
+
+def _is_kept(
+    trial: Trial, noises: Mapping[str, nn.Module], keys: Mapping[str, Key | None], is_run: Mapping[str, bool]
+) -> bool:
+    """Return whether a copy of the model with blocks, once merged, still runs them and gives the same output."""
+    try:
+        copied = copy.deepcopy(trial.model).eval()
+        blocks = {name: copy.deepcopy(noise) for name, noise in noises.items()}
+        for name, block in blocks.items():
+            join(copied.get_submodule(name), block, keys[name], is_run[name])
+        before = tensors_in(Trial(copied, trial.example).run())
+        counters = [part_of(block, Noise).calls for block in blocks.values()]
+        for counter in counters:
+            counter.clear()
+        after = tensors_in(Trial(reparameterize_model(copied, inplace=True), trial.example).run())
+    except Exception:  # of the model's own code, which can fail in any way
+        return False
+    return all(counters) and close(before, after)
