@@ -77,7 +77,7 @@ def random_tensor(
         memory_format: Memory format of the result.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = mean + torch.randn(shape, generator=generator, dtype=torch.float64)
+    values = mean + torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return values.to(device=device, dtype=dtype).contiguous(memory_format=memory_format)
 
 
@@ -86,7 +86,7 @@ def random_affine(
 ) -> tuple[Tensor, Tensor]:
     """Return gamma and beta of a normalisation, (channels,), away from one and zero, which would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
-    noise = 0.3 * torch.randn((2, channels), generator=generator, dtype=torch.float64)
+    noise = 0.3 * torch.randn((2, channels), generator=generator, dtype=torch.float64, device="cpu")
     weight, bias = noise.to(device=device, dtype=dtype)
     return 1 + weight, bias
 
@@ -102,6 +102,6 @@ def scatter_parameters(module: nn.Module, deviation: float = 0.3, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
             parameter.add_(deviation * noise.to(parameter))
     return module

@@ -23,6 +23,19 @@ class ChannelsFirst(nn.Module):
         return self.block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class Grid:
+    """Into how many rows and columns of patches the last image was cut.
+
+    It is a forward hook of a module that cuts images of any size, and returns (N, H, W, C).
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.size = (output.shape[1], output.shape[2])
+
+
 class Tokens(nn.Module):
     """Run a block on a sequence of tokens (N, L, C): prefix tokens, which bypass it, and then the rows of a map.
 
@@ -31,13 +44,17 @@ class Tokens(nn.Module):
         grid: Height and width of the map. They cannot be read off a sequence: one of another length is taken for a map
             of the same aspect ratio.
         num_prefix_tokens: Number of tokens before the map.
+        last_grid: Height and width of each image's map, where the model takes images of any size; it overrides `grid`.
     """
 
-    def __init__(self, block: nn.Module, grid: tuple[int, int], num_prefix_tokens: int) -> None:
+    def __init__(
+        self, block: nn.Module, grid: tuple[int, int], num_prefix_tokens: int, last_grid: Grid | None = None
+    ) -> None:
         super().__init__()
         self.block = block
         self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
+        self.last_grid: Any = last_grid
 
     def forward(self, x: Tensor) -> Tensor:
         prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -47,6 +64,8 @@ class Tokens(nn.Module):
         return torch.cat((prefix, tokens), 1) if self.num_prefix_tokens else tokens
 
     def _map_size(self, length: int) -> tuple[int, int]:
+        if self.last_grid is not None:
+            return self.last_grid.size
         scale = math.sqrt(length / (self.grid[0] * self.grid[1]))
         # TorchScript's round gives no int
         height, width = int(self.grid[0] * scale + 0.5), int(self.grid[1] * scale + 0.5)

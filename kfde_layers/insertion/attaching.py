@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_instance, check_mapping
-from kfde_layers.insertion.adapters import ChannelsFirst, Item, Tokens
+from kfde_layers.insertion.adapters import ChannelsFirst, Grid, Item, Tokens
 from kfde_layers.insertion.dry_run import (
     Noise,
     Tap,
@@ -79,7 +79,8 @@ def insert(
         check_instance("each key of blocks", name, str)
     check_bool("identity_start", identity_start)
     trial = Trial(model, example_for(model, example_input))
-    insertions = _prepare(trial, blocks, identity_start)
+    patch_embed = _patch_embed_of(model)
+    insertions = _prepare(trial, blocks, identity_start, patch_embed)
     noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
     taps = {insertion.name: _adapted(Tap(), insertion.seen) for insertion in insertions}
     check_training(trial, {insertion.name: insertion.seen for insertion in insertions})
@@ -94,7 +95,7 @@ def insert(
                 stacklevel=2,
             )
     for insertion in insertions:
-        _attach(insertion, is_run[insertion.name])
+        _attach(insertion, is_run[insertion.name], patch_embed)
     return model
 
 
@@ -148,7 +149,9 @@ class _Insertion(NamedTuple):
     """The block, adapted to the module's output."""
 
 
-def _prepare(trial: Trial, blocks: Mapping[str, Block], identity_start: bool) -> list[_Insertion]:
+def _prepare(
+    trial: Trial, blocks: Mapping[str, Block], identity_start: bool, patch_embed: nn.Module | None
+) -> list[_Insertion]:
     """Make the blocks and try them; leave the model unchanged."""
     seen_at = probe(trial, blocks)
     insertions: list[_Insertion] = []
@@ -174,21 +177,31 @@ def _prepare(trial: Trial, blocks: Mapping[str, Block], identity_start: bool) ->
         check_block(name, new, seen)
         if identity_start:
             new = Blend(new, channels, device=seen.output.device)
-        insertions.append(_Insertion(name, module, seen, _adapted(new, seen)))
+        last_grid = None if patch_embed is None else Grid(seen.map_size)
+        insertions.append(_Insertion(name, module, seen, _adapted(new, seen, last_grid)))
     return insertions
 
 
-def _attach(insertion: _Insertion, is_run: bool) -> None:
+def _attach(insertion: _Insertion, is_run: bool, patch_embed: nn.Module | None) -> None:
     """Have the block join its module, on the device and in the dtype and mode of the module."""
     module, output = insertion.module, insertion.seen.output
     block = insertion.block.to(output.device, output.dtype).train(module.training)
-    join(module, block, insertion.seen.key, is_run)
+    join(module, block, insertion.seen.key, is_run, patch_embed)
 
 
-def _adapted(block: nn.Module, seen: Seen) -> nn.Module:
+def _patch_embed_of(model: nn.Module) -> nn.Module | None:
+    """Return the module that cuts images of any size into patches, if the model declares that it takes such images."""
+    for module in model.modules():
+        patch_embed = getattr(module, "patch_embed", None)
+        if getattr(module, "dynamic_img_size", False) and isinstance(patch_embed, nn.Module):
+            return patch_embed
+    return None
+
+
+def _adapted(block: nn.Module, seen: Seen, last_grid: Grid | None = None) -> nn.Module:
     """Wrap the block so that it takes the module's output."""
     if seen.point.layout == "NHWC":
         block = ChannelsFirst(block)
     elif seen.point.layout == "NLC":
-        block = Tokens(block, seen.map_size, seen.point.num_prefix_tokens)
+        block = Tokens(block, seen.map_size, seen.point.num_prefix_tokens, last_grid)
     return block if seen.key is None else Item(block, seen.key)

@@ -190,3 +190,18 @@ def test_unfit_channels_are_refused(layer_class):
 def test_an_unknown_implementation_is_refused_at_construction(layer_class):
     with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', 'fused', got 'cuda'"):
         layer_class(8, impl="cuda")
+
+
+@each_layer
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.float16)])
+def test_defaults_for_new_tensors_do_not_matter(make, device, dtype):
+    layer, x = make_layer(make), draw(2, 6, 9, 8, dtype=torch.float32).requires_grad_()
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            actual = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, actual, expected))

@@ -66,7 +66,7 @@ def backward(
     values, upstreams, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
     gates = _Gates(moments, weight, bias, options)
     blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
-    dz, dzu, deu, deuu = torch.zeros(4, *gates.mean.shape, dtype=dx.dtype)  # sums of dz, dz u, de u, de u^2
+    dz, dzu, deu, deuu = dx.new_zeros((4, *gates.mean.shape))  # sums of dz, dz u, de u, de u^2
     for block, (u, keep, weak, is_open, upstream, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)
         x_block = _upcast(values[block], x_buffer)
@@ -153,7 +153,7 @@ class _Gates:
     def __init__(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> None:
         self._parts = 1 if weight is None else 2
         self.mean, self.mean_low = self.parted(moments.mean), self.parted(moments.mean_low)
-        self.beta = torch.tensor(options.beta, dtype=self.mean.dtype)
+        self.beta = self.mean.new_tensor(options.beta)
         self.logit_threshold = logit(options.threshold)
         if options.with_sfe:
             self.root = self.parted(spatial_root(moments, options))

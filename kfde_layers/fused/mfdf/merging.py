@@ -32,21 +32,24 @@ def tap_coverage(kernel: Tensor, tap_spacing: int, height: int, width: int) -> T
 
     A position adds the taps that reach it while the kernel's centre is inside the map.
     """
-    rows, columns = (_taps_inside(kernel.shape[-1], tap_spacing, length).to(kernel) for length in (height, width))
+    rows, columns = (_taps_inside(kernel.shape[-1], tap_spacing, length, kernel) for length in (height, width))
     return ((kernel @ columns).mT @ rows).mT
 
 
 def tap_coverage_backward(dcoverage: Tensor, tap_spacing: int, size: int) -> Tensor:
     """Return the gradient of the kernel of `tap_coverage`: (C, H, W) to (C, k, k)."""
-    rows, columns = (_taps_inside(size, tap_spacing, length).to(dcoverage) for length in dcoverage.shape[1:])
+    rows, columns = (_taps_inside(size, tap_spacing, length, dcoverage) for length in dcoverage.shape[1:])
     return ((dcoverage @ columns.mT).mT @ rows.mT).mT
 
 
-def _taps_inside(size: int, tap_spacing: int, length: int) -> Tensor:
-    """Return which taps along one side of a kernel reach which positions of a side of the map: (k, length), 0 or 1."""
-    distances = tap_spacing * torch.arange(-(size // 2), size // 2 + 1)
-    centres = torch.arange(length) - distances[:, None]
-    return (centres >= 0) & (centres < length)
+def _taps_inside(size: int, tap_spacing: int, length: int, like: Tensor) -> Tensor:
+    """Return which taps along one side of a kernel reach which positions of a side of the map: (k, length), 0 or 1.
+
+    The result has the dtype and the device of `like`.
+    """
+    distances = tap_spacing * torch.arange(-(size // 2), size // 2 + 1, device=like.device)
+    centres = torch.arange(length, device=like.device) - distances[:, None]
+    return ((centres >= 0) & (centres < length)).to(like.dtype)
 
 
 def mean_by_coverage(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:

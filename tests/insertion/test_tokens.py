@@ -1,0 +1,189 @@
+"""Tokens are laid out in the rows and columns in which the model cut the image."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from kfde_layers import CSFE, MFDF, SFE, insert, insertion_points, remove
+from kfde_layers.insertion import Point
+from kfde_layers.testing import random_tensor
+from tests.support.inputs import images
+
+NARROW = {"depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 3}
+
+
+class Spy(nn.Module):
+    """Keep the last map."""
+
+    def forward(self, x):
+        self.__dict__["map"] = x.detach()
+        return x
+
+
+def vit(name="vit_tiny_patch16_224", **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **NARROW, **options).eval()
+
+
+def image(*size):
+    return random_tensor(2, 3, *size)
+
+
+def map_at(model, x, point="blocks.0"):
+    """Return the map that a block sees, and the tokens that it is made of."""
+    tokens = []
+    handle = model.get_submodule(point).register_forward_hook(lambda module, args, output: tokens.append(output))
+    model(x)
+    handle.remove()
+    (spy,) = (module for module in model.modules() if isinstance(module, Spy))
+    return spy.map, tokens[0]
+
+
+def assert_laid_out(model, x, grid, prefix):
+    feature_map, tokens = map_at(model, x)
+    assert feature_map.shape[2:] == grid
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            assert torch.equal(feature_map[:, :, row, column], tokens[:, prefix + row * grid[1] + column])
+
+
+@pytest.mark.parametrize(
+    ("patch", "size"),
+    [
+        ((16, 16), (64, 64)),
+        ((32, 8), (64, 64)),
+        ((8, 32), (64, 64)),
+        ((16, 16), (32, 128)),
+        ((16, 16), (128, 32)),
+        ((4, 16), (16, 64)),
+        ((32, 16), (64, 96)),
+        ((7, 9), (63, 63)),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_patches_and_images_that_are_no_squares(patch, size, dynamic):
+    model = vit(patch_size=patch, img_size=size, dynamic_img_size=dynamic)
+    insert(model, {"blocks.0": Spy()})
+    grid = size[0] // patch[0], size[1] // patch[1]
+    assert model.blocks[0].kfde.grid == grid
+    assert_laid_out(model, image(*size), grid, prefix=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("vit_tiny_patch16_dinov3_qkvb", 5)],
+)
+@pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32), (96, 64), (16, 16), (48, 192)])
+def test_a_model_for_images_of_any_size_says_each_grid(name, prefix, size):
+    model = insert(vit(name, dynamic_img_size=True), {"blocks.0": Spy()}, example_input=image(64, 64))
+    grid = size[0] // 16, size[1] // 16
+    assert_laid_out(model, image(*size), grid, prefix)  # 32 x 128 has as many tokens as 64 x 64
+    assert_laid_out(copy.deepcopy(model), image(*size), grid, prefix)
+    assert_laid_out(model, image(64, 64), (4, 4), prefix)
+
+
+def test_the_grid_travels_with_the_model():
+    model = insert(vit(dynamic_img_size=True), {"blocks.0": CSFE, "blocks.1": "MFDF"}, example_input=image(64, 64))
+    assert len(model.patch_embed._forward_hooks) == 2
+    again, x = pickle.loads(pickle.dumps(model)), image(32, 128)
+    assert torch.equal(again(x), model(x))
+    again(image(128, 32))  # leaves the other model alone
+    assert model.blocks[0].kfde.last_grid.size == (2, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for size in ((64, 64), (32, 128), (128, 32)):
+        torch.testing.assert_close(compiled(image(*size)), model(image(*size)))
+    remove(model, ["blocks.0"])
+    assert len(model.patch_embed._forward_hooks) == 1
+    remove(model)
+    assert not model.patch_embed._forward_hooks
+
+
+def test_a_model_for_one_size_of_image_refuses_others_as_before():
+    model = vit(img_size=64)
+    hooks = len(model.patch_embed._forward_hooks)
+    insert(model, {"blocks.0": SFE})
+    assert len(model.patch_embed._forward_hooks) == hooks
+    with pytest.raises(ValueError, match="as in the example at insertion, got 9 tokens"):
+        model.blocks[0](random_tensor(1, 9, 48))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 96, "depth": 1, "embed_dim": 48}, (96, 96)),
+        ("vit_tiny_patch16_224", {"img_size": (64, 96), "depth": 1, "embed_dim": 48}, (64, 96)),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "depths": (1, 1, 1, 1)}, (64, 64)),
+        ("mixer_s16_224", {"img_size": 64}, (64, 64)),
+        ("test_efficientnet", {}, (160, 160)),
+        ("test_resnet", {}, (160, 160)),
+    ],
+)
+def test_the_example_has_the_size_for_which_the_model_was_made(name, options, size):
+    model, seen = timm.create_model(name, **options), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    insertion_points(model)
+    assert seen == [(1, 3, *size)]
+
+
+class Dropping(nn.Module):
+    """Leave out every second token in training, as masked training does."""
+
+    def __init__(self, keep=2):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x):
+        return x[:, :: self.keep] if self.training else x
+
+
+class Masked(nn.Module):
+    """Replace every second token in training: the others keep their places."""
+
+    def forward(self, x):
+        return x * (torch.arange(x.shape[1]) % 2)[:, None] if self.training else x
+
+
+def tokens_of_patches(change):
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.change, self.mix = nn.Conv2d(3, 8, 4, stride=4), change, nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.mix(self.change(self.conv(x).flatten(2).transpose(1, 2)))
+
+    return Patches()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])  # 0.75 leaves 4 x 4 of 8 x 8
+@pytest.mark.parametrize("block", [SFE, MFDF])
+def test_a_model_that_drops_tokens_is_refused(training, rate, block):
+    model = vit(img_size=128, patch_drop_rate=rate).train(training)
+    left = round(64 * (1 - rate)) + 1
+    with pytest.raises(ValueError, match=rf"at 'blocks.0': in training it returns {left} tokens instead of 65, and"):
+        insert(model, {"blocks.0": block})
+    assert model.training == training
+    model.patch_drop = nn.Identity()  # as the message says: without dropping
+    insert(model, {"blocks.0": block})
+
+
+@pytest.mark.parametrize("point", ["change", "mix"])
+def test_other_modules_that_drop_tokens_are_refused(point):
+    with pytest.raises(ValueError, match=rf"at '{point}': in training it returns 8 tokens instead of 16"):
+        insert(tokens_of_patches(Dropping()), {point: SFE}, example_input=images(16))
+
+
+@pytest.mark.parametrize("point", ["change", "mix"])
+def test_tokens_that_are_masked_in_their_place_are_a_map(point):
+    model = insert(tokens_of_patches(Masked()), {point: SFE}, example_input=images(16))
+    assert model.train()(images(16)).shape == (2, 16, 8)
+
+
+def test_points_of_a_model_with_patches_of_other_sides():
+    points = insertion_points(vit(patch_size=(32, 8), img_size=64))
+    assert points["blocks.0"] == Point(48, 16, "NLC", 1)
