@@ -1,4 +1,4 @@
-"""Write the committed benchmark results into the page when the site is built, so that no number is kept twice."""
+"""Write the committed benchmark results into the pages when the site is built, so that no number is kept twice."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,10 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARK = "<!-- results -->"
+RESULTS_MARK, COSTS_MARK = "<!-- results -->", "<!-- costs -->"
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import report, schema  # noqa: E402
+from benchmarks import costs, report, schema  # noqa: E402
 
 
 def newest() -> list[schema.Result]:
@@ -30,4 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Write the tables."""
-    return markdown.replace(MARK, report.page(newest())) if MARK in markdown else markdown
+    for mark, write in ((RESULTS_MARK, report.page), (COSTS_MARK, costs.costs_table)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, write(newest()))
+    return markdown

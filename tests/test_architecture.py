@@ -22,6 +22,12 @@ _SHARED = (
 # What each file or folder may import of this project, timm and Triton; the first entry that matches a path holds.
 ALLOWED = {
     "kfde_layers/__init__.py": tuple(f"kfde_layers.{room}" for room in ("layers", "functional", "insertion", "models")),
+    "kfde_layers/__main__.py": (
+        *(f"kfde_layers.fused.{family}.auto" for family in ("csfe", "mfdf")),
+        "kfde_layers",
+        "kfde_layers._impl",
+        "timm",
+    ),
     "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "kfde_layers._checks", "timm"),
     "kfde_layers/insertion": ("kfde_layers.layers", "kfde_layers.insertion", "kfde_layers._checks", "timm"),
     "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
