@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from breakhis.commands import one_line_errors, run_script
@@ -24,7 +25,6 @@ from breakhis.training.argument_types import Parser, path
 from breakhis.training.checkpoints import check_checkpoint, load_model, save_model
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from timm.models import push_to_hf_hub
 from torch import nn
 
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
@@ -160,8 +160,14 @@ def read_scored(run: Path) -> dict[str, Any]:
     return metrics
 
 
-def push(repo_id: str, model: nn.Module, card: str, config: dict[str, Any], private: bool) -> None:
-    """Push the card and the model; the repository is made if needed.
+def write(folder: Path, model: nn.Module, card: str, config: dict[str, Any]) -> None:
+    """Write the model and its card to a folder."""
+    save_model(model, folder, config["label_names"], config.get("model_args", {}))
+    write_atomically(folder / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+
+
+def push(folder: Path, repo_id: str, private: bool) -> None:
+    """Push the files of a folder; the repository is made if needed.
 
     Raises:
         OSError: The Hub cannot be reached, or refuses.
@@ -169,15 +175,7 @@ def push(repo_id: str, model: nn.Module, card: str, config: dict[str, Any], priv
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        # First the card: timm keeps an existing card, and writes one of its own if there is none.
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo_id)
-        push_to_hf_hub(
-            model,
-            repo_id,
-            model_config={"label_names": config["label_names"]},
-            model_args=config.get("model_args", {}),
-            safe_serialization=True,
-        )
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
     except HUB_ERRORS as error:
         raise OSError(f"--repo-id {repo_id} cannot be pushed: {error or type(error).__name__}") from error
 
@@ -195,11 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{args.run / 'metrics.json'} must be written by train_breakhis.py, got {error!r}") from error
     if args.output_dir is not None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        save_model(model, args.output_dir, config["label_names"], config.get("model_args", {}))
-        write_atomically(args.output_dir / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+        write(args.output_dir, model, card, config)
         print(f"wrote {args.output_dir}")
         return 0
-    push(args.repo_id, model, card, config, args.private)
+    with TemporaryDirectory() as folder:
+        write(Path(folder), model, card, config)
+        push(Path(folder), args.repo_id, args.private)
     print(f"pushed https://huggingface.co/{args.repo_id}")
     return 0
 

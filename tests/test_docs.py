@@ -19,7 +19,6 @@ from torch import nn
 import kfde_layers
 from tests.support.agreement import count_parameters
 from tests.support.cells import cell_of
-from tests.support.hub import needs_local_dir
 from tests.support.pages import DOCS, ROOT, BuiltPage, fetched_by_style, python_blocks, run_block
 
 MODULES = [info.name for info in pkgutil.walk_packages(kfde_layers.__path__, "kfde_layers.")]
@@ -64,8 +63,8 @@ def test_docstring_examples_are_found_and_can_fail():
 def marks_of(page):
     """Return the marks that skip a page whose code needs packages that are not installed."""
     text = page.read_text()
-    marks = [needs_local_dir] if "local-dir:" in text else []
-    for package in ("accelerate", "lightning"):
+    marks = []
+    for package in ("accelerate", "lightning", "transformers"):
         if re.search(rf"^(import|from) {package}\b", text, re.MULTILINE):
             marks.append(pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}"))
     return marks

@@ -5,11 +5,13 @@ import json
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_model
-from timm.models import push_to_hf_hub
+from timm.models import push_to_hf_hub, save_for_hf
 
+from kfde_layers import insert
 from kfde_layers.testing import scatter_parameters
-from tests.support.hub import hub_in_folder, needs_local_dir
+from tests.support.hub import hub_in_folder
 from tests.support.inputs import images
 from tests.support.pages import DOCS, python_blocks, run_block
 from tests.support.training import INSERTED, MODELS, SMALL, WITH_BATCH_NORM, batch, build
@@ -36,7 +38,7 @@ OPTIONS = {
         "mfdf": {"kernel_sizes": [3, 5], "norm_layer": "batchnorm2d"},
     },
 }
-SOURCES = [pytest.param("hf-hub:", id="hf-hub"), pytest.param("local-dir:", id="local-dir", marks=needs_local_dir)]
+SOURCES = [pytest.param("hf-hub:", id="hf-hub"), pytest.param("local-dir:", id="local-dir")]
 
 
 def source_of(prefix, hub):
@@ -82,6 +84,49 @@ def test_a_pushed_model_that_lacks_keys_is_refused(prefix, hub):
     push_to_hf_hub(model, REPO_ID, model_args={"mfdf": True}, safe_serialization=True)  # promises an MFDF that it lacks
     with pytest.raises(RuntimeError, match=r"Missing keys: stages\.3\.kfde\.mfdf\.branches\.0\.bias"):
         timm.create_model(source_of(prefix, hub), pretrained=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.cell("Hub and files", "transformers' TimmWrapper", "models")
+def test_transformers_loads_a_saved_model_whose_classes_are_counted_once(options, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = scatter_parameters(timm.create_model("kfde_convnextv2_atto", num_classes=3, **options), 0.02).eval()
+    config = {"label_names": ["a", "b", "c"]}
+    save_for_hf(model, str(tmp_path), model_config=config, model_args=options, safe_serialization=True)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    saved["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(saved))
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(classifier(images(SIDE)).logits, model(images(SIDE)))
+    assert classifier.config.id2label == {0: "a", 1: "b", 2: "c"}
+    backbone = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(backbone(images(SIDE)).last_hidden_state, model.forward_features(images(SIDE)))
+
+
+BLOCKS = {
+    "a name": {"stages.1": "CSFE"},
+    "options": {"stages.0": "SFE", "stages.2": ["MFDF", {"kernel_sizes": [3, 5], "rd_channels": 8}]},
+    "one after the other": {"stages.3": ["CSFE", {"arrangement": "cfe_sfe", "fusion": "mean"}], "stages.1": "CFE"},
+}
+
+
+@pytest.mark.parametrize("identity_start", [False, True])
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.cell("Hub and files", "safetensors", "insert")
+def test_a_file_says_what_was_inserted(blocks, identity_start, tmp_path):
+    def make(blocks, identity_start):
+        network = timm.create_model("test_convnext", num_classes=3)
+        return insert(network, blocks, example_input=images(SIDE), identity_start=identity_start)
+
+    network, path = scatter_parameters(make(blocks, identity_start), 0.05).eval(), tmp_path / "network.safetensors"
+    metadata = {"blocks": json.dumps(blocks), "identity_start": json.dumps(identity_start)}
+    save_model(network, path, metadata=metadata)
+    with safe_open(path, "pt") as file:
+        said = {key: json.loads(text) for key, text in file.metadata().items() if key in metadata}
+    again = make(**said).eval()
+    load_model(again, path)
+    assert torch.equal(again(images(SIDE)), network(images(SIDE)))
 
 
 @pytest.mark.cell("Hub and files", "push_to_hf_hub layout", "models")

@@ -11,10 +11,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.support.explained import explain
-from tests.support.hub import needs_local_dir
 from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
 
-pytestmark = [needs_local_dir, pytest.mark.slow]  # four models are trained first
+pytestmark = pytest.mark.slow  # four models are trained first
 
 
 DPI = 150

@@ -14,10 +14,7 @@ from explain_breakhis import main
 from safetensors.torch import load_file, save_file
 
 from tests.support.explained import change_metrics, explain, write_run
-from tests.support.hub import needs_local_dir
 from tests.support.runs import contents, read_rows
-
-pytestmark = needs_local_dir
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from explain_breakhis import branch_names, find_runs
 
 from kfde_layers import MFDF
 from tests.support.explained import explain, write_run, written_files
-from tests.support.hub import needs_local_dir
 from tests.support.runs import SUBTYPES, contents, read_rows
 
-pytestmark = [needs_local_dir, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

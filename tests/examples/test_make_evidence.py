@@ -11,8 +11,6 @@ from breakhis.files import read_csv
 from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
 from breakhis.results.study import markdown
 
-from tests.support.hub import needs_local_dir
-
 STUDY_FOLDERS = sorted(path.parent for path in make_evidence.STUDIES.glob("*/results.json"))
 
 
@@ -38,7 +36,6 @@ def assert_predictions_match_scores(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@needs_local_dir
 def test_a_study_is_run_and_kept(synthetic_tree, tmp_path, monkeypatch):
     flags = {"img_size": 32, "epochs": 1, "num_folds": 3, "folds": [0, 1], "seeds": [0, 1], "num_workers": 0}
     flags |= {"model_kwargs": {"depths": [1, 1, 1, 1], "dims": [16, 32, 48, 64]}}

@@ -7,11 +7,8 @@ from breakhis.results.explain import as_picture, grad_cam, overlay
 from PIL import Image
 from predict_breakhis import main, patient_votes
 
-from tests.support.hub import needs_local_dir
 from tests.support.predictions import CLASSES, arguments, save_checkpoint
 from tests.support.runs import load_input, load_with_timm, predict_with_timm, read_rows
-
-pytestmark = needs_local_dir
 
 
 @pytest.mark.slow

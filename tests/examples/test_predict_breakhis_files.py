@@ -11,11 +11,8 @@ from breakhis.files import read_csv, write_csv
 from PIL import Image
 from predict_breakhis import main
 
-from tests.support.hub import needs_local_dir
 from tests.support.predictions import arguments
 from tests.support.runs import contents, read_rows
-
-pytestmark = needs_local_dir
 
 
 def test_bad_files_are_named_skipped_and_counted(checkpoint, images, tmp_path, caplog):

@@ -11,12 +11,8 @@ import pytest
 from predict_breakhis import main
 from safetensors.torch import load_file, save_file
 
-from tests.support.hub import needs_local_dir
 from tests.support.predictions import arguments
 from tests.support.runs import contents
-
-pytestmark = needs_local_dir
-
 
 OTHER_TABLE = "must not replace a file that is no earlier table of this script"
 

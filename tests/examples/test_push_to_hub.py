@@ -16,11 +16,11 @@ from huggingface_hub import ModelCard
 from push_to_hub import HUB_ERRORS, main, write_card
 from train_breakhis import main as train
 
-from tests.support.hub import hub_in_folder, needs_local_dir
+from tests.support.hub import hub_in_folder
 from tests.support.pages import python_blocks, run_block
 from tests.support.runs import SMALL, contents, read_rows
 
-pytestmark = [needs_local_dir, pytest.mark.slow]  # a model is trained first
+pytestmark = pytest.mark.slow  # a model is trained first
 REPO_ID = "someone/kfde"
 MODEL_FILES = ["config.json", "model.safetensors"]
 FILES = {"README.md", *MODEL_FILES}
@@ -71,10 +71,18 @@ def test_the_pushed_files_are_the_written_ones(run, written, hub):
         assert main(["--run", str(run), "--repo-id", REPO_ID, *private]) == 0
         assert contents(hub.folder) == contents(written)
         (hub.folder / "README.md").write_text("of an earlier run")
-    assert hub.calls == [  # timm has written no card of its own
-        *(("create", True), ("create", False), ("folder", MODEL_FILES)),
-        *(("create", False), ("create", False), ("folder", MODEL_FILES)),
-    ]
+    files = sorted(FILES)
+    assert hub.calls == [("create", True), ("folder", files), ("create", False), ("folder", files)]
+
+
+@pytest.mark.cell("Hub and files", "transformers' TimmWrapper", "models")
+def test_transformers_loads_the_best_model(run, written):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    x = torch.randn(2, 3, 64, 64)
+    for folder in (run / "best", run / "last", written):
+        model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+        assert torch.equal(model(x).logits, load_model(folder)(x))
+        assert list(model.config.id2label.values()) == ["benign", "malignant"]
 
 
 @pytest.mark.cell("Hub and files", "model card", "models")

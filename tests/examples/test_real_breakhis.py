@@ -14,15 +14,12 @@ from breakhis.data.splits import fold_split, leaks, official_split
 from torchvision.transforms import PILToTensor
 from train_breakhis import main
 
-from tests.support.hub import needs_local_dir
-
 DATA = Path(os.environ.get("KFDE_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 pytestmark = [
     pytest.mark.skipif(
         not (DATA / "breakhis-originals").is_dir(),
         reason=f"no BreakHis images in {DATA}; KFDE_DATA can name another folder",
     ),
-    needs_local_dir,
 ]
 
 

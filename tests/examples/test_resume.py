@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from train_breakhis import main
 
 from tests.support.fork_server import fork_server, run_and_signal
-from tests.support.hub import needs_local_dir
 from tests.support.locks import lock_holder
 from tests.support.runs import NARROW, SMALL, read_rows, run_and_terminate
 
@@ -34,7 +33,6 @@ def server() -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.slow
-@needs_local_dir
 def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been_killed(server, synthetic_tree, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start = time.monotonic()
@@ -63,7 +61,6 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been_killed(se
 
 
 @pytest.mark.slow
-@needs_local_dir
 def test_a_run_goes_on_from_the_state_instead_of_the_start(synthetic_tree, tmp_path, monkeypatch, caplog):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *RECIPE]
     epochs = []
@@ -151,7 +148,6 @@ def assert_refuses_what_is_not_of_this_run(arguments: list[str], out: Path, monk
         refused(r"state.pt was written with, .*: threads \(OMP_NUM_THREADS\) was 1, now 17")
 
 
-@needs_local_dir
 def test_a_run_does_not_go_on_with_another_division_of_the_images(synthetic_tree, tmp_path, monkeypatch):
     tree, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(synthetic_tree, tree)
@@ -175,7 +171,6 @@ def stop(*args):
     raise KeyboardInterrupt
 
 
-@needs_local_dir
 @pytest.mark.slow
 def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree, tmp_path, monkeypatch):
     tree, out = tmp_path / "data", tmp_path / "out"
@@ -229,7 +224,6 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
     assert metrics["best_sha256"].keys() == {"config.json", "model.safetensors"}
 
 
-@needs_local_dir
 @pytest.mark.slow
 def test_a_run_does_not_go_on_from_another_file_of_weights(synthetic_tree, tmp_path, monkeypatch):
     weights, out = tmp_path / "weights.pth", tmp_path / "out"
@@ -268,7 +262,6 @@ def test_a_run_does_not_go_on_from_another_file_of_weights(synthetic_tree, tmp_p
     refused(other + digests[1])  # a finished run too
 
 
-@needs_local_dir
 def test_a_folder_in_use_is_refused_before_anything_is_written(synthetic_tree, tmp_path):
     with lock_holder(tmp_path) as process:
         names = [path.name for path in tmp_path.iterdir()]
@@ -278,7 +271,6 @@ def test_a_folder_in_use_is_refused_before_anything_is_written(synthetic_tree, t
         assert [path.name for path in tmp_path.iterdir()] == names
 
 
-@needs_local_dir
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_says_what_is_saved_and_leaves_no_lock(server, synthetic_tree, tmp_path, number, code):

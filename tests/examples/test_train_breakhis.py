@@ -7,12 +7,11 @@ import math
 import pytest
 from train_breakhis import main
 
-from tests.support.hub import needs_local_dir
 from tests.support.pages import python_blocks, run_block
 from tests.support.runs import NARROW, ROOT, SMALL, SUBTYPES, TWO_EPOCHS, read_rows
 from tests.support.trained import assert_consistent, assert_figures, assert_timm_reproduces_predictions
 
-pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
+pytestmark = pytest.mark.slow  # nearly every test trains a model
 
 
 README = ROOT / "examples/README.md"

@@ -12,11 +12,10 @@ from breakhis.data.synthetic import draw_tree
 from PIL import Image
 from train_breakhis import main
 
-from tests.support.hub import needs_local_dir
 from tests.support.runs import NARROW, SMALL, TWO_EPOCHS, read_rows
 from tests.support.trained import assert_consistent, assert_figures
 
-pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
+pytestmark = pytest.mark.slow  # nearly every test trains a model
 
 
 def test_the_image_protocol_warns_and_is_named_with_its_scores(

@@ -4,12 +4,11 @@ import pytest
 from accelerate.state import AcceleratorState
 from train_breakhis import main
 
-from tests.support.hub import needs_local_dir
 from tests.support.locks import lock_holder
 from tests.support.runs import NARROW, SMALL, TWO_EPOCHS, launch, read_rows
 from tests.support.trained import assert_consistent, assert_timm_reproduces_predictions
 
-pytestmark = [needs_local_dir, pytest.mark.slow]  # nearly every test trains a model
+pytestmark = pytest.mark.slow  # nearly every test trains a model
 
 
 @pytest.fixture

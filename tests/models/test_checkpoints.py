@@ -7,7 +7,6 @@ from timm.models import save_for_hf
 
 from kfde_layers.testing import scatter_parameters
 from tests.support.checkpoints import SIDE, backbone_and_kfde, load_pretrained, save_weights
-from tests.support.hub import needs_local_dir
 from tests.support.inputs import images
 
 
@@ -129,7 +128,6 @@ def test_checkpoint_path_takes_kfde_checkpoints_only(tmp_path):
         timm.create_model("kfde_convnextv2_atto", checkpoint_path=str(tmp_path / "backbone.pth"))
 
 
-@needs_local_dir
 def test_round_trip_through_a_local_directory(tmp_path):
     args = {"csfe": {"arrangement": "sfe_cfe"}, "kfde_stages": [2, 3], "identity_start": True}
     model = scatter_parameters(timm.create_model("kfde_convnextv2_atto", num_classes=8, **args)).eval()

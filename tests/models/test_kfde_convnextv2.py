@@ -12,7 +12,6 @@ from kfde_layers.layers import Blend
 from kfde_layers.models.kfde_convnextv2 import KFDEStage
 from tests.support.agreement import count_parameters
 from tests.support.checkpoints import SIDE, SIZES, backbone_and_kfde, load_pretrained, save_weights
-from tests.support.hub import needs_local_dir
 from tests.support.inputs import images
 
 
@@ -75,7 +74,6 @@ def test_layer_options_stages_and_identity_start():
     assert model(images(SIDE)).shape == (2, 1000)
 
 
-@needs_local_dir
 def test_timms_names_of_a_norm_and_an_activation_survive_a_saved_configuration(tmp_path):
     mfdf = {"kernel_sizes": [1, 3], "groups": 1, "norm_layer": "batchnorm2d", "act_layer": "relu"}
     model = timm.create_model("kfde_convnextv2_atto", mfdf=mfdf).eval()

@@ -6,14 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timm
 from huggingface_hub.errors import EntryNotFoundError
-from packaging.version import Version
-
-needs_local_dir = pytest.mark.skipif(
-    Version(timm.__version__) < Version("1.0.26"),
-    reason="timm before 1.0.26 reads the safetensors of a local directory with torch.load, which fails",
-)
 
 
 def hub_in_folder(root: Path, monkeypatch: pytest.MonkeyPatch, *callers: str) -> list[tuple[str, Any]]:
@@ -44,7 +37,7 @@ def hub_in_folder(root: Path, monkeypatch: pytest.MonkeyPatch, *callers: str) ->
         def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
             (root / repo_id / path_in_repo).write_bytes(path_or_fileobj)
 
-        def upload_folder(self, repo_id, folder_path, revision, create_pr, commit_message):
+        def upload_folder(self, repo_id, folder_path, revision=None, create_pr=False, commit_message=None):
             calls.append(("folder", sorted(path.name for path in Path(folder_path).iterdir())))
             shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
 

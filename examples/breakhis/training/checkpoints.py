@@ -1,6 +1,7 @@
 """Build a timm model for histology, and save it so that timm alone can load it again."""
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.hashes import changed_files, hash_files
 from breakhis.files import write_atomically
+from breakhis.mappings import read_json
 from breakhis.training.model_config import read_config
 from breakhis.training.stain import StainJitter
 from breakhis.training.weights import check_start, load_exactly, read_weights, record_loads
@@ -157,6 +159,7 @@ def save_model(model: nn.Module, folder: Path, classes: Sequence[str], model_arg
     config = {"label_names": list(classes)}
     try:
         save_for_hf(model, str(part), model_config=config, model_args=model_args, safe_serialization=True)
+        _name_classes_once(part / "config.json")
         # safetensors gives its file mode 0600. The other one was made with the mode that the user's umask gives.
         (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)
         for file in part.iterdir():
@@ -165,6 +168,13 @@ def save_model(model: nn.Module, folder: Path, classes: Sequence[str], model_arg
         raise OSError(f"{folder} must have room for the model, which cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _name_classes_once(path: Path) -> None:
+    """Take the number of classes out of the model's arguments: transformers passes it too, from the top level."""
+    config = read_json(path)
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def hash_checkpoint(folder: Path) -> dict[str, str]:
