@@ -175,36 +175,40 @@ class Tap(nn.Module):
 def have_effects(trial: Trial, taps: Mapping[str, nn.Module], noises: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return for each named module whether the model's output depends on the module's map.
 
-    One pass forward and backward answers for all maps that get a gradient. The other maps are disturbed, each in a run
-    of its own.
+    One pass forward and backward answers for all maps that get a gradient; in a deep network small gradients may need
+    float64. The other maps are disturbed, in a run for all of them, and in more runs if that changes the output.
 
     Args:
         trial: The model, unchanged afterwards.
         taps: For each name, a `Tap` for the module's output.
         noises: For each name, a `Noise` for the module's output.
     """
-    effects = _have_gradients(trial, taps)
+    effects: dict[str, bool] = dict.fromkeys(noises, False)
+    for dtype in (trial.example.dtype, torch.float64):
+        doubtful = [name for name in noises if not effects[name]]
+        if doubtful:
+            effects |= _have_gradients(trial, {name: taps[name] for name in doubtful}, dtype)
     doubtful = {name: noise for name, noise in noises.items() if not effects[name]}
     return effects | _change_the_output(trial, doubtful) if doubtful else effects
 
 
-def _have_gradients(trial: Trial, taps: Mapping[str, nn.Module]) -> dict[str, bool]:
+def _have_gradients(trial: Trial, taps: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, bool]:
     """Return for each map whether its gradient is not zero.
 
     A copy of the model runs, without backward hooks: gradients must not reach the tensors and hooks of the model
-    itself. If no copy can be made, or it does not run backward, the answer is False for all.
+    itself. If no copy can be made, or it does not run backward in this dtype, the answer is False for all.
     """
 
     def through(tap: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
         return lambda module, args, output: tap(output)
 
     try:
-        copied = copy.deepcopy(trial.model).requires_grad_(False)
+        copied = copy.deepcopy(trial.model).requires_grad_(False).to(dtype)
         for module in copied.modules():
             module._backward_hooks.clear()  # pyright: ignore[reportPrivateUsage]
             module._backward_pre_hooks.clear()  # pyright: ignore[reportPrivateUsage]
         hooks = [(copied.get_submodule(name), through(tap)) for name, tap in taps.items()]
-        gradients = Trial(_Gradients(copied, taps.values()), trial.example).run(hooks)
+        gradients = Trial(_Gradients(copied, taps.values()), trial.example.to(dtype)).run(hooks)
     except Exception:  # of the model's own code, which can fail in any way
         return dict.fromkeys(taps, False)
     return {name: _is_nonzero(gradient) for name, gradient in zip(taps, gradients, strict=True)}
@@ -221,7 +225,7 @@ class _Gradients(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor | None]:
         with torch.enable_grad():
             outputs = [output for output in tensors_in(self.model(x)) if output.requires_grad]
-            zeros = [part_of(tap, Tap).zeros[0] for tap in self.taps]
+            zeros = [part_of(tap, Tap).zeros[-1] for tap in self.taps]
             torch.autograd.backward(outputs, [_noise_like(output) for output in outputs], inputs=zeros)
         return [tensor.grad for tensor in zeros]
 
@@ -241,13 +245,19 @@ def _change_the_output(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[st
     if trial.example.is_meta or _equal(undisturbed, tensors_in(trial.run(example=Noise()(trial.example)))):
         return dict.fromkeys(noises, True)
 
-    def outputs_with(name: str, noise: nn.Module) -> list[Tensor]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return noise(output)
+    def through(noise: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, args, output: noise(output)
 
-        return tensors_in(trial.run([(trial.model.get_submodule(name), hook)]))
+    def effects_of(names: list[str]) -> dict[str, bool]:
+        """Disturb all these maps at once, and halves of them only if that changes the output."""
+        hooks = [(trial.model.get_submodule(name), through(noises[name])) for name in names]
+        changed = not _equal(undisturbed, tensors_in(trial.run(hooks)))
+        if not changed or len(names) == 1:
+            return dict.fromkeys(names, changed)
+        half = len(names) // 2
+        return effects_of(names[:half]) | effects_of(names[half:])
 
-    return {name: not _equal(undisturbed, outputs_with(name, noise)) for name, noise in noises.items()}
+    return effects_of(list(noises))
 
 
 def _noise_like(x: Tensor) -> Tensor:

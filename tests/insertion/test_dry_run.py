@@ -1,3 +1,4 @@
+import time
 import warnings
 from collections import OrderedDict
 
@@ -6,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from kfde_layers import SFE, insert, remove
+from kfde_layers import CSFE, SFE, insert, insertion_points, remove
 from tests.support.inputs import images
 from tests.support.networks import Series
 
@@ -164,3 +165,15 @@ def test_a_module_that_one_more_child_would_change_is_refused():
     with pytest.raises(ValueError, match="at '0': LeavesOutTheLast does not run its children in sequence"):
         insert(model, {"0": SFE})
     assert torch.equal(model(images(8)), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [300, 5])
+def test_a_network_of_300_modules_takes_seconds(count):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 7, stride=4), *[nn.Conv2d(16, 16, 3, padding=1) for _ in range(298)])
+    start = time.perf_counter()
+    points = insertion_points(model)
+    insert(model, dict.fromkeys(list(points)[-count:], CSFE))
+    assert len(points) == 299
+    assert time.perf_counter() - start < 10

@@ -93,13 +93,18 @@ def test_the_grid_travels_with_the_model():
     assert torch.equal(again(x), model(x))
     again(image(128, 32))  # leaves the other model alone
     assert model.blocks[0].kfde.last_grid.size == (2, 8)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for size in ((64, 64), (32, 128), (128, 32)):
-        torch.testing.assert_close(compiled(image(*size)), model(image(*size)))
     remove(model, ["blocks.0"])
     assert len(model.patch_embed._forward_hooks) == 1
     remove(model)
     assert not model.patch_embed._forward_hooks
+
+
+@pytest.mark.slow
+def test_a_compiled_model_asks_for_each_grid_too():
+    model = insert(vit(dynamic_img_size=True), {"blocks.1": MFDF}, example_input=image(64, 64)).requires_grad_(False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for size in ((64, 64), (32, 128), (128, 32)):
+        torch.testing.assert_close(compiled(image(*size)), model(image(*size)))
 
 
 def test_a_model_for_one_size_of_image_refuses_others_as_before():
