@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from kfde_layers import CSFE, MFDF, insert, remove
 from kfde_layers.testing import scatter_parameters
-from tests.support.agreement import relative_error
+from tests.support.agreement import outputs_are_equal, relative_error, tensors_of
 from tests.support.detectors import BRIEF, SIDE, import_ultralytics, trainer_of, write_data
 from tests.support.networks import make_host
 
@@ -40,14 +39,6 @@ def scatter_blocks(model):
 
 def block_state(model):
     return {name: value.clone() for name, value in model.state_dict().items() if ".kfde." in name}
-
-
-def tensors_of(output):
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def outputs_are_equal(output, expected):
-    return all(map(torch.equal, tensors_of(output), tensors_of(expected)))
 
 
 def largest_error(output, expected):

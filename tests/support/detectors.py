@@ -31,6 +31,8 @@ def import_ultralytics(settings: Path) -> ModuleType:
         warnings.filterwarnings("ignore", "distutils Version classes are deprecated", DeprecationWarning)
         importlib.import_module("thop")  # with which it counts operations
     torch.set_printoptions(profile="default")  # which it has changed, as it has those of NumPy
+    # which its trainer would set to the number of cores
+    importlib.import_module("ultralytics.utils.torch_utils").NUM_THREADS = torch.get_num_threads()
     return library
 
 
