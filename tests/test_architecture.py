@@ -234,9 +234,8 @@ def test_an_imported_test_is_seen(tmp_path):
 
 
 def test_a_forbidden_import_is_seen(tmp_path):
-    (tmp_path / "layer.py").write_text(
-        "from timm.layers import Mlp\nfrom kfde_layers import models\nimport ultralytics\n"
-    )
+    imported = ("from timm.layers import Mlp", "from kfde_layers import models", "import torch", "import ultralytics")
+    (tmp_path / "layer.py").write_text("\n".join(imported))
     forbidden = strangers(tmp_path / "layer.py", ALLOWED["kfde_layers/layers"])
     assert forbidden == {"timm.layers.Mlp", "kfde_layers.models", "ultralytics"}
     (tmp_path / "data.py").write_text("from breakhis.training import fit\nfrom breakhis.data.records import Record\n")

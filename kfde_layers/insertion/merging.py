@@ -5,8 +5,9 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from timm.utils.model import reparameterize_model
-from torch import nn
+from torch import Tensor, nn
 
 from kfde_layers.insertion.adapters import Key
 from kfde_layers.insertion.dry_run import Noise, close, part_of, tensors_in
@@ -53,6 +54,7 @@ def _is_kept(
     """Return whether a copy of the model with blocks, once merged, still runs them and gives the same output."""
     try:
         copied = copy.deepcopy(trial.model).eval()
+        _scale_norms(copied)
         blocks = {name: copy.deepcopy(noise) for name, noise in noises.items()}
         for name, block in blocks.items():
             join(copied.get_submodule(name), block, keys[name], is_run[name])
@@ -65,6 +67,14 @@ def _is_kept(
     except Exception:  # of the model's own code, which can fail in any way
         return False
     return all(counters) and close(before, after)
+
+
+def _scale_norms(model: nn.Module) -> None:
+    """Change the variances of batch norms, in place: a new norm changes nothing, and could be merged at a wrong place."""
+    for module in model.modules():
+        variance = getattr(module, "running_var", None)
+        if isinstance(variance, Tensor):
+            variance.mul_(torch.linspace(0.5, 2, len(variance), dtype=variance.dtype, device=variance.device))
 
 
 def _merge(model: nn.Module) -> None:

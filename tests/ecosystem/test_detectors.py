@@ -1,7 +1,4 @@
-"""Blocks in the backbones of detectors: Ultralytics' YOLO, and those of torchvision and transformers.
-
-All are small and have random weights.
-"""
+"""Blocks in the backbones of small detectors of Ultralytics, torchvision and transformers, with random weights."""
 
 import copy
 import functools
@@ -162,6 +159,14 @@ def test_fuse_keeps_the_blocks_of_yolo(host, with_blocks):
     assert largest_error(remove(yolo.model)(X), expected) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("part", ["conv", "bn"])
+@pytest.mark.cell(TABLE, "YOLO11 detect", "fused")
+def test_a_part_that_fuse_takes_away_gets_no_block(part, ultralytics):
+    model = ultralytics.YOLO("yolo11n.yaml").model
+    with pytest.raises(ValueError, match=f"cannot insert at 'model.5.{part}': the model merges this module"):
+        insert(model, {f"model.5.{part}": CSFE}, example_input=X[:1])
+
+
 @cell("ONNX")
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The feature will be removed. Please remove usage:DeprecationWarning")
@@ -203,19 +208,13 @@ SMALL_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": 
 SMALL_DETR = {"d_model": 32, "num_queries": 5, "num_labels": 2, "decoder_layers": 2, "decoder_attention_heads": 2}
 
 
-def detr():
+def detr(**backbone):
     library = pytest.importorskip("transformers", reason="transformers is not installed")
-    backbone = library.ResNetConfig(**SMALL_RESNET, out_features=["stage4"])
+    if not backbone:
+        config = library.ResNetConfig(**SMALL_RESNET, out_features=["stage4"])
+        backbone = {"backbone_config": config, "use_timm_backbone": False}
     small = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    config = library.DetrConfig(backbone_config=backbone, use_timm_backbone=False, **SMALL_DETR, **small)
-    return library.DetrForObjectDetection(config)
-
-
-def detr_on_timm():
-    library = pytest.importorskip("transformers", reason="transformers is not installed")
-    names = {"backbone": "resnet18", "use_timm_backbone": True, "use_pretrained_backbone": False}
-    small = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    return library.DetrForObjectDetection(library.DetrConfig(**names, **SMALL_DETR, **small))
+    return library.DetrForObjectDetection(library.DetrConfig(**backbone, **small, **SMALL_DETR))
 
 
 def rt_detr():
@@ -248,7 +247,8 @@ HOSTS = {
     "RetinaNet": _torchvision(retinanet, points=("body.layer3", "body.layer4")),
     "DETR": _transformers(detr, points=(f"{STAGES}.2", f"{STAGES}.3")),
     "DETR on a timm backbone": _transformers(
-        detr_on_timm, points=("model.backbone.model.layer3", "model.backbone.model.layer4")
+        functools.partial(detr, backbone="resnet18", use_timm_backbone=True, use_pretrained_backbone=False),
+        points=("model.backbone.model.layer3", "model.backbone.model.layer4"),
     ),
     "RT-DETR": _transformers(rt_detr, points=(f"{STAGES}.2", f"{STAGES}.3")),
 }
