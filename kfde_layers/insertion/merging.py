@@ -70,7 +70,7 @@ def _is_kept(
 
 
 def _scale_norms(model: nn.Module) -> None:
-    """Change the variances of batch norms, in place: a new norm changes nothing, and could be merged at a wrong place."""
+    """Change the variances of batch norms in place. A new norm changes nothing, and could be merged anywhere."""
     for module in model.modules():
         variance = getattr(module, "running_var", None)
         if isinstance(variance, Tensor):
