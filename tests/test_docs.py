@@ -19,6 +19,7 @@ from torch import nn
 import kfde_layers
 from tests.support.agreement import count_parameters
 from tests.support.cells import cell_of
+from tests.support.detectors import import_ultralytics, write_data
 from tests.support.pages import DOCS, ROOT, BuiltPage, fetched_by_style, python_blocks, run_block
 
 MODULES = [info.name for info in pkgutil.walk_packages(kfde_layers.__path__, "kfde_layers.")]
@@ -64,7 +65,7 @@ def marks_of(page):
     """Return the marks that skip a page whose code needs packages that are not installed."""
     text = page.read_text()
     marks = []
-    for package in ("accelerate", "lightning", "transformers"):
+    for package in ("accelerate", "lightning", "torchvision", "transformers", "ultralytics"):
         if re.search(rf"^(import|from) {package}\b", text, re.MULTILINE):
             marks.append(pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}"))
     return marks
@@ -77,6 +78,9 @@ def marks_of(page):
 @pytest.mark.parametrize("page", [pytest.param(page, marks=marks_of(page), id=page.name) for page in PAGES])
 def test_code_blocks_run(page, offline_weights, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    if page.stem == "detectors":
+        import_ultralytics(tmp_path / "settings")
+        write_data(tmp_path, "detect")
     names = {"__name__": page.stem}
     for block in python_blocks(page):
         run_block(block, page, names)  # a block uses the names of the blocks above it
@@ -84,7 +88,7 @@ def test_code_blocks_run(page, offline_weights, monkeypatch, tmp_path, capsys):
 
 
 def test_these_pages_have_code():
-    assert {page.stem for page in PAGES} >= {"README", "hub", "insertion", "layers", "models", "training"}
+    assert {page.stem for page in PAGES} >= {"README", "detectors", "hub", "insertion", "layers", "models", "training"}
 
 
 @pytest.mark.slow

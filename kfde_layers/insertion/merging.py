@@ -1,10 +1,13 @@
-"""Whether blocks stay in a model that merges its modules for inference, as RepVGG and LeViT do."""
+"""Whether blocks stay in a model that merges its modules for inference, as RepVGG, LeViT and YOLO do."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from timm.utils.model import reparameterize_model
-from torch import nn
+from torch import Tensor, nn
 
 from kfde_layers.insertion.adapters import Key
 from kfde_layers.insertion.dry_run import Noise, close, part_of, tensors_in
@@ -28,8 +31,7 @@ def check_merging(
     Raises:
         ValueError: A block would not stay; the message names its module.
     """
-    children = (module for module in trial.model.modules() if module is not trial.model)
-    if not any(hasattr(child, method) for child in children for method in _METHODS):
+    if not any(hasattr(module, method) for module in trial.model.modules() for method in _METHODS):
         return
 
     def is_kept(names: Iterable[str]) -> bool:
@@ -41,7 +43,8 @@ def check_merging(
         if not is_kept([name]):
             raise ValueError(
                 f"cannot insert at {name!r}: the model merges this module into another one for inference, without the "
-                "block; merge first (timm.utils.model.reparameterize_model), then insert"
+                "block; insert after the module that holds it, or merge first (timm.utils.model.reparameterize_model, "
+                "or the model's own fuse), then insert"
             )
 
 
@@ -51,6 +54,7 @@ def _is_kept(
     """Return whether a copy of the model with blocks, once merged, still runs them and gives the same output."""
     try:
         copied = copy.deepcopy(trial.model).eval()
+        _scale_norms(copied)
         blocks = {name: copy.deepcopy(noise) for name, noise in noises.items()}
         for name, block in blocks.items():
             join(copied.get_submodule(name), block, keys[name], is_run[name])
@@ -58,7 +62,25 @@ def _is_kept(
         counters = [part_of(block, Noise).calls for block in blocks.values()]
         for counter in counters:
             counter.clear()
-        after = tensors_in(Trial(reparameterize_model(copied, inplace=True), trial.example).run())
+        _merge(copied)
+        after = tensors_in(Trial(copied, trial.example).run())
     except Exception:  # of the model's own code, which can fail in any way
         return False
     return all(counters) and close(before, after)
+
+
+def _scale_norms(model: nn.Module) -> None:
+    """Change the variances of batch norms in place. A new norm changes nothing, and could be merged anywhere."""
+    for module in model.modules():
+        variance = getattr(module, "running_var", None)
+        if isinstance(variance, Tensor):
+            variance.mul_(torch.linspace(0.5, 2, len(variance), dtype=variance.dtype, device=variance.device))
+
+
+def _merge(model: nn.Module) -> None:
+    """Merge the modules of a model, in place."""
+    if not hasattr(model, "fuse"):
+        reparameterize_model(model, inplace=True)
+        return
+    fuse: Any = model.fuse  # Ultralytics' models merge their modules from outside, and say so unless told not to
+    fuse(**({"verbose": False} if "verbose" in inspect.signature(fuse).parameters else {}))

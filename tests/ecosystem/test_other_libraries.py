@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 from kfde_layers import CSFE, MFDF, insert, insertion_points, remove
 from kfde_layers.insertion import Point
 from kfde_layers.testing import scatter_parameters
+from tests.support.agreement import outputs_are_equal, tensors_of
 from tests.support.inputs import draw
 from tests.support.networks import make_host
 
@@ -139,14 +139,6 @@ def cell(column):
 
 
 X = draw(2, 3, SIDE, SIDE, dtype=torch.float32)
-
-
-def tensors_of(output):
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def outputs_are_equal(output, expected):
-    return all(map(torch.equal, tensors_of(output), tensors_of(expected)))
 
 
 @cell("points")

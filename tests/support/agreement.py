@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 # opcheck's tests of an operator, without the static variant of the last one.
 OPERATOR_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -41,6 +42,16 @@ def with_gradients(y: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> li
     """Return `y` and its gradients, for those inputs that it depends on."""
     gradients = torch.autograd.grad(y, inputs, cotangent, allow_unused=True)
     return [y.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def outputs_are_equal(output: object, expected: object) -> bool:
+    """Return whether two outputs of any structure, which hold as many tensors, are equal to the last bit."""
+    pairs = zip(tensors_of(output), tensors_of(expected), strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
 
 
 def count_parameters(module: nn.Module) -> int:

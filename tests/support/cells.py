@@ -19,6 +19,7 @@ PACKAGES = (
     "timm",
     "torchvision",
     "transformers",
+    "ultralytics",
     "segmentation-models-pytorch",
     "monai",
     "onnxruntime",

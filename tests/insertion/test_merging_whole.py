@@ -1,0 +1,66 @@
+"""Blocks in a model that merges all its modules itself, as Ultralytics' YOLO does."""
+
+import pytest
+import torch
+from torch import nn
+
+from kfde_layers import SFE, insert
+from kfde_layers.testing import scatter_parameters
+from tests.support.inputs import images
+
+
+class ConvNorm(nn.Module):
+    def __init__(self, channels, outputs):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class Network(nn.Sequential):
+    def __init__(self):
+        super().__init__(ConvNorm(3, 8), nn.ReLU(), ConvNorm(8, 4))
+
+    def fuse(self, verbose=True):
+        assert not verbose  # `insert` prints nothing
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.conv, module.norm = nn.utils.fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
+        return self
+
+
+class InPlace(Network):
+    """Keep each convolution, and a block after it, which then runs after the norm."""
+
+    def fuse(self):
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                fused = nn.utils.fuse_conv_bn_eval(module.conv, module.norm)
+                module.conv.weight, module.conv.bias, module.norm = fused.weight, fused.bias, nn.Identity()
+
+
+each_network = pytest.mark.parametrize("network", [Network, InPlace])
+
+
+@each_network
+@pytest.mark.parametrize("point", ["0", "1", "2"])
+@torch.no_grad()
+def test_a_block_stays(network, point):
+    torch.manual_seed(0)
+    model, x = scatter_parameters(network()).eval(), images(16)
+    variance = model[0].norm.running_var.clone()
+    insert(model, {point: SFE}, example_input=x)
+    assert torch.equal(model[0].norm.running_var, variance)  # not merged yet
+    before = model(x)
+    model.fuse(**({"verbose": False} if network is Network else {}))
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+@each_network
+@pytest.mark.parametrize("part", ["conv", "norm"])
+def test_a_block_that_would_be_lost_or_moved_is_refused(network, part):
+    model = network()  # whose norms change nothing yet
+    with pytest.raises(ValueError, match=f"cannot insert at '0.{part}': the model merges this module into another"):
+        insert(model, {f"0.{part}": SFE, "1": SFE}, example_input=images(16))
+    assert not any("kfde" in key for key in model.state_dict())
