@@ -1,6 +1,6 @@
 """Rules for `torch.vmap`: how an operator runs on tensors that have one more dimension than it takes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ def batch_over_samples(operator: Any, per_sample: Iterable[int]) -> None:
     positions = frozenset(per_sample)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, int]:
-        if any(dim is not None for position, dim in enumerate(in_dims) if position not in positions):
+        shared = [dim for position, dim in enumerate(in_dims) if position not in positions]
+        if info.batch_size == 0 or any(dim is not None for dim in shared):
             return _one_by_one(operator, info.batch_size, in_dims, args)
         joined = [
             _join(argument, in_dims[position], info.batch_size) if position in positions else argument
@@ -56,12 +57,17 @@ def _join(argument: Tensor, dim: int | None, batch_size: int) -> Tensor:
 
 def _one_by_one(operator: Any, batch_size: int, in_dims: Iterable[int | None], args: Iterable[Any]) -> tuple[Any, int]:
     pairs = list(zip(args, in_dims, strict=True))
-    results = [
-        operator(*(argument if dim is None else argument.select(dim, index) for argument, dim in pairs))
-        for index in range(batch_size)
-    ]
+
+    def run(entry: Callable[[Tensor, int], Tensor]) -> Any:
+        return operator(*(argument if dim is None else entry(argument, dim) for argument, dim in pairs))
 
     def stack(*entries: Tensor) -> Tensor:
         return torch.stack(entries)
 
+    def empty(output: Tensor) -> Tensor:
+        return output.new_empty((0, *output.shape))
+
+    if batch_size == 0:  # an entry of zeros tells the shapes
+        return tree_map(empty, run(lambda argument, dim: argument.new_zeros(argument.movedim(dim, 0).shape[1:]))), 0
+    results = [run(lambda argument, dim, i=index: argument.select(dim, i)) for index in range(batch_size)]
     return tree_map(stack, *results), 0

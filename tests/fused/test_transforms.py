@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from kfde_layers import CFE, CSFE, MFDF, SFE
+from kfde_layers import CFE, CSFE, MFDF, SFE, functional
 from kfde_layers.fused import batching
 from kfde_layers.testing import scatter_parameters
 from tests.support.agreement import relative_error
@@ -135,9 +135,17 @@ def test_the_fused_form_runs_and_auto_takes_the_reference(name, monkeypatch):
 
 
 @each_layer
-def test_an_empty_batch(name):
-    layer, x = make(name), torch.zeros(3, 0, 6, 5, 4, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(3, 0, 6, 5, 4), (0, 2, 6, 5, 4), (0, 0, 6, 5, 4), (2, 1, 6, 0, 4)], ids=str)
+def test_empty_batches(name, shape):
+    layer, x = make(name), torch.zeros(shape, dtype=torch.float64)
     assert torch.vmap(layer)(x).shape == x.shape
+    assert torch.vmap(torch.func.grad(lambda x: layer(x).sum()))(x).shape == x.shape
+
+
+def test_an_empty_ensemble():
+    x, weights = draw(2, 6, 5, 4), torch.ones(0, 6, dtype=torch.float64)
+    y = torch.vmap(lambda weight: functional.cfe(x, weight, torch.zeros_like(weight), 2, impl="fused"))(weights)
+    assert y.shape == (0, 2, 6, 5, 4)
 
 
 @pytest.mark.parametrize("impl", ["auto", "fused"])

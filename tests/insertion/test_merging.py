@@ -117,6 +117,20 @@ def test_a_block_that_would_be_lost_is_refused(part, point):
     assert sum(isinstance(module, SFE) for module in merged.modules()) == 1
 
 
+class Ignored(nn.Module):
+    """Let nothing through yet, as a gain that starts at zero does."""
+
+    def forward(self, x):
+        return 0 * x
+
+
+def test_a_block_without_an_effect_must_stay_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Replaced(8, 8), Ignored(), nn.Conv2d(8, 4, 1)).eval()
+    with pytest.raises(ValueError, match="cannot insert at '1': the model merges this module into another"):
+        insert(model, {"1": SFE}, example_input=images(16))
+
+
 # model, side of the image in px, whether a block can follow the point
 POINTS = [
     ("repvgg_a0", 64, "stages.1.0", True),
