@@ -1,6 +1,6 @@
 """Every option becomes one graph for all batches and sizes, which gives the right numbers for each of them.
 
-Inductor compiles graphs of fixed sizes in test_compile.py, for the layers as they are by default.
+Inductor compiles the layers as they are by default, graphs of fixed sizes in test_compile.py and of free ones in test_aot.py.
 """
 
 from typing import NamedTuple
@@ -100,14 +100,3 @@ def test_norms_in_evaluation(case):
             assert relative_error(compiled(x), reference(x.double())) < TOLERANCE
     actual = output_and_gradients(compiled, module, x)
     assert_within_tolerance(actual, output_and_gradients(reference, reference, x.double()))
-
-
-@torch.no_grad()
-@DYNAMIC_CELL
-@each_case({name: OPTIONS[name] for name in ("CSFE", "MFDF")})
-def test_by_inductor(case):
-    module, reference = module_and_reference(case)
-    compiled = compile_whole(module, dynamic=True)
-    for shape in case.shapes:
-        x = input_of_case(reference, shape)
-        assert relative_error(compiled(x), reference(x.double())) < TOLERANCE
