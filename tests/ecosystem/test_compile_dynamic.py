@@ -1,6 +1,6 @@
 """Every option becomes one graph for all batches and sizes, which gives the right numbers for each of them.
 
-Inductor compiles the layers as they are by default, graphs of fixed sizes in test_compile.py and of free ones in test_aot.py.
+Inductor compiles the default layers: graphs of fixed sizes in test_compile.py, of free ones in test_aot.py.
 """
 
 from typing import NamedTuple
