@@ -86,6 +86,12 @@ def test_a_model_for_images_of_any_size_says_each_grid(name, prefix, size):
     assert_laid_out(model, image(64, 64), (4, 4), prefix)
 
 
+def test_the_example_decides_where_the_model_was_made_for_another_image():
+    model = insert(vit(img_size=64, dynamic_img_size=True), {"blocks.0": Spy()}, example_input=image(32, 128))
+    assert model.patch_embed.grid_size == (4, 4)
+    assert model.blocks[0].kfde.grid == (2, 8)
+
+
 def test_the_grid_travels_with_the_model():
     model = insert(vit(dynamic_img_size=True), {"blocks.0": CSFE, "blocks.1": "MFDF"}, example_input=image(64, 64))
     assert len(model.patch_embed._forward_hooks) == 2
