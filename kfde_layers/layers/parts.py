@@ -168,8 +168,14 @@ class _Start(Generic[Part]):
 
 
 def start_as_noise(part: nn.Conv2d | nn.Linear) -> None:
-    """Draw the weight from a truncated normal distribution of deviation 0.02, and set the bias to zero."""
-    nn.init.trunc_normal_(part.weight, std=0.02)
+    """Draw the weight from a truncated normal distribution of deviation 0.02, and set the bias to zero.
+
+    In 16 bits older versions of PyTorch draw values of 100 deviations, so the weight is drawn in at least 32.
+    """
+    dtype = torch.promote_types(part.weight.dtype, torch.float32)
+    noise = nn.init.trunc_normal_(part.weight.detach().new_empty(part.weight.shape, dtype=dtype), std=0.02)
+    with torch.no_grad():
+        part.weight.copy_(noise)
     if part.bias is not None:
         nn.init.zeros_(part.bias)
 

@@ -75,7 +75,7 @@ def test_patches_and_images_that_are_no_squares(patch, size, dynamic):
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("vit_tiny_patch16_dinov3_qkvb", 5)],
+    [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("vit_small_patch16_dinov3", 5)],
 )
 @pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32), (96, 64), (16, 16), (48, 192)])
 def test_a_model_for_images_of_any_size_says_each_grid(name, prefix, size):

@@ -79,3 +79,23 @@ def test_a_deleted_layer_is_freed_at_once(name):
         assert not [part() for part in parts if part() is not None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_noise_has_its_deviation_and_no_outlier_in_any_dtype(dtype):
+    torch.manual_seed(0)
+    layer = MFDF(512, dtype=dtype)
+    for weight in (layer.fc1.weight, layer.fc2.weight, layer.branches[3].weight):
+        noise = weight.detach().double()
+        if noise.ndim == 4:
+            noise[:, :, 3, 3] -= 1
+        assert noise.std() == pytest.approx(0.02, rel=0.05)
+        assert noise.abs().max() < 7 * 0.02
+
+
+def test_float32_starts_as_pytorch_draws_it():
+    fc1 = MFDF(8).fc1
+    torch.manual_seed(0)
+    fc1.reset_parameters()
+    torch.manual_seed(0)
+    assert torch.equal(fc1.weight, nn.init.trunc_normal_(torch.empty(fc1.weight.shape), std=0.02))

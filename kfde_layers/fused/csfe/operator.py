@@ -3,7 +3,7 @@
 The backward pass takes the inputs and three numbers per channel, and computes everything else again.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,20 +27,16 @@ def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOp
     file that it writes; the compiler on CPU, because Inductor fuses them better.
     """
     if exporting() or (tracing() and not x.is_cuda):
-        return _equations(options)(x, weight, bias)
+        return _equations(options, x, weight, bias)
     if transforming():
         parameters = () if weight is None or bias is None else (weight, bias)
         return apply_transformed(_rules(options, with_cfe=bool(parameters)), x, *parameters)
     return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
 
 
-def _equations(options: CsfeOptions) -> Callable[..., Tensor]:
-    """Return the plain PyTorch equations as a function of x, weight and bias."""
-
-    def equations(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return as_input(csfe_from_moments(upcast(x), weight, bias, options), x)
-
-    return equations
+def _equations(options: CsfeOptions, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Return the same in plain PyTorch."""
+    return as_input(csfe_from_moments(upcast(x), weight, bias, options), x)
 
 
 def _rules(options: CsfeOptions, with_cfe: bool) -> Rules:
@@ -54,7 +50,7 @@ def _rules(options: CsfeOptions, with_cfe: bool) -> Rules:
         gradients = torch.ops.kfde.csfe_fused_backward(dy, x, *parameters, *absent, mean, m2, *options)
         return gradients[: 1 + len(parameters)]
 
-    return Rules(forward, backward, _equations(options))
+    return Rules(forward, backward, partial(_equations, options))
 
 
 @torch.library.custom_op(
@@ -140,7 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, m2 = ctx.saved_tensors
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
-        gradients = differentiable_gradients(_equations(ctx.options), (x, weight, bias), dy)
+        gradients = differentiable_gradients(partial(_equations, ctx.options), (x, weight, bias), dy)
     else:
         dx, dweight, dbias = torch.ops.kfde.csfe_fused_backward(dy, x, weight, bias, mean, m2, *ctx.options)
         gradients = (dx, None, None) if weight is None else (dx, dweight, dbias)

@@ -7,6 +7,7 @@ take the inputs alone.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,38 +147,32 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _mean_equations(tap_spacing: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the plain PyTorch equations as a function of x and kernel."""
-
-    def equations(x: Tensor, kernel: Tensor) -> Tensor:
-        with without_autocast(x):
-            return mean_by_coverage(upcast(x), kernel, tap_spacing)
-
-    return equations
+def _mean_equations(tap_spacing: int, x: Tensor, kernel: Tensor) -> Tensor:
+    """Return the same as `mean_of_convolution` in plain PyTorch."""
+    with without_autocast(x):
+        return mean_by_coverage(upcast(x), kernel, tap_spacing)
 
 
-def _merged_equations(tap_spacing: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return the plain PyTorch equations as a function of x, alpha, stacked_kernels and merged_bias."""
-
-    def equations(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor) -> Tensor:
-        with without_autocast(x):
-            merged_kernels = merge_kernels(alpha, stacked_kernels)
-            return as_input(convolve_each(upcast(x), merged_kernels, merged_bias, tap_spacing), x)
-
-    return equations
+def _merged_equations(
+    tap_spacing: int, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor
+) -> Tensor:
+    """Return the same as `merged_convolution` in plain PyTorch."""
+    with without_autocast(x):
+        merged_kernels = merge_kernels(alpha, stacked_kernels)
+        return as_input(convolve_each(upcast(x), merged_kernels, merged_bias, tap_spacing), x)
 
 
 def _mean_gradients(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
-        return *differentiable_gradients(_mean_equations(ctx.tap_spacing), tensors, dp), None
+        return *differentiable_gradients(partial(_mean_equations, ctx.tap_spacing), tensors, dp), None
     return *torch.ops.kfde.mean_of_convolution_backward(dp, *tensors, ctx.tap_spacing), None
 
 
 def _merged_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return *differentiable_gradients(_merged_equations(ctx.tap_spacing), tensors, dy), None
+        return *differentiable_gradients(partial(_merged_equations, ctx.tap_spacing), tensors, dy), None
     return *torch.ops.kfde.merged_convolution_backward(dy, *tensors[:3], ctx.tap_spacing), None
 
 
@@ -188,7 +183,7 @@ def _mean_rules(tap_spacing: int) -> Rules:
     def backward(dp: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.kfde.mean_of_convolution_backward(dp, x, kernel, tap_spacing)
 
-    return Rules(forward, backward, _mean_equations(tap_spacing))
+    return Rules(forward, backward, partial(_mean_equations, tap_spacing))
 
 
 def _merged_rules(tap_spacing: int) -> Rules:
@@ -198,7 +193,7 @@ def _merged_rules(tap_spacing: int) -> Rules:
     def backward(dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing)
 
-    return Rules(forward, backward, _merged_equations(tap_spacing))
+    return Rules(forward, backward, partial(_merged_equations, tap_spacing))
 
 
 mean_of_convolution.register_autograd(_mean_gradients, setup_context=_save)
