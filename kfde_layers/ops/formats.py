@@ -38,3 +38,10 @@ def as_input(y: Tensor, x: Tensor) -> Tensor:
     if transforming():  # under vmap a map has more than four dimensions, and then there are no memory formats
         return y.to(x.dtype)
     return y.to(x.dtype, memory_format=memory_format(x))
+
+
+def split_channels(values: Tensor, parts: int) -> Tensor:
+    """Return (N, parts C) as (N, parts, C)."""
+    if torch.jit.is_tracing():  # it records `unflatten` as arithmetic of sizes, in which other tools infer no shape
+        return values.view(values.shape[0], parts, -1)
+    return values.unflatten(1, (parts, -1))
