@@ -13,6 +13,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def computes_in_its_dtype(x: Tensor) -> bool:
+    """Return whether what is computed from `x` has the dtype of `x`, and this is the dtype of the statistics."""
+    return x.dtype in (torch.float32, torch.float64) and not autocasts(x)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Keep autocast from running convolutions and matrix products in another dtype than that of `x`."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from kfde_layers._checks import check_device, check_dims, check_int, check_map, check_sequence, check_shape

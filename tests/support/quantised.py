@@ -1,0 +1,109 @@
+"""Ways to quantise a module to int8; each returns a function of a batch."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[Tensor], Tensor]
+
+WEIGHTS_ONLY = ["Conv", "Gemm", "MatMul"]  # the operators with weights: gates, norms and sums stay in float
+
+# Of the libraries: parts of PyTorch that move, and what ONNX Runtime's tools call.
+quiet = (
+    pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is an Enum subclass and is now natively supported:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+)
+
+
+def torchao_weights(module: nn.Module, calibration: Sequence[Tensor], folder: Path) -> Run:
+    """Quantise the weights of linear layers."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantised = copy.deepcopy(module)
+    quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
+    return quantised
+
+
+def torchao_dynamic(module: nn.Module, calibration: Sequence[Tensor], folder: Path) -> Run:
+    """Quantise linear layers, with scales of each input."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantised = copy.deepcopy(module)
+    quantization.quantize_(quantised, quantization.Int8DynamicActivationInt8WeightConfig())
+    return quantised
+
+
+def quantize_dynamic(module: nn.Module, calibration: Sequence[Tensor], folder: Path) -> Run:
+    """Quantise linear layers by PyTorch's older tool."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*deprecat.*", UserWarning)
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(module), {nn.Linear}, dtype=torch.qint8)
+
+
+def pt2e(
+    module: nn.Module, calibration: Sequence[Tensor], folder: Path, *, in_float: Sequence[type[nn.Module]] = ()
+) -> Run:
+    """Quantise convolutions, linear layers and products with scales of the calibration, for x86 and Inductor.
+
+    Modules of the types `in_float` stay as they are.
+    """
+    x86 = pytest.importorskip(
+        "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", reason="torchao has no PT2E quantizers"
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    for kind in in_float:
+        quantizer.set_module_type_qconfig(kind, None)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(module, (calibration[0],), dynamic_shapes=shapes)
+    prepared = prepare_pt2e(program.module(), quantizer)
+    for batch in calibration:
+        prepared(batch)
+    return convert_pt2e(prepared)
+
+
+def onnx_runtime(
+    module: nn.Module, calibration: Sequence[Tensor], folder: Path, *, symbolic: bool = False, **options: object
+) -> Run:
+    """Quantise every operator of ONNX Runtime's list with scales of the calibration."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    pytest.importorskip("onnxscript", reason="ONNX Script is not installed")
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter([{"x": batch.numpy()} for batch in calibration])
+
+        def get_next(self) -> dict | None:
+            return next(self.batches, None)
+
+    names = {"input_names": ["x"], "dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},), "external_data": False}
+    exported, prepared, quantised = (folder / f"{name}.onnx" for name in ("exported", "prepared", "quantised"))
+    torch.onnx.export(module, (calibration[0],), exported, dynamo=True, opset_version=18, verbose=False, **names)
+    level = logging.root.level
+    try:
+        logging.root.setLevel(logging.ERROR)
+        quant_pre_process(exported, prepared, skip_symbolic_shape=not symbolic)
+        quantize_static(prepared, quantised, Reader(), per_channel=True, **options)
+    finally:
+        logging.root.setLevel(level)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(quantised, settings, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+METHODS = {
+    "int8 weights of torchao": torchao_weights,
+    "int8 of torchao, dynamic": torchao_dynamic,
+    "quantize_dynamic": quantize_dynamic,
+    "PT2E with X86InductorQuantizer": pt2e,
+    "ONNX Runtime, static": onnx_runtime,
+}
