@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 Run = Callable[[Tensor], Tensor]
 
-WEIGHTS_ONLY = ["Conv", "Gemm", "MatMul"]  # the operators with weights: gates, norms and sums stay in float
-
 # Of the libraries: parts of PyTorch that move, and what ONNX Runtime's tools call.
 quiet = (
     pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning"),
@@ -50,7 +48,7 @@ def pt2e(
 ) -> Run:
     """Quantise convolutions, linear layers and products with scales of the calibration, for x86 and Inductor.
 
-    Modules of the types `in_float` stay as they are.
+    Parts of the types `in_float` stay as they are.
     """
     x86 = pytest.importorskip(
         "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", reason="torchao has no PT2E quantizers"
@@ -58,8 +56,9 @@ def pt2e(
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    for kind in in_float:
-        quantizer.set_module_type_qconfig(kind, None)
+    for name, part in module.named_modules():
+        if isinstance(part, tuple(in_float)):
+            quantizer.set_module_name_qconfig(name, None)
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.export.export(module, (calibration[0],), dynamic_shapes=shapes)
     prepared = prepare_pt2e(program.module(), quantizer)
@@ -69,9 +68,17 @@ def pt2e(
 
 
 def onnx_runtime(
-    module: nn.Module, calibration: Sequence[Tensor], folder: Path, *, symbolic: bool = False, **options: object
+    module: nn.Module,
+    calibration: Sequence[Tensor],
+    folder: Path,
+    *,
+    symbolic: bool = False,
+    in_float: Sequence[type[nn.Module]] = (),
 ) -> Run:
-    """Quantise every operator of ONNX Runtime's list with scales of the calibration."""
+    """Quantise every operator of ONNX Runtime's list with scales of the calibration.
+
+    Nodes that come from modules of the types `in_float` stay as they are.
+    """
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     pytest.importorskip("onnxscript", reason="ONNX Script is not installed")
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
@@ -91,13 +98,31 @@ def onnx_runtime(
     try:
         logging.root.setLevel(logging.ERROR)
         quant_pre_process(exported, prepared, skip_symbolic_shape=not symbolic)
-        quantize_static(prepared, quantised, Reader(), per_channel=True, **options)
+        excluded = nodes_of(exported, in_float)
+        quantize_static(prepared, quantised, Reader(), per_channel=True, nodes_to_exclude=excluded)
     finally:
         logging.root.setLevel(level)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(quantised, settings, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def nodes_of(path: Path, types: Sequence[type[nn.Module]]) -> list[str]:
+    """Return the names of the nodes in an ONNX file, not yet prepared, that come from modules of these types.
+
+    PyTorch's exporter writes the modules of each node, but not of a `Split`: that belongs to the nodes that read it.
+    """
+    onnx = pytest.importorskip("onnx", reason="ONNX is not installed")
+    classes = [f"{kind.__module__}.{kind.__qualname__}'" for kind in types]
+    names: list[str] = []
+    read: set[str] = set()  # by the nodes found so far, which come after those that they read
+    for node in reversed(onnx.load(path).graph.node):
+        modules = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.class_hierarchy", "")
+        if any(name in modules for name in classes) or (node.op_type == "Split" and read & set(node.output)):
+            names.append(node.name)
+            read |= set(node.input)
+    return names
 
 
 METHODS = {
