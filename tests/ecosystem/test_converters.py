@@ -25,7 +25,9 @@ from tests.support.cases import (
     input_of_case,
     module_and_reference,
 )
+from tests.support.pages import DOCS, python_blocks, run_block
 
+PAGE = DOCS / "deployment.md"
 TABLE = "Deployment"
 CASES = {name: SHALLOW if case is MODEL else case for name, case in DEFAULTS.items()}
 
@@ -180,3 +182,40 @@ def test_core_ml_needs_a_decomposition_of_what_timm_uses_in_a_block(name, to_cor
 
     converted = to_core_ml(model, (2, 3, 64, 64), decompositions={torch.ops.aten.addcmul.default: addcmul})
     assert shape_of_output(converted) == (2, 8)
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The names that the code blocks of the page define."""
+    names = {"__name__": "deployment"}
+    for block in python_blocks(PAGE):
+        run_block(block, PAGE, names)
+    return names
+
+
+@quiet
+@torch.no_grad()
+@pytest.mark.usefixtures("to_core_ml")
+@pytest.mark.parametrize(
+    ("library", "function"),
+    [
+        ("onnxscript", "to_onnx"),
+        ("openvino", "to_openvino"),
+        ("executorch", "to_executorch"),
+        ("litert_torch", "to_litert"),
+        ("coremltools", "to_core_ml"),
+        ("torchao", "to_pt2e"),
+    ],
+)
+def test_the_functions_of_the_page_run(library, function, page, tmp_path):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    x, expected = page["x"], page["network"](page["x"])
+    arguments = {"to_onnx": [tmp_path / "model.onnx"], "to_pt2e": [[x]]}.get(function, [])
+    made = page[function](*arguments)
+    if function == "to_openvino":
+        made = lambda x, run=made: run(x.numpy())[0]  # noqa: E731
+    if callable(made):
+        error = relative_error(torch.as_tensor(np.asarray(made(x))), expected)
+        assert error < (0.2 if function == "to_pt2e" else TOLERANCE)
+    else:
+        assert made or (tmp_path / "model.onnx").stat().st_size > 1e5

@@ -93,7 +93,7 @@ def test_the_gates_can_stay_in_float(name, mean, method, tmp_path):
 @pytest.mark.parametrize("method", STATIC)
 def test_a_network_with_its_gates_in_float_is_no_worse(method, folder):
     name = "inserted"
-    exact, everything, error_of_everything = in_int8(name, method, folder)
+    exact, _, error_of_everything = in_int8(name, method, folder)
     with torch.no_grad():
         rounded = logits(METHODS[method](trained(name), calibration(), folder, in_float=GATES))
     error = relative_error_of_logits(rounded, logits(trained(name)))
@@ -105,7 +105,7 @@ def test_a_network_with_its_gates_in_float_is_no_worse(method, folder):
 def patches():
     """Return 64 x 64 images and their classes, to train on and to test on, of different patients.
 
-    They are patches of breast tissue with and without carcinoma where these are, else noise of two brightnesses that overlap.
+    They are patches of breast tissue with and without carcinoma where these are, else noise of two brightnesses.
     """
     if not DATA.is_dir():
         generator = torch.Generator().manual_seed(0)
