@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_dtype, check_factory, check_int, check_made, check_map, check_real
-from kfde_layers._impl import Impl, resolve_impl, select
+from kfde_layers._impl import Impl, exporting, resolve_impl, select
 from kfde_layers.layers.conv_norm_act import NOT_AFFINE, ConvNormAct, call_branch, why_not_one_conv
 from kfde_layers.layers.parts import (
     call_linear,
@@ -21,7 +21,7 @@ from kfde_layers.layers.parts import (
     why_not_plain_conv,
     why_not_readable,
 )
-from kfde_layers.ops.formats import without_autocast
+from kfde_layers.ops.formats import computes_in_its_dtype, without_autocast
 from kfde_layers.ops.mfdf import (
     branch_mean,
     branch_softmax,
@@ -190,6 +190,8 @@ class MFDF(nn.Module):
         branches: Any = cast(nn.Module, self._modules["branches"])._modules.values()  # faster than an attribute
         if reason := self._why_call(branches):
             return reason
+        if self.plain_branches and self.impl != "fused" and exporting() and computes_in_its_dtype(x):
+            return "tools that quantise an exported program find convolutions by the module that was called"
         # Read only now: a parametrization, such as spectral_norm, may change each time that its weight is read.
         weights: list[Tensor] = []
         biases: list[Tensor] = []

@@ -13,6 +13,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def computes_in_its_dtype(x: Tensor) -> bool:
+    """Return whether what is computed from `x` has the dtype of `x`, and this is the dtype of the statistics."""
+    return x.dtype in (torch.float32, torch.float64) and not autocasts(x)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Keep autocast from running convolutions and matrix products in another dtype than that of `x`."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
@@ -38,3 +43,10 @@ def as_input(y: Tensor, x: Tensor) -> Tensor:
     if transforming():  # under vmap a map has more than four dimensions, and then there are no memory formats
         return y.to(x.dtype)
     return y.to(x.dtype, memory_format=memory_format(x))
+
+
+def split_channels(values: Tensor, parts: int) -> Tensor:
+    """Return (N, parts C) as (N, parts, C)."""
+    if torch.jit.is_tracing():  # it records `unflatten` as arithmetic of sizes, in which other tools infer no shape
+        return values.view(values.shape[0], parts, -1)
+    return values.unflatten(1, (parts, -1))

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from kfde_layers._checks import check_device, check_dims, check_int, check_map, check_sequence, check_shape
 from kfde_layers._impl import Impl, exporting, select, tracing, unsupported
 from kfde_layers.fused.mfdf.auto import auto_impl
 from kfde_layers.fused.mfdf.operator import fused
-from kfde_layers.ops.formats import as_input, upcast, without_autocast
+from kfde_layers.ops.formats import as_input, split_channels, upcast, without_autocast
 
 
 def mfdf(
@@ -145,7 +144,7 @@ def branch_scores(p: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: T
 def branch_softmax(scores: Tensor, x: Tensor, num_branches: int) -> Tensor:
     """Return alpha of eq. (13), (N, K, C), from the scores, (N, K C), of `x`."""
     check_shape("mfdf: the output of fc2", scores, (x.shape[0], num_branches * x.shape[1]))
-    return rearrange(upcast(scores), "n (k c) -> n k c", k=num_branches).softmax(dim=1)
+    return split_channels(upcast(scores), num_branches).softmax(dim=1)
 
 
 def sum_branches(x: Tensor, maps: Sequence[Tensor], scores: Tensor) -> Tensor:
@@ -153,7 +152,8 @@ def sum_branches(x: Tensor, maps: Sequence[Tensor], scores: Tensor) -> Tensor:
     alpha = branch_softmax(scores, x, len(maps))[..., None, None]
     y = alpha[:, 0] * maps[0]
     for k, branch_map in enumerate(maps[1:], start=1):
-        y = torch.addcmul(y, alpha[:, k], branch_map)
+        # The same sum; Core ML has no addcmul.
+        y = y + alpha[:, k] * branch_map if exporting() else torch.addcmul(y, alpha[:, k], branch_map)
     return as_input(y, x)
 
 

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfde_layers._impl import exporting
 from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.ops.formats import split_channels
 from kfde_layers.ops.gate import away_from_zero, logit
 
 _OPEN = 2.0  # marks an open gate, w1 = 1 and w2 = 0; every sigmoid is below 1
@@ -29,8 +31,20 @@ def moments_from_sums(mean: Tensor, u_sum: Tensor, uu_sum: Tensor, n: int) -> Mo
 
     Where a mean is large next to the deviations, its rounding is as large as they are, and u has a mean of its own.
     """
-    mean_low = u_sum * (1 / max(n, 1))
+    mean_low = u_sum * inverse(n, u_sum)
     return Moments(mean, mean_low, (uu_sum - mean_low * u_sum).clamp(min=0), n)
+
+
+def inverse(n: int, like: Tensor) -> Tensor | float:
+    """Return 1 / n, and 1 where n is 0, as on an empty map; as a tensor, it has the dtype of `like`.
+
+    An exporter records arithmetic of sizes, and not every converter has the quotient and the maximum of two integers.
+    """
+    if isinstance(n, torch.SymInt) and exporting():
+        return 1 / torch.scalar_tensor(n, dtype=like.dtype, device=like.device).clamp(min=1)
+    if isinstance(n, Tensor):  # in torch.jit.trace
+        return 1 / n.to(like.dtype).clamp(min=1)
+    return 1 / max(n, 1)
 
 
 class ChannelGate(NamedTuple):
@@ -51,20 +65,22 @@ class ChannelGate(NamedTuple):
 def channel_gate(moments: Moments, gamma: Tensor, beta: Tensor, options: CsfeOptions) -> ChannelGate:
     """Return equations (1)-(2); the moments of the groups follow from those of their channels."""
     mean, mean_low, m2, n = moments
-    by_group = mean.unflatten(1, (options.num_groups, -1))
-    mean_offset = by_group - by_group.mean(dim=2, keepdim=True) + mean_low.view_as(by_group)
+    by_group = split_channels(mean, options.num_groups)
+    mean_offset = by_group - by_group.mean(dim=2, keepdim=True) + split_channels(mean_low, options.num_groups)
     mean_offset = mean_offset - mean_offset.mean(dim=2, keepdim=True)
-    variance = (m2.view_as(by_group) * (1 / max(n, 1)) + mean_offset.square()).mean(dim=2, keepdim=True)
+    variance = (split_channels(m2, options.num_groups) * inverse(n, m2) + mean_offset.square()).mean(
+        dim=2, keepdim=True
+    )
     inverse_std = (1 / (variance + options.eps).sqrt()).expand_as(by_group).flatten(1)
     mean_offset = mean_offset.flatten(1)
-    w_gamma = gamma * (1 / away_from_zero(gamma.sum()))  # (1)
+    w_gamma = gamma * (1 / away_from_zero(gamma.sum().view(1)))  # (1); Core ML cannot choose between scalars
     slope = gamma * w_gamma * inverse_std
     return ChannelGate(slope, w_gamma * beta + slope * mean_offset, w_gamma, inverse_std, mean_offset)
 
 
 def spatial_root(moments: Moments, options: CsfeOptions) -> Tensor:
     """Return the factor of the deviation in eq. (8), (N, C), of which the square is the score."""
-    variance = moments.m2 * (1 / max(moments.n - options.correction, 1))  # (7)
+    variance = moments.m2 * inverse(moments.n - options.correction, moments.m2)  # (7)
     return 0.5 / (variance + options.lambd).sqrt()
 
 
@@ -76,7 +92,7 @@ def csfe_from_moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, opt
     quotient by a root, since the gradient of `rsqrt` is a third power, which vanishes where x is large.
     """
     n = x.shape[2] * x.shape[3]
-    mean = x.sum(dim=(2, 3), keepdim=True) * (1 / max(n, 1))
+    mean = x.sum(dim=(2, 3), keepdim=True) * inverse(n, x)
     u = x - mean
     moments = moments_from_sums(mean[:, :, 0, 0], u.sum(dim=(2, 3)), u.square().sum(dim=(2, 3)), n)
     u = u - moments.mean_low[:, :, None, None]
@@ -90,9 +106,10 @@ def csfe_from_moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, opt
         line = channel_gate(moments, weight.to(x.dtype), bias.to(x.dtype), options)
         z = _per_channel_reduced(line.slope) * u + _per_channel_reduced(line.intercept)
         # Encode r and "open" in one tensor: both halves read it, so it is materialised once.
-        gate = torch.where(z > logit(options.threshold), _OPEN, z.sigmoid())
+        is_open, not_open = z.new_full((1,), _OPEN), z.new_zeros(1)  # tensors: Core ML chooses between no numbers
+        gate = torch.where(z > logit(options.threshold), is_open, z.sigmoid())
         first, second = (x * (gate.clamp(max=1) + sfe_gate)).chunk(2, dim=1)
-        weak_first, weak_second = (x * torch.where(gate < _OPEN, gate, 0.0)).chunk(2, dim=1)
+        weak_first, weak_second = (x * torch.where(gate < _OPEN, gate, not_open)).chunk(2, dim=1)
         y = torch.cat((first + weak_second, second + weak_first), dim=1)
     return options.scale * y
 
