@@ -46,7 +46,7 @@ def imported():
 
 
 def test_importing_loads_neither_triton_nor_any_extra(imported):
-    assert {name.split(".")[0] for name in imported.modules} == {"kfde_layers"}
+    assert {name.split(".")[0] for name in imported.modules} <= {"kfde_layers", "torch"}
 
 
 def test_importing_registers_the_models(imported):

@@ -226,7 +226,7 @@ SINGLE = [
     Row(lambda: insert(3, {}), TypeError, "model must be a Module, got 3 of type int"),
     Row(lambda: insert(host(), ["0"]), TypeError, "blocks must be a dict from module names to blocks, got"),
     Row(lambda: insert(host(), {0: CSFE}), TypeError, "each key of blocks must be a str, got 0 of type int"),
-    Row(lambda: insert(host(), {"0": 3}), TypeError, "the block at '0' must be a module, or a function"),
+    Row(lambda: insert(host(), {"0": 3}), TypeError, "the block at '0' must be a module, a function"),
     Row(lambda: insert(host(), {"7": CSFE}), ValueError, "cannot insert at '7': the model has no submodule"),
     Row(lambda: insert(host(), {"0": nn.Flatten}), (TypeError, ValueError), "the block at '0' "),
     Row(lambda: insert(host(), {"0": nn.Sigmoid().double}), (TypeError, ValueError), "the block at '0' "),

@@ -64,13 +64,21 @@ class Tokens(nn.Module):
         return torch.cat((prefix, tokens), 1) if self.num_prefix_tokens else tokens
 
     def _map_size(self, length: int) -> tuple[int, int]:
-        rows, columns = self.grid if self.last_grid is None else self.last_grid.size
-        scale = math.sqrt(length / (rows * columns))
-        height, width = int(rows * scale + 0.5), int(columns * scale + 0.5)  # TorchScript's round gives no int
+        if self.last_grid is not None:
+            height, width = self.last_grid.size
+            if height * width != length:
+                raise ValueError(
+                    f"x must have {self.num_prefix_tokens} prefix tokens and a map of {height} x {width}, as the image "
+                    f"was cut, got {length + self.num_prefix_tokens} tokens"
+                )
+            return height, width
+        scale = math.sqrt(length / (self.grid[0] * self.grid[1]))
+        # TorchScript's round gives no int
+        height, width = int(self.grid[0] * scale + 0.5), int(self.grid[1] * scale + 0.5)
         if height * width != length:
             raise ValueError(
-                f"x must have {self.num_prefix_tokens} prefix tokens and a map with the aspect ratio of "
-                f"{(rows, columns)}, as in the example at insertion, got {length + self.num_prefix_tokens} tokens"
+                f"x must have {self.num_prefix_tokens} prefix tokens and a map with the aspect ratio of {self.grid}, "
+                f"as in the example at insertion, got {length + self.num_prefix_tokens} tokens"
             )
         return height, width
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -10,12 +10,12 @@ from kfde_layers._checks import check_bool, check_instance, check_mapping
 from kfde_layers.insertion.adapters import ChannelsFirst, Grid, Item, Tokens
 from kfde_layers.insertion.dry_run import (
     Noise,
-    Tap,
     check_block,
+    check_order,
     check_training,
-    have_effects,
     runs_children,
 )
+from kfde_layers.insertion.effects import Tap, have_effects
 from kfde_layers.insertion.joining import holds_block, join, leave
 from kfde_layers.insertion.making import Block, make_block
 from kfde_layers.insertion.merging import check_merging
@@ -79,11 +79,12 @@ def insert(
         check_instance("each key of blocks", name, str)
     check_bool("identity_start", identity_start)
     trial = Trial(model, example_for(model, example_input))
-    patch_embed = _patch_embed_of(model)
-    insertions = _prepare(trial, blocks, identity_start, patch_embed)
+    insertions = _prepare(trial, blocks, identity_start)
     noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
     taps = {insertion.name: _adapted(Tap(), insertion.seen) for insertion in insertions}
-    check_training(trial, {insertion.name: insertion.seen for insertion in insertions})
+    seen_at = {insertion.name: insertion.seen for insertion in insertions}
+    check_order(trial, seen_at)
+    check_training(trial, seen_at)
     is_run = runs_children(trial, noises)
     check_merging(trial, noises, {insertion.name: insertion.seen.key for insertion in insertions}, is_run)
     has_effect = have_effects(trial, taps, noises)
@@ -95,7 +96,7 @@ def insert(
                 stacklevel=2,
             )
     for insertion in insertions:
-        _attach(insertion, is_run[insertion.name], patch_embed)
+        _attach(insertion, is_run[insertion.name])
     return model
 
 
@@ -147,12 +148,14 @@ class _Insertion(NamedTuple):
     """Map that the module returned for the example."""
     block: nn.Module
     """The block, adapted to the module's output."""
+    patch_embed: nn.Module | None
+    """The module that says how each image was cut, where the model takes images of any size."""
 
 
-def _prepare(
-    trial: Trial, blocks: Mapping[str, Block], identity_start: bool, patch_embed: nn.Module | None
-) -> list[_Insertion]:
+def _prepare(trial: Trial, blocks: Mapping[str, Block], identity_start: bool) -> list[_Insertion]:
     """Make the blocks and try them; leave the model unchanged."""
+    patch_embeds = {name: _patch_embed_of(trial.model, name) for name in blocks if name}
+    cuts = _cuts_in(trial, patch_embeds.values())
     seen_at = probe(trial, blocks)
     insertions: list[_Insertion] = []
     owners = dict.fromkeys(trial.model.modules(), "the model")
@@ -177,25 +180,48 @@ def _prepare(
         check_block(name, new, seen)
         if identity_start:
             new = Blend(new, channels, device=seen.output.device)
+        patch_embed = patch_embeds[name]
+        if patch_embed is not None and cuts.get(patch_embed) != seen.map_size:
+            patch_embed = None  # it does not say the grid of this map
         last_grid = None if patch_embed is None else Grid(seen.map_size)
-        insertions.append(_Insertion(name, module, seen, _adapted(new, seen, last_grid)))
+        insertions.append(_Insertion(name, module, seen, _adapted(new, seen, last_grid), patch_embed))
     return insertions
 
 
-def _attach(insertion: _Insertion, is_run: bool, patch_embed: nn.Module | None) -> None:
+def _attach(insertion: _Insertion, is_run: bool) -> None:
     """Have the block join its module, on the device and in the dtype and mode of the module."""
     module, output = insertion.module, insertion.seen.output
     block = insertion.block.to(output.device, output.dtype).train(module.training)
-    join(module, block, insertion.seen.key, is_run, patch_embed)
+    join(module, block, insertion.seen.key, is_run, insertion.patch_embed)
 
 
-def _patch_embed_of(model: nn.Module) -> nn.Module | None:
-    """Return the module that cuts images of any size into patches, if the model declares that it takes such images."""
-    for module in model.modules():
-        patch_embed = getattr(module, "patch_embed", None)
-        if getattr(module, "dynamic_img_size", False) and isinstance(patch_embed, nn.Module):
+def _patch_embed_of(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module that cuts images of any size into patches for the module `name`, if there is one.
+
+    It belongs to the nearest module around `name` that declares that it takes such images.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    while name:
+        name = name.rpartition(".")[0]
+        around = modules.get(name)
+        patch_embed = getattr(around, "patch_embed", None)
+        if getattr(around, "dynamic_img_size", False) and isinstance(patch_embed, nn.Module):
             return patch_embed
     return None
+
+
+def _cuts_in(trial: Trial, patch_embeds: Iterable[nn.Module | None]) -> dict[nn.Module, tuple[int, int]]:
+    """Return into how many rows and columns each module cuts the example, if it returns (N, H, W, C)."""
+    cuts: dict[nn.Module, tuple[int, int]] = {}
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            cuts[module] = (output.shape[1], output.shape[2])
+
+    hooks = [(module, hook) for module in dict.fromkeys(patch_embeds) if module is not None]
+    if hooks:
+        trial.run(hooks)
+    return cuts
 
 
 def _adapted(block: nn.Module, seen: Seen, last_grid: Grid | None = None) -> nn.Module:

@@ -2,7 +2,8 @@
 
 import copy
 from collections import UserList
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ def check_block(name: str, block: nn.Module, seen: Seen) -> None:
     """Refuse a block that does not map the feature map to another one like it; change neither it nor the model."""
     wanted = (seen.output.shape[0], seen.point.channels, *seen.map_size)
     dtype = seen.output.dtype
-    x = _noise_like(seen.output.new_empty(wanted))
+    x = noise_like(seen.output.new_empty(wanted))
     copied = copy.deepcopy(block).to(x.device, dtype).requires_grad_(False)  # a gradient can come from the map alone
     try:
         y = Trial(_WithGradient(copied), x).run()
@@ -63,7 +64,7 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(x.shape)
-        return x + _noise_like(x) * (1 + x.abs().mean())
+        return x + noise_like(x) * (1 + x.abs().mean())
 
 
 def check_training(trial: Trial, seen_at: Mapping[str, Seen]) -> None:
@@ -73,10 +74,8 @@ def check_training(trial: Trial, seen_at: Mapping[str, Seen]) -> None:
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, args, output: outputs[name].append(output)
 
-    try:
+    with suppress(ValueError):  # the example may be too small, such as one value per channel for a batch norm
         trial.run([(trial.model.get_submodule(name), keep(name)) for name in outputs], training=True)
-    except ValueError:
-        return  # the example is too small for training, such as one value per channel for a batch norm
     for name, calls in outputs.items():
         if len(calls) > 1:
             raise ValueError(
@@ -84,14 +83,38 @@ def check_training(trial: Trial, seen_at: Mapping[str, Seen]) -> None:
                 "would run the same block"
             )
         seen = seen_at[name]
-        length = seen.output.shape[1]
         for output in calls:
-            tensor = output if seen.key is None else items(output)[seen.key]
-            if seen.point.layout == "NLC" and tensor.shape[1] != length:
+            tensor = output if seen.key is None else items(output).get(seen.key)
+            if not isinstance(tensor, Tensor) or tensor.ndim != seen.output.ndim:
                 raise ValueError(
-                    f"cannot insert at {name!r}: in training it returns {tensor.shape[1]} tokens instead of {length}, "
-                    "and those that are left are no map; without dropping of tokens (patch_drop_rate=0) it can"
+                    f"cannot insert at {name!r}: in training it does not return the map that it else returns"
                 )
+            if seen.point.layout == "NLC" and tensor.shape[1] != seen.output.shape[1]:
+                raise ValueError(
+                    f"cannot insert at {name!r}: in training it returns {tensor.shape[1]} tokens instead of "
+                    f"{seen.output.shape[1]}, and those that are left are no map; without dropping of tokens "
+                    "(patch_drop_rate=0) it can"
+                )
+
+
+def check_order(trial: Trial, seen_at: Mapping[str, Seen]) -> None:
+    """Refuse tokens that are chosen at random, in evaluation too, as those of a masked image are."""
+    sequences = {name: seen for name, seen in seen_at.items() if seen.point.layout == "NLC"}
+    if not sequences:
+        return
+    outputs: dict[int, dict[str, list[Tensor]]] = {0: {}, 1: {}}
+
+    def keep(seed: int, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: outputs[seed].update({name: tensors_in(output)})
+
+    for seed in outputs:
+        trial.run([(trial.model.get_submodule(name), keep(seed, name)) for name in sequences], seed=seed)
+    for name in sequences:
+        if not close(outputs[0][name], outputs[1][name]):
+            raise ValueError(
+                f"cannot insert at {name!r}: its tokens depend on random numbers, in evaluation too, as those of a "
+                "masked image do; they are no map"
+            )
 
 
 def runs_children(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -159,108 +182,8 @@ def part_of(adapted: nn.Module, kind: type[Part]) -> Part:
     return part
 
 
-class Tap(nn.Module):
-    """Add zeros to a map, through which the gradient of the map can be asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zeros: UserList[Tensor] = UserList()  # no list, since `run` would restore it
-
-    def forward(self, x: Tensor) -> Tensor:
-        zeros = torch.zeros_like(x, requires_grad=True)
-        self.zeros.append(zeros)
-        return x + zeros
-
-
-def have_effects(trial: Trial, taps: Mapping[str, nn.Module], noises: Mapping[str, nn.Module]) -> dict[str, bool]:
-    """Return for each named module whether the model's output depends on the module's map.
-
-    One pass forward and backward answers for all maps that get a gradient; in a deep network small gradients may need
-    float64. The other maps are disturbed, in a run for all of them, and in more runs if that changes the output.
-
-    Args:
-        trial: The model, unchanged afterwards.
-        taps: For each name, a `Tap` for the module's output.
-        noises: For each name, a `Noise` for the module's output.
-    """
-    effects: dict[str, bool] = dict.fromkeys(noises, False)
-    for dtype in (trial.example.dtype, torch.float64):
-        doubtful = [name for name in noises if not effects[name]]
-        if doubtful:
-            effects |= _have_gradients(trial, {name: taps[name] for name in doubtful}, dtype)
-    doubtful = {name: noise for name, noise in noises.items() if not effects[name]}
-    return effects | _change_the_output(trial, doubtful) if doubtful else effects
-
-
-def _have_gradients(trial: Trial, taps: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, bool]:
-    """Return for each map whether its gradient is not zero.
-
-    A copy of the model runs, without backward hooks: gradients must not reach the tensors and hooks of the model
-    itself. If no copy can be made, or it does not run backward in this dtype, the answer is False for all.
-    """
-
-    def through(tap: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
-        return lambda module, args, output: tap(output)
-
-    try:
-        copied = copy.deepcopy(trial.model).requires_grad_(False).to(dtype)
-        for module in copied.modules():
-            module._backward_hooks.clear()  # pyright: ignore[reportPrivateUsage]
-            module._backward_pre_hooks.clear()  # pyright: ignore[reportPrivateUsage]
-        hooks = [(copied.get_submodule(name), through(tap)) for name, tap in taps.items()]
-        gradients = Trial(_Gradients(copied, taps.values()), trial.example.to(dtype)).run(hooks)
-    except Exception:  # of the model's own code, which can fail in any way
-        return dict.fromkeys(taps, False)
-    return {name: _is_nonzero(gradient) for name, gradient in zip(taps, gradients, strict=True)}
-
-
-class _Gradients(nn.Module):
-    """Run a model forward and backward, and return the gradients of the maps that taps have seen."""
-
-    def __init__(self, model: nn.Module, taps: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.model = model
-        self.taps = tuple(taps)
-
-    def forward(self, x: Tensor) -> list[Tensor | None]:
-        with torch.enable_grad():
-            outputs = [output for output in tensors_in(self.model(x)) if output.requires_grad]
-            zeros = [part_of(tap, Tap).zeros[-1] for tap in self.taps]
-            torch.autograd.backward(outputs, [_noise_like(output) for output in outputs], inputs=zeros)
-        return [tensor.grad for tensor in zeros]
-
-
-def _is_nonzero(gradient: Tensor | None) -> bool:
-    if gradient is None or gradient.is_meta:
-        return gradient is not None
-    return bool(gradient.isfinite().all()) and bool(gradient.any())
-
-
-def _change_the_output(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
-    """Return for each map whether the model's output changes if the map is disturbed.
-
-    Without any effect of the input (zero-initialised head) nothing can be concluded: assume an effect.
-    """
-    undisturbed = tensors_in(trial.run())
-    if trial.example.is_meta or _equal(undisturbed, tensors_in(trial.run(example=Noise()(trial.example)))):
-        return dict.fromkeys(noises, True)
-
-    def through(noise: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
-        return lambda module, args, output: noise(output)
-
-    def effects_of(names: list[str]) -> dict[str, bool]:
-        """Disturb all these maps at once, and halves of them only if that changes the output."""
-        hooks = [(trial.model.get_submodule(name), through(noises[name])) for name in names]
-        changed = not _equal(undisturbed, tensors_in(trial.run(hooks)))
-        if not changed or len(names) == 1:
-            return dict.fromkeys(names, changed)
-        half = len(names) // 2
-        return effects_of(names[:half]) | effects_of(names[half:])
-
-    return effects_of(list(noises))
-
-
-def _noise_like(x: Tensor) -> Tensor:
+def noise_like(x: Tensor) -> Tensor:
+    """Return noise of the shape, the dtype and the device of a tensor, the same at every call."""
     # on the CPU, whatever PyTorch's default device is, so that it is the same noise everywhere
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
     return noise.to(x.device, x.dtype)
@@ -270,10 +193,6 @@ def tensors_in(output: Any) -> list[Tensor]:
     """Return a copy of each tensor of a model's output."""
     # copies, since the rest of the model may change its input in place
     return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
-    return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
 def close(left: list[Tensor], right: list[Tensor]) -> bool:

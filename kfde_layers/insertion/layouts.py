@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -44,8 +45,8 @@ def declared_grids(module: nn.Module, image: tuple[int, int]) -> list[tuple[int,
     that it was made for (`grid_size`, `img_size`).
     """
     grids = []
-    grid, patch = _pair_of(module, "grid_size"), _pair_of(module, "patch_size")
-    if grid is not None and _pair_of(module, "img_size") == image:
+    grid, patch = pair_of(module, "grid_size"), pair_of(module, "patch_size")
+    if grid is not None and pair_of(module, "img_size") == image:
         grids.append(grid)
     if patch is not None:
         grids.append((image[0] // patch[0], image[1] // patch[1]))
@@ -53,9 +54,11 @@ def declared_grids(module: nn.Module, image: tuple[int, int]) -> list[tuple[int,
     return grids
 
 
-def _pair_of(module: nn.Module, name: str) -> tuple[int, int] | None:
+def pair_of(module: nn.Module, name: str) -> tuple[int, int] | None:
     """Return an attribute that holds one or two positive integers as two, or None."""
-    value: Any = getattr(module, name, None)
+    value: Any = None
+    with suppress(Exception):  # of a property of the model's own
+        value = getattr(module, name, None)
     values = (value, value) if isinstance(value, int) else value
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         return None

@@ -53,17 +53,19 @@ def _is_kept(
 ) -> bool:
     """Return whether a copy of the model with blocks, once merged, still runs them and gives the same output."""
     try:
-        copied = copy.deepcopy(trial.model).eval()
+        # in 16 bits a merged model would differ from itself
+        dtype = torch.promote_types(trial.example.dtype, torch.float32)
+        copied, example = copy.deepcopy(trial.model).eval().to(dtype), trial.example.to(dtype)
         _scale_norms(copied)
         blocks = {name: copy.deepcopy(noise) for name, noise in noises.items()}
         for name, block in blocks.items():
             join(copied.get_submodule(name), block, keys[name], is_run[name])
-        before = tensors_in(Trial(copied, trial.example).run())
+        before = tensors_in(Trial(copied, example).run())
         counters = [part_of(block, Noise).calls for block in blocks.values()]
         for counter in counters:
             counter.clear()
         _merge(copied)
-        after = tensors_in(Trial(copied, trial.example).run())
+        after = tensors_in(Trial(copied, example).run())
     except Exception:  # of the model's own code, which can fail in any way
         return False
     return all(counters) and close(before, after)
@@ -79,8 +81,9 @@ def _scale_norms(model: nn.Module) -> None:
 
 def _merge(model: nn.Module) -> None:
     """Merge the modules of a model, in place."""
-    if not hasattr(model, "fuse"):
+    fuse: Any = getattr(model, "fuse", None)
+    if fuse is None or isinstance(fuse, nn.Module):  # a part may have this name
         reparameterize_model(model, inplace=True)
         return
-    fuse: Any = model.fuse  # Ultralytics' models merge their modules from outside, and say so unless told not to
+    # Ultralytics' models merge their modules from outside, and say so unless told not to
     fuse(**({"verbose": False} if "verbose" in inspect.signature(fuse).parameters else {}))

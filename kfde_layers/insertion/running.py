@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_instance
+from kfde_layers.insertion.layouts import pair_of
 from kfde_layers.insertion.restoring import copied_parameters, restored_attributes, restored_parameters
 
 
@@ -41,21 +42,20 @@ def example_for(model: nn.Module, example_input: Tensor | None) -> Tensor:
     if first is None or not first.in_channels:
         raise ValueError("example_input is needed: the model has no nn.Conv2d from which to guess its input")
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    size = _declared_size(model) or config.get("input_size", (3, 224, 224))[-2:]
+    size = _declared_size(model, config)
     channels = getattr(model, "in_chans", first.in_channels)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, channels, *size, generator=generator, device="cpu", dtype=torch.float32)
     return noise.to(first.weight.device, first.weight.dtype)
 
 
-def _declared_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return height and width of the image for which a model was made, if one of its modules says so."""
-    for module in model.modules():
-        size: Any = getattr(module, "img_size", None)
-        size = (size, size) if isinstance(size, int) else size
-        if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
-            return size[0], size[1]
-    return None
+def _declared_size(model: nn.Module, config: Any) -> tuple[int, int]:
+    """Return height and width of the image for which a model was made, as it, its configuration or a part says."""
+    outer, inner = [model, *model.children()], list(model.modules())
+    sizes = [pair_of(module, "img_size") for module in outer]
+    sizes += [config["input_size"][-2:] if "input_size" in config else None]
+    sizes += [pair_of(module, name) for module in inner for name in ("img_size", "image_size")]
+    return next((size for size in sizes if size is not None), (224, 224))
 
 
 class Trial:
@@ -76,6 +76,7 @@ class Trial:
         example: Tensor | None = None,
         *,
         training: bool = False,
+        seed: int = 0,
     ) -> Any:
         """Return the output of the model for its example or for another one, without gradient.
 
@@ -83,6 +84,7 @@ class Trial:
             hooks: Modules, and forward hooks for them.
             example: Input of the model; None: the example of the trial.
             training: Whether all modules are in training mode instead of evaluation mode.
+            seed: Seed of all random numbers.
 
         Raises:
             ValueError: The model does not run on the example.
@@ -101,9 +103,9 @@ class Trial:
             stack.callback(np.random.set_state, np.random.get_state())
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             # torch.manual_seed would also seed devices that are not restored here
-            (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(0)
-            random.seed(0)
-            np.random.seed(0)
+            (torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(seed)
+            random.seed(seed)
+            np.random.seed(seed)
             stack.enter_context(torch.no_grad())
             stack.enter_context(autocast)
             try:

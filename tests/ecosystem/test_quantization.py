@@ -17,7 +17,7 @@ from tests.support.quantised import METHODS, onnx_runtime, pt2e, quiet
 
 TABLE = "Deployment"
 DATA = Path(os.environ.get("KFDE_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "idc"
-CHANNELS, SIDE = 32, 64
+CHANNELS, SIDE, USUAL_MEAN = 32, 64, 0.3
 LAYERS = {"CFE": CFE, "SFE": SFE, "CSFE": CSFE, "MFDF": MFDF}
 GATES = (CFE, SFE, CSFE)
 STATIC = ("PT2E with X86InductorQuantizer", "ONNX Runtime, static")
@@ -49,7 +49,7 @@ class ConvLinear(nn.Module):
         return self.fc(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def draw_maps(seed, mean=0.3):
+def draw_maps(seed, mean):
     return 1.5 * torch.randn(8, CHANNELS, 14, 14, generator=torch.Generator().manual_seed(seed)) + mean
 
 
@@ -61,18 +61,19 @@ def make(name):
     return nn.Sequential(layer).eval()  # X86InductorQuantizer knows parts by their name
 
 
+@functools.cache
 @torch.no_grad()
-def error(quantise, name, folder, mean=0.3, **options):
+def error(method, name, folder, mean, **options):
     """Return the error of a quantised layer on a new map, as a root mean square relative to that of the output."""
     layer, x = make(name), draw_maps(0, mean)
-    run = quantise(layer, [draw_maps(seed, mean) for seed in range(1, 5)], folder, **options)
+    run = METHODS[method](layer, [draw_maps(seed, mean) for seed in range(1, 5)], folder, **options)
     y = layer(x)
     return float((run(x) - y).norm() / y.norm())
 
 
 @cells(*LAYERS)
-def test_a_layer_is_as_near_to_float_as_a_convolution(column, method, tmp_path):
-    of_layer, of_bare = (error(METHODS[method], name, tmp_path) for name in (column, "bare"))
+def test_a_layer_is_as_near_to_float_as_a_convolution(column, method, folder):
+    of_layer, of_bare = (error(method, name, folder, USUAL_MEAN) for name in (column, "bare"))
     assert 1e-3 < of_bare < 0.05
     if column == "MFDF" or method in STATIC:
         assert 1e-5 < of_layer < 3 * of_bare
@@ -81,11 +82,11 @@ def test_a_layer_is_as_near_to_float_as_a_convolution(column, method, tmp_path):
 
 
 @pytest.mark.parametrize("method", STATIC)
-@pytest.mark.parametrize("mean", [0.3, 30.0], ids=["usual", "large mean"])
+@pytest.mark.parametrize("mean", [USUAL_MEAN, 30.0], ids=["usual", "large mean"])
 @pytest.mark.parametrize("name", ["CFE", "SFE", "CSFE"])
-def test_the_gates_can_stay_in_float(name, mean, method, tmp_path):
-    everything = error(METHODS[method], name, tmp_path, mean)
-    gates_in_float = error(METHODS[method], name, tmp_path, mean, in_float=GATES)
+def test_the_gates_can_stay_in_float(name, mean, method, folder):
+    everything = error(method, name, folder, mean)
+    gates_in_float = error(method, name, folder, mean, in_float=GATES)
     assert everything > 1e-3
     assert gates_in_float < 1e-6
 

@@ -98,6 +98,33 @@ def test_vmap_over_an_ensemble(name, same_input):
     assert relative_error(y, torch.stack([layer(x[0 if same_input else k]) for k, layer in enumerate(layers)])) < 1e-11
 
 
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_vmap_over_one_branch(index, part):
+    layer, x = make("MFDF"), draw(2, 6, 5, 7)
+    key = f"branches.{index}.{part}"
+    values = torch.stack([dict(layer.named_parameters())[key] * factor for factor in (0.5, 1, 2)])
+
+    def call(value):
+        return torch.func.functional_call(layer, {key: value}, (x,))
+
+    assert relative_error(torch.vmap(call)(values), torch.stack([call(value) for value in values])) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=str)
+@pytest.mark.parametrize("name", ["CSFE", "MFDF"])
+def test_gradients_of_each_sample_in_lower_precision(name, memory_format, dtype):
+    layer = make(name).to(dtype)
+    x = draw(3, 6, 9, 8, dtype=dtype, memory_format=memory_format)
+
+    def loss(sample):
+        return layer(sample[None]).float().sin().sum()
+
+    expected = torch.stack([torch.func.grad(loss)(sample) for sample in x])
+    assert relative_error(torch.vmap(torch.func.grad(loss))(x), expected) < 4 * torch.finfo(dtype).eps
+
+
 @each_layer
 def test_nested_vmap(name):
     layer, stack = make(name), draw(2, 3, 1, 6, 5, 4)

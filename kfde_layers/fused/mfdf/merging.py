@@ -12,12 +12,17 @@ from torch import Tensor
 def stack_kernels(weights: Sequence[Tensor], dilations: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, int]:
     """Return the branches' depthwise kernels as one tensor (K, C, k, k), and the spacing of its taps in px."""
     tap_spacing, radii = spacing_and_radii(weights, dilations)
-    radius = max(radii)
-    stacked_kernels = weights[0].new_zeros((len(weights), len(weights[0]), 2 * radius + 1, 2 * radius + 1), dtype=dtype)
-    for k, (weight, dilation, branch_radius) in enumerate(zip(weights, dilations, radii, strict=True)):
-        taps = slice(radius - branch_radius, radius + branch_radius + 1, max(1, dilation // tap_spacing))
-        stacked_kernels[k, :, taps, taps] = weight[:, 0]
-    return stacked_kernels, tap_spacing
+    stacked: list[Tensor] = []
+    for weight, dilation, radius in zip(weights, dilations, radii, strict=True):
+        kernel, size = weight[:, 0].to(dtype), weight.shape[-1]
+        if size < 2 * radius + 1:  # spread the taps; not in place, for torch.vmap
+            for dim in (1, 2):
+                spread = list(kernel.shape)
+                spread[dim] = 2 * radius + 1
+                kernel = kernel.new_zeros(spread).slice_scatter(kernel, dim, step=dilation // tap_spacing)
+        margin = max(radii) - radius
+        stacked.append(F.pad(kernel, [margin] * 4))
+    return torch.stack(stacked), tap_spacing
 
 
 def spacing_and_radii(weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[int, list[int]]:
