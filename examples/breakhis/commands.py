@@ -84,7 +84,7 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt as stop:
-        sys.unraisablehook = lambda _: None  # objects that the signal left half made complain as they are deleted
+        sys.unraisablehook = _ignore_missing_attributes
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         notes = "; ".join([f"{Path(sys.argv[0]).name}: {word}", *getattr(stop, "__notes__", [])])
         print(printable(notes), file=sys.stderr)
@@ -106,6 +106,12 @@ def _raise_again(unraisable: Any) -> None:
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _ignore_missing_attributes(unraisable: Any) -> None:
+    """Print nothing of objects that a signal has left half made, and that miss an attribute as they are deleted."""
+    if not issubclass(unraisable.exc_type, AttributeError):
+        sys.__unraisablehook__(unraisable)
 
 
 def _print_traceback(pid: int, *error: Any) -> None:

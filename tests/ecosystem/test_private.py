@@ -132,7 +132,7 @@ def test_fused_says_why_it_cannot(name):
 
 
 def test_opacus_is_wrong_for_convolutions_of_channels_last_maps_by_itself():
-    """The page tells users to take "functorch", since ConvNeXt makes such maps. This test fails once it is mended."""
+    """docs/training.md says to take "functorch", since ConvNeXt makes such maps. This test fails once it is mended."""
     errors = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         conv, x = nn.Conv2d(4, 4, 1), random_tensor(3, 4, 5, 5, memory_format=memory_format)

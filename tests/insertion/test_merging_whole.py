@@ -64,3 +64,36 @@ def test_a_block_that_would_be_lost_or_moved_is_refused(network, part):
     with pytest.raises(ValueError, match=f"cannot insert at '0.{part}': the model merges this module into another"):
         insert(model, {f"0.{part}": SFE, "1": SFE}, example_input=images(16))
     assert not any("kfde" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_block_that_would_be_lost_is_refused_in_any_dtype(dtype):
+    torch.manual_seed(0)
+    model, x = scatter_parameters(Network()).eval().to(dtype), images(16).to(dtype)
+    with pytest.raises(ValueError, match=r"cannot insert at '0\.norm': the model merges this module into another"):
+        insert(model, {"0.norm": SFE}, example_input=x)
+    insert(model, {"0": SFE}, example_input=x)
+
+
+class Merged(ConvNorm):
+    def reparameterize(self):
+        self.conv, self.norm = nn.utils.fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
+
+
+class WithPart(nn.Module):
+    """A network of which a part is called `fuse`, as those that fuse maps of several sizes have."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fuse = Merged(3, 8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.fuse(self.body(x))
+
+
+def test_a_part_that_is_called_fuse_is_no_method():
+    torch.manual_seed(0)
+    model = scatter_parameters(WithPart()).eval()
+    with pytest.raises(ValueError, match=r"cannot insert at 'body\.norm': the model merges this module into another"):
+        insert(model, {"body.norm": SFE}, example_input=images(16))
+    insert(model, {"body": SFE, "fuse": SFE}, example_input=images(16))

@@ -25,6 +25,42 @@ def test_models_that_do_not_run_ask_for_an_example():
         insertion_points(nn.Sequential(nn.ReLU()))
 
 
+class Declaring(nn.Sequential):
+    """A network with attributes."""
+
+    def __init__(self, *parts, **attributes):
+        super().__init__(*parts)
+        self.__dict__.update(attributes)
+
+
+class Failing(nn.Conv2d):
+    @property
+    def img_size(self):
+        raise NotImplementedError
+
+
+CONFIG = {"input_size": (3, 64, 48)}
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (Declaring(nn.Conv2d(3, 4, 1), img_size=32), (32, 32)),
+        (Declaring(nn.Conv2d(3, 4, 1), img_size=[32, 16], pretrained_cfg=CONFIG), (32, 16)),
+        (nn.Sequential(Declaring(nn.Conv2d(3, 4, 1), img_size=(16, 32))), (16, 32)),
+        (Declaring(Declaring(Declaring(nn.Conv2d(3, 4, 1), img_size=16)), pretrained_cfg=CONFIG), (64, 48)),
+        (nn.Sequential(nn.Sequential(Declaring(nn.Conv2d(3, 4, 1), image_size=40))), (40, 40)),
+        (Declaring(Failing(3, 4, 1), pretrained_cfg=CONFIG), (64, 48)),
+        (Declaring(nn.Conv2d(3, 4, 1), img_size="large", image_size=(0, 3)), (224, 224)),
+    ],
+)
+def test_the_example_has_the_size_that_is_declared(model, size):
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    insertion_points(model)
+    assert seen == [(1, 3, *size)]
+
+
 def in_process_group(wrap):
     def wrap_in_group(model):
         with tempfile.NamedTemporaryFile() as file:

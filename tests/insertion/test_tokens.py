@@ -198,3 +198,108 @@ def test_tokens_that_are_masked_in_their_place_are_a_map(point):
 def test_points_of_a_model_with_patches_of_other_sides():
     points = insertion_points(vit(patch_size=(32, 8), img_size=64))
     assert points["blocks.0"] == Point(48, 16, "NLC", 1)
+
+
+class Two(nn.Module):
+    """Run one transformer on the image, and another one on the image turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = vit(dynamic_img_size=True), vit(dynamic_img_size=True)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x.transpose(2, 3))
+
+
+@pytest.mark.parametrize(("name", "grid"), [("a", (2, 8)), ("b", (8, 2))])
+def test_each_of_two_transformers_says_its_own_grid(name, grid):
+    model = insert(Two(), {f"{name}.blocks.0": Spy()}, example_input=image(64, 64))
+    feature_map, _ = map_at(model, image(32, 128), f"{name}.blocks.0")
+    assert feature_map.shape[2:] == grid
+
+
+class Sequence(nn.Module):
+    """Cut an image of any size, as it declares, into a sequence of patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.dynamic_img_size, self.num_prefix_tokens = True, 0
+        self.patch_embed = nn.Sequential(nn.Conv2d(3, 16, 8, stride=8), nn.Flatten(2), Transposed())
+        self.block = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.block(self.patch_embed(x))
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_a_patch_embedding_that_returns_a_sequence_says_no_grid():
+    model = insert(Sequence(), {"block": Spy()}, example_input=image(64, 16))
+    assert not model.patch_embed._forward_hooks
+    assert map_at(model, image(64, 16), "block")[0].shape[2:] == (8, 2)
+
+
+class Shuffled(nn.Module):
+    """Choose tokens at random, in evaluation too."""
+
+    def forward(self, x):
+        return x[:, torch.randperm(x.shape[1])[: x.shape[1] // 4]]
+
+
+@pytest.mark.parametrize("point", ["change", "mix"])
+def test_tokens_that_are_chosen_at_random_are_refused(point):
+    with pytest.raises(ValueError, match=f"at '{point}': its tokens depend on random numbers, in evaluation too"):
+        insert(tokens_of_patches(Shuffled()), {point: SFE}, example_input=images(32))
+
+
+def test_a_masked_autoencoder_of_transformers_is_refused():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.ViTMAEModel(transformers.ViTMAEConfig(image_size=64, patch_size=8, **sizes)).eval()
+    name = next(name for name in insertion_points(model) if "layer" in name)
+    with pytest.raises(ValueError, match="its tokens depend on random numbers"):
+        insert(model, {name: SFE})
+
+
+def test_tokens_that_are_dropped_are_seen_where_training_fails_later():
+    model = vit(img_size=128, patch_drop_rate=0.75)
+    model.head = nn.Sequential(nn.BatchNorm1d(48), nn.Linear(48, 3))  # which one image is too few for
+    with pytest.raises(ValueError, match="in training it returns 17 tokens instead of 65"):
+        insert(model, {"blocks.0": SFE})
+
+
+class Otherwise(nn.Module):
+    """Return something else in training."""
+
+    def __init__(self, in_training, in_evaluation):
+        super().__init__()
+        self.conv, self.make = nn.Conv2d(3, 4, 1), (in_evaluation, in_training)
+
+    def forward(self, x):
+        return self.make[self.training](self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        (lambda y: {"aux": y}, lambda y: {"map": y}),
+        (lambda y: (y, y.sum()), lambda y: y),
+        (lambda y: y.flatten(1), lambda y: y),
+        (lambda y: None, lambda y: y),
+    ],
+)
+def test_a_module_that_returns_something_else_in_training_is_refused(returns):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Otherwise(*returns)
+
+        def forward(self, x):
+            output = self.part(x)
+            return output.get("map", output.get("aux")) if isinstance(output, dict) else output
+
+    with pytest.raises(ValueError, match="cannot insert at 'part': in training it does not return the map that"):
+        insert(Outer(), {"part": SFE}, example_input=images(8))
