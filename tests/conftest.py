@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")  # of pytest-xdist
-    config.pluginmanager.register(Cells(None if is_worker else config.getoption("--cells")))
+    config.pluginmanager.register(Cells(None if is_worker else config.getoption("--cells")), "cells")
 
 
 def pytest_collection_finish() -> None:

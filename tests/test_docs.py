@@ -18,7 +18,6 @@ from torch import nn
 
 import kfde_layers
 from tests.support.agreement import count_parameters
-from tests.support.cells import cell_of
 from tests.support.detectors import import_ultralytics, write_data
 from tests.support.pages import DOCS, ROOT, BuiltPage, fetched_by_style, python_blocks, run_block
 
@@ -185,11 +184,23 @@ def test_the_api_page_shows_every_public_name(site):
 @pytest.fixture
 def tested_cells(request, tmp_path):
     """The cells of all tests, which another process collects if this one has collected only a part."""
-    items = request.session.items
-    if {item.path for item in items} >= set((ROOT / "tests").rglob("test_*.py")):
-        return {cell for item in items if (cell := cell_of(item)) is not None}
+    collected = request.config.pluginmanager.get_plugin("cells").collected
+    if {path for path, _ in collected} >= set((ROOT / "tests").rglob("test_*.py")):
+        return {cell for _, cell in collected if cell is not None}
     path = tmp_path / "cells.json"
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--cells", path]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "",
+        "-p",
+        "no:cacheprovider",
+        "--cells",
+        path,
+    ]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     return {(cell["table"], cell["row"], cell["column"]) for cell in json.loads(path.read_text())["cells"]}
 

@@ -31,7 +31,7 @@ PAGE = DOCS / "deployment.md"
 TABLE = "Deployment"
 CASES = {name: SHALLOW if case is MODEL else case for name, case in DEFAULTS.items()}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 quiet_exports = (
     pytest.mark.filterwarnings("ignore:.*is an Enum subclass and is now natively supported:UserWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),

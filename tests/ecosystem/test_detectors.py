@@ -15,7 +15,7 @@ from tests.support.agreement import outputs_are_equal, relative_error, tensors_o
 from tests.support.detectors import BRIEF, SIDE, import_ultralytics, trainer_of, write_data
 from tests.support.networks import make_host
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 TABLE = "Detectors"
 TOLERANCE = 1e-4  # of the largest value: some 1e-6 are measured, and 0.1 and more without the blocks

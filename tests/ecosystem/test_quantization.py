@@ -22,7 +22,7 @@ LAYERS = {"CFE": CFE, "SFE": SFE, "CSFE": CSFE, "MFDF": MFDF}
 GATES = (CFE, SFE, CSFE)
 STATIC = ("PT2E with X86InductorQuantizer", "ONNX Runtime, static")
 
-pytestmark = [pytest.mark.slow, *quiet]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, *quiet]
 
 
 def cells(*columns):

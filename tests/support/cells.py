@@ -71,6 +71,11 @@ class Cells:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.results: list[Result] = []
+        self.collected: list[tuple[Path, tuple[str, str, str] | None]] = []
+
+    @pytest.hookimpl(tryfirst=True)  # before a marker leaves tests out
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.collected = [(item.path, cell_of(item)) for item in items]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for position, item in enumerate(session.items):
