@@ -30,7 +30,7 @@ class Grid:
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
+        self.size: tuple[int, int] = size
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.size = (output.shape[1], output.shape[2])
