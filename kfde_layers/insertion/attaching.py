@@ -13,6 +13,7 @@ from kfde_layers.insertion.dry_run import (
     check_block,
     check_order,
     check_training,
+    outputs_of,
     runs_children,
 )
 from kfde_layers.insertion.effects import Tap, have_effects
@@ -83,9 +84,10 @@ def insert(
     noises = {insertion.name: _adapted(Noise(), insertion.seen) for insertion in insertions}
     taps = {insertion.name: _adapted(Tap(), insertion.seen) for insertion in insertions}
     seen_at = {insertion.name: insertion.seen for insertion in insertions}
-    check_order(trial, seen_at)
+    plain = outputs_of(trial, seen_at)
+    check_order(trial, seen_at, plain)
     check_training(trial, seen_at)
-    is_run = runs_children(trial, noises)
+    is_run = runs_children(trial, noises, plain)
     check_merging(trial, noises, {insertion.name: insertion.seen.key for insertion in insertions}, is_run)
     has_effect = have_effects(trial, taps, noises)
     for insertion in insertions:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserList
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -97,43 +97,43 @@ def check_training(trial: Trial, seen_at: Mapping[str, Seen]) -> None:
                 )
 
 
-def check_order(trial: Trial, seen_at: Mapping[str, Seen]) -> None:
-    """Refuse tokens that are chosen at random, in evaluation too, as those of a masked image are."""
-    sequences = {name: seen for name, seen in seen_at.items() if seen.point.layout == "NLC"}
-    if not sequences:
-        return
-    outputs: dict[int, dict[str, list[Tensor]]] = {0: {}, 1: {}}
+def outputs_of(trial: Trial, names: Iterable[str], seed: int = 0) -> dict[str, Any]:
+    """Return what each named module returns, from a run with this seed of all random numbers."""
+    outputs: dict[str, Any] = {}
 
-    def keep(seed: int, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: outputs[seed].update({name: tensors_in(output)})
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        # a copy, since the rest of the model may change its input in place
+        return lambda module, args, output: outputs.update({name: copy.deepcopy(output)})
 
-    for seed in outputs:
-        trial.run([(trial.model.get_submodule(name), keep(seed, name)) for name in sequences], seed=seed)
-    for name in sequences:
-        if not close(outputs[0][name], outputs[1][name]):
+    trial.run([(trial.model.get_submodule(name), keep(name)) for name in names], seed=seed)
+    return outputs
+
+
+def check_order(trial: Trial, seen_at: Mapping[str, Seen], plain: Mapping[str, Any]) -> None:
+    """Refuse tokens that are chosen at random, in evaluation too, as those of a masked image are.
+
+    `plain` is what `outputs_of` returned.
+    """
+    sequences = [name for name, seen in seen_at.items() if seen.point.layout == "NLC"]
+    for name, output in (outputs_of(trial, sequences, seed=1) if sequences else {}).items():
+        if not close(tensors_in(plain[name]), tensors_in(output)):
             raise ValueError(
                 f"cannot insert at {name!r}: its tokens depend on random numbers, in evaluation too, as those of a "
                 "masked image do; they are no map"
             )
 
 
-def runs_children(trial: Trial, noises: Mapping[str, nn.Module]) -> dict[str, bool]:
+def runs_children(trial: Trial, noises: Mapping[str, nn.Module], plain: Mapping[str, Any]) -> dict[str, bool]:
     """Return for each named module whether it runs a child that is added after all others, as `nn.Sequential` does.
 
     Args:
         trial: The model, unchanged afterwards.
         noises: For each name, a `Noise` for the module's output, which serves as the added child.
+        plain: For each name, the module's output, as `outputs_of` returned it.
 
     Raises:
         ValueError: A module runs the child in another place, or its output changes because it has one more child.
     """
-    plain: dict[str, Any] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        # a copy, since the rest of the model may change its input in place
-        return lambda module, args, output: plain.update({name: copy.deepcopy(output)})
-
-    trial.run([(trial.model.get_submodule(name), keep(name)) for name in noises])
     try:
         return _run_children(trial, noises, plain)
     except ValueError:

@@ -38,6 +38,7 @@ COMMON = re.findall(
 )
 
 pytestmark = [
+    pytest.mark.deployment,
     pytest.mark.slow,
     # The older exporter announces its end, and traces through Python's numbers.
     pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning"),

@@ -109,7 +109,7 @@ def test_the_grid_travels_with_the_model():
 def test_a_compiled_model_asks_for_each_grid_too():
     model = insert(vit(dynamic_img_size=True), {"blocks.1": MFDF}, example_input=image(64, 64)).requires_grad_(False)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for size in ((64, 64), (32, 128), (128, 32)):
+    for size in ((32, 128), (128, 32)):
         torch.testing.assert_close(compiled(image(*size)), model(image(*size)))
 
 
