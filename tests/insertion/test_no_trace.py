@@ -214,6 +214,15 @@ def test_odd_attributes_do_not_keep_a_block_out(tmp_path):
     assert (tmp_path / "map.npy").stat().st_mtime_ns == written
 
 
+def test_what_is_not_changed_is_not_written():
+    model = Changing(lambda model: None)
+    walk = iter(model.last)  # Python stops it if its queue is written
+    insertion_points(model, example_input=X)
+    with pytest.raises(ValueError, match="must keep the shape"):
+        insert(model, {"conv": nn.Conv2d(8, 4, 1)}, example_input=X)
+    assert list(walk) == [1, 2]
+
+
 class Checkpointed(nn.Module):
     """Run the second half again in the backward pass, where batch norms would count it."""
 

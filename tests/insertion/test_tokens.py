@@ -92,6 +92,13 @@ def test_the_example_decides_where_the_model_was_made_for_another_image():
     assert model.blocks[0].kfde.grid == (2, 8)
 
 
+def test_other_tokens_than_those_of_the_image_are_refused():
+    model = insert(vit(dynamic_img_size=True), {"blocks.0": SFE}, example_input=image(64, 64))
+    model(image(32, 128))
+    with pytest.raises(ValueError, match="1 prefix tokens and a map of 2 x 8, as the image was cut, got 10 tokens"):
+        model.blocks[0](random_tensor(1, 10, 48))
+
+
 def test_the_grid_travels_with_the_model():
     model = insert(vit(dynamic_img_size=True), {"blocks.0": CSFE, "blocks.1": "MFDF"}, example_input=image(64, 64))
     assert len(model.patch_embed._forward_hooks) == 2
