@@ -54,12 +54,18 @@ def export(module, shape, dynamic_shapes=None):
         return torch.export.export(module, (torch.zeros(shape),), dynamic_shapes=dynamic_shapes)
 
 
-@torch.no_grad()
-def assert_the_numbers_of_the_reference(run, reference, shapes):
-    for shape in shapes:
-        x = input_of_case(reference, shape)
-        y = torch.as_tensor(np.asarray(run(x)))
-        assert relative_error(y, reference(x.double())) < TOLERANCE
+@pytest.fixture
+def assert_the_numbers_of_the_reference(request, record_property):
+    """A function that compares what was converted with the reference, and notes the error."""
+
+    @torch.no_grad()
+    def compare(run, reference, shapes):
+        inputs = [input_of_case(reference, shape) for shape in shapes]
+        errors = [relative_error(torch.as_tensor(np.asarray(run(x))), reference(x.double())) for x in inputs]
+        record_property("note", f"error of {request.node.callspec.id.split('-')[0]} {max(errors):.0e}")
+        assert max(errors) < TOLERANCE
+
+    return compare
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def assert_the_numbers_of_the_reference(run, reference, shapes):
     ids=[*CASES, "models, by ONNX"],
 )
 @pytest.mark.cell(TABLE, "OpenVINO")
-def test_openvino(case, source, tmp_path):
+def test_openvino(case, source, tmp_path, assert_the_numbers_of_the_reference):
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     module, reference = module_and_reference(case)
     model = export(module, case.shapes[0], DYNAMIC)
@@ -83,7 +89,7 @@ def test_openvino(case, source, tmp_path):
 @quiet
 @each_case(CASES)
 @pytest.mark.cell(TABLE, "ExecuTorch, XNNPACK")
-def test_executorch(case):
+def test_executorch(case, assert_the_numbers_of_the_reference):
     exir = pytest.importorskip("executorch.exir", reason="ExecuTorch is not installed")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.runtime import Runtime
@@ -99,7 +105,7 @@ def test_executorch(case):
 @quiet
 @each_case(CASES)
 @pytest.mark.cell(TABLE, "LiteRT")
-def test_litert(case):
+def test_litert(case, assert_the_numbers_of_the_reference):
     litert_torch = pytest.importorskip("litert_torch", reason="LiteRT Torch is not installed")
     module, reference = module_and_reference(case)
     model = litert_torch.convert(module, (torch.zeros(case.shapes[0]),))

@@ -72,8 +72,9 @@ def error(method, name, folder, mean, **options):
 
 
 @cells(*LAYERS)
-def test_a_layer_is_as_near_to_float_as_a_convolution(column, method, folder):
+def test_a_layer_is_as_near_to_float_as_a_convolution(column, method, folder, record_property):
     of_layer, of_bare = (error(method, name, folder, USUAL_MEAN) for name in (column, "bare"))
+    record_property("note", f"error of {column} {of_layer:.1%}, of a convolution {of_bare:.1%}")
     assert 1e-3 < of_bare < 0.05
     if column == "MFDF" or method in STATIC:
         assert 1e-5 < of_layer < 3 * of_bare
@@ -184,10 +185,12 @@ def folder(tmp_path_factory):
 
 
 @cells("models", "inserted")
-def test_a_trained_network_loses_no_more_than_the_bare_one(column, method, folder):
+def test_a_trained_network_loses_no_more_than_the_bare_one(column, method, folder, record_property):
     ours, bare = ("inserted", "test_resnet") if column == "inserted" else ("kfde_convnextv2_atto", "convnextv2_atto")
     exact, rounded, of_ours = in_int8(ours, method, folder)
     bare_exact, bare_rounded, of_bare = in_int8(bare, method, folder)
+    scores = f"{exact:.3f} to {rounded:.3f}, bare {bare_exact:.3f} to {bare_rounded:.3f}"
+    record_property("note", f"score of {column} {scores} ({'tissue' if DATA.is_dir() else 'drawn images'})")
     assert exact > 0.75  # of 0.5 by chance: there is a score to lose
     assert exact - rounded < max(bare_exact - bare_rounded, 0) + 0.01
     assert 0 < of_ours < 3 * of_bare + 0.01

@@ -56,7 +56,7 @@ def test_the_merged_form_counts_one_convolution_of_the_largest_kernel(shape, ker
 
 
 def test_the_formulas_are_those_of_the_steps_on_cpu():
-    """PyTorch counts the convolutions in the steps by itself; what it leaves out is the merging."""
+    """PyTorch counts the convolutions in these steps. It does not count the merging."""
     x, dy, alpha = draw(2, 6, 9, 8), draw(2, 6, 9, 8), draw(2, 3, 6)
     kernels, bias = draw(3, 6, 5, 5), draw(2, 6)
     convolution, merging = 2 * x.numel() * 25, 2 * alpha.numel() * 25

@@ -10,17 +10,7 @@ from kfde_layers import CSFE, SFE, insert
 from kfde_layers.layers import Blend
 from kfde_layers.testing import scatter_parameters
 from tests.support.inputs import images
-
-
-class ConvNorm(nn.Module):
-    """A convolution and a norm that become one convolution, by a method of some name."""
-
-    def __init__(self, channels, outputs):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
+from tests.support.networks import ConvNorm
 
 
 class Replaced(ConvNorm):

@@ -7,15 +7,7 @@ from torch import nn
 from kfde_layers import SFE, insert
 from kfde_layers.testing import scatter_parameters
 from tests.support.inputs import images
-
-
-class ConvNorm(nn.Module):
-    def __init__(self, channels, outputs):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
+from tests.support.networks import ConvNorm
 
 
 class Network(nn.Sequential):

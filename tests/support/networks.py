@@ -40,6 +40,17 @@ class Patches(nn.Module):
         return self.tokens(torch.cat((self.prefix.expand(len(x), -1, -1), tokens), 1))
 
 
+class ConvNorm(nn.Module):
+    """A convolution and a batch norm, which can become one convolution."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
 def plain_backbone() -> nn.Module:
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU()),

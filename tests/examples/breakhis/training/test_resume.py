@@ -123,9 +123,10 @@ def test_a_run_is_not_replaced_without_being_asked_for(tmp_path, name, message):
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "split.csv", "best", "results.json"])
-def test_a_run_without_a_complete_epoch_is_replaced(tmp_path, name):
+def test_a_run_without_a_complete_epoch_is_not_refused(tmp_path, name):
     (tmp_path / name).touch()
     make_way([tmp_path / "none", tmp_path], overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # removed as the new run begins, not before
 
 
 def test_all_runs_that_are_replaced_are_unfinished_from_the_start(tmp_path):
