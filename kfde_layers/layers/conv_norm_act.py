@@ -10,6 +10,7 @@ from kfde_layers.layers.parts import (
     OTHER_SETTINGS,
     ConvSettings,
     check_device_of,
+    check_private_training,
     conv_geometry,
     read,
     watched_everywhere,
@@ -74,6 +75,7 @@ def call_branch(name: str, branch: nn.Module, x: Tensor) -> Tensor:
     """Return branch(x), in the dtype of its parameters; refuse a plain convolution on another device than x."""
     conv = branch if why_not_plain(branch, ConvNormAct) else cast(ConvNormAct, branch).conv
     check_device_of(name, conv, nn.Conv2d, x)
+    check_private_training(name, conv, contiguous=x.is_contiguous())
     if not autocasts(x):
         # a list, since older compilers of PyTorch do not read `next` with a default
         dtypes = [parameter.dtype for parameter in branch.parameters() if parameter.is_floating_point()]

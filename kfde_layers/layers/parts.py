@@ -117,6 +117,23 @@ def check_device_of(name: str, part: nn.Module, made: type[nn.Module], x: Tensor
                 check_device(f"{key} of {name}", parameter, x)
 
 
+def check_private_training(name: str, conv: nn.Module, *, contiguous: bool) -> None:
+    """Refuse maps that are not contiguous where Opacus takes the gradients of a convolution by a rule of its own.
+
+    This rule (Opacus 1.6) takes the strides of the map for those of a contiguous one, and its gradients are wrong. With
+    `grad_sample_mode="functorch"` it differentiates the convolution itself.
+    """
+    if contiguous or not isinstance(conv, nn.Conv2d) or not conv.training:
+        return
+    weight = conv.__dict__["_parameters"].get("weight")
+    if hasattr(weight, "grad_sample") and weight.requires_grad and not hasattr(conv, "ft_compute_sample_grad"):
+        raise NotImplementedError(
+            f"{name} must get a contiguous map in Opacus' grad_sample_mode 'hooks' or 'ghost', which compute wrong "
+            "gradients of each sample from one in channels_last; got one in channels_last. "
+            "Pass grad_sample_mode='functorch' to make_private"
+        )
+
+
 def watched_everywhere() -> bool:
     """Return whether a hook is set on all modules of the process, which must then see the parts too."""
     return not torch.compiler.is_compiling() and bool(nn_module._has_any_global_hook())  # pyright: ignore[reportPrivateUsage]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_int, check_sequence
 from kfde_layers.layers import CSFE, MFDF, Blend
+from kfde_layers.layers.parts import check_private_training
 
 __all__ = ["KFDEConvNeXt", "KFDEStage"]  # register_model adds the factories
 
@@ -49,6 +50,10 @@ class KFDEStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
+        if not torch.jit.is_scripting():
+            for block in self.blocks:
+                if isinstance(block, convnext.ConvNeXtBlock):  # its norm leaves maps in channels_last
+                    check_private_training("conv_dw of ConvNeXt", block.conv_dw, contiguous=False)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
             x = checkpoint_seq(self.kfde, x)

@@ -13,6 +13,7 @@ from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.gate import away_from_zero, deviations, logit
+from kfde_layers.ops.scripting import define_operator
 
 
 def cfe(
@@ -127,12 +128,11 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 # TorchScript does not read Python: it keeps this operator. Every other tracer sees through it to the function.
-torch.library.define(
-    "kfde::cfe",
-    "(Tensor x, Tensor weight, Tensor bias, int num_groups, float threshold, float eps, str impl) -> Tensor",
-)
-
-
-@torch.library.impl("kfde::cfe", "CompositeImplicitAutograd")
-def _scripted_cfe(*arguments: Any) -> Tensor:
+def _recorded_cfe(*arguments: Any) -> Tensor:
     return cfe(*arguments[:-1], impl=arguments[-1])
+
+
+define_operator(
+    "cfe(Tensor x, Tensor weight, Tensor bias, int num_groups, float threshold, float eps, str impl) -> Tensor",
+    _recorded_cfe,
+)

@@ -14,6 +14,7 @@ from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
 from kfde_layers.ops.formats import as_input, upcast
+from kfde_layers.ops.scripting import define_operator
 from kfde_layers.ops.sfe import check_sfe, sfe_equations
 
 ARRANGEMENTS = ("parallel", "cfe_sfe", "sfe_cfe")
@@ -141,13 +142,12 @@ def _one_after_the_other(
     return checkpoint(chain, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
 
 
-torch.library.define(
-    "kfde::csfe",
-    "(Tensor x, Tensor weight, Tensor bias, int num_groups, float threshold, float lambd, float beta, int correction, "
-    "float eps, str arrangement, str fusion, str impl) -> Tensor",
-)
-
-
-@torch.library.impl("kfde::csfe", "CompositeImplicitAutograd")
-def _scripted_csfe(*arguments: Any) -> Tensor:
+def _recorded_csfe(*arguments: Any) -> Tensor:
     return csfe(*arguments[:-1], impl=arguments[-1])
+
+
+define_operator(
+    "csfe(Tensor x, Tensor weight, Tensor bias, int num_groups, float threshold, float lambd, float beta, "
+    "int correction, float eps, str arrangement, str fusion, str impl) -> Tensor",
+    _recorded_csfe,
+)

@@ -13,6 +13,7 @@ from kfde_layers._impl import Impl, exporting, select, tracing, unsupported
 from kfde_layers.fused.mfdf.auto import auto_impl
 from kfde_layers.fused.mfdf.operator import fused
 from kfde_layers.ops.formats import as_input, split_channels, upcast, without_autocast
+from kfde_layers.ops.scripting import define_operator
 
 
 def mfdf(
@@ -262,24 +263,19 @@ def _check_fc(
         check_device(f"mfdf: {name}", tensor, x)
 
 
-torch.library.define(
-    "kfde::mfdf",
-    "(Tensor x, Tensor[] branch_weights, Tensor[] branch_biases, Tensor fc1_weight, Tensor fc1_bias, "
-    "Tensor fc2_weight, Tensor fc2_bias, int[] dilation, int groups, str impl) -> Tensor",
-)
-torch.library.define(
-    "kfde::mfdf_fuse",
-    "(Tensor x, Tensor[] maps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor",
-)
-torch.library.define("kfde::mfdf_branch_mean", "(Tensor[] maps) -> Tensor")
-torch.library.define("kfde::mfdf_sum_branches", "(Tensor x, Tensor[] maps, Tensor scores) -> Tensor")
-
-
-@torch.library.impl("kfde::mfdf", "CompositeImplicitAutograd")
-def _scripted_mfdf(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *arguments: Any) -> Tensor:
+def _recorded_mfdf(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *arguments: Any) -> Tensor:
     return mfdf(x, weights, biases or None, *arguments[:-1], impl=arguments[-1])
 
 
-torch.library.impl("kfde::mfdf_fuse", "CompositeImplicitAutograd")(mfdf_from_maps_and_fc)
-torch.library.impl("kfde::mfdf_branch_mean", "CompositeImplicitAutograd")(branch_mean)
-torch.library.impl("kfde::mfdf_sum_branches", "CompositeImplicitAutograd")(sum_branches)
+define_operator(
+    "mfdf(Tensor x, Tensor[] branch_weights, Tensor[] branch_biases, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, int[] dilation, int groups, str impl) -> Tensor",
+    _recorded_mfdf,
+)
+define_operator(
+    "mfdf_fuse(Tensor x, Tensor[] maps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) "
+    "-> Tensor",
+    mfdf_from_maps_and_fc,
+)
+define_operator("mfdf_branch_mean(Tensor[] maps) -> Tensor", branch_mean)
+define_operator("mfdf_sum_branches(Tensor x, Tensor[] maps, Tensor scores) -> Tensor", sum_branches)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kfde_layers._checks import check_int, check_map, check_real
@@ -12,6 +11,7 @@ from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.gate import deviations
+from kfde_layers.ops.scripting import define_operator
 
 
 def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, *, impl: Impl | str = "auto") -> Tensor:
@@ -74,9 +74,11 @@ def sfe_equations(x: Tensor, lambd: float, beta: float, correction: int) -> Tens
     return x * score.sigmoid()  # (9)
 
 
-torch.library.define("kfde::sfe", "(Tensor x, float lambd, float beta, int correction, str impl) -> Tensor")
-
-
-@torch.library.impl("kfde::sfe", "CompositeImplicitAutograd")
-def _scripted_sfe(*arguments: Any) -> Tensor:
+def _recorded_sfe(*arguments: Any) -> Tensor:
     return sfe(*arguments[:-1], impl=arguments[-1])
+
+
+define_operator(
+    "sfe(Tensor x, float lambd, float beta, int correction, str impl) -> Tensor",
+    _recorded_sfe,
+)

@@ -22,7 +22,7 @@ from tests.support.cases import (
 OPSET = 18
 CASES = {name: SHALLOW if case is MODEL else case for name, case in DEFAULTS.items()}
 
-# Operators of the domain ai.onnx that TensorRT 10 documents as supported for float32, bool and integer tensors.
+# Operators of the domain ai.onnx that TensorRT supports, after docs/operators.md of onnx-tensorrt for TensorRT 10.0.
 COMMON = re.findall(
     r"\w+",
     """

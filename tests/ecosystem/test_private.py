@@ -144,6 +144,41 @@ def test_opacus_is_wrong_for_convolutions_of_channels_last_maps_by_itself():
     assert errors[1] > 0.1
 
 
+WRONG = r"{} must get a contiguous map in Opacus' grad_sample_mode .* Pass grad_sample_mode='functorch' to make_private"
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize(
+    "make", [MFDF, lambda channels: MFDF(channels, groups=1, act_layer=nn.GELU)], ids=["plain", "dense"]
+)
+def test_a_map_in_channels_last_is_refused_in_other_modes(make, mode):
+    wrapped, *_ = private(network(make), mode)
+    x = batch()[0].contiguous(memory_format=torch.channels_last)
+    with pytest.raises(NotImplementedError, match=WRONG.format(r"branches\[0\]")):
+        wrapped(x)
+    wrapped.eval()
+    wrapped(x)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("options", [{}, {"mfdf": False, "kfde_stages": (0,)}], ids=["all", "CSFE alone"])
+def test_the_models_are_refused_in_other_modes(options, mode):
+    wrapped, *_ = private(model(**options).train(), mode)
+    with pytest.raises(NotImplementedError, match=WRONG.format("conv_dw of ConvNeXt")):
+        wrapped(batch()[0])
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+def test_frozen_branches_take_a_map_in_channels_last(mode):
+    module, x = MFDF(4), random_tensor(3, 4, 5, 5, memory_format=torch.channels_last)
+    weight = module.fc1.weight
+    expected = torch.stack([torch.autograd.grad(module(sample[None]).sin().sum(), weight)[0] for sample in x])
+    private_module = GradSampleModule(module, loss_reduction="sum", force_functorch=mode == "functorch")
+    module.branches.requires_grad_(False)
+    private_module(x).sin().sum().backward()
+    assert relative_error(weight.grad_sample, expected) < 1e-4
+
+
 def test_a_map_in_channels_last_is_right_in_functorch_mode():
     module, x = MFDF(4), random_tensor(3, 4, 5, 5, memory_format=torch.channels_last)
     weight = module.branches[0].weight
