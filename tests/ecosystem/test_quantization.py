@@ -10,6 +10,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 
 from kfde_layers import CFE, CSFE, MFDF, SFE, insert
 from kfde_layers.testing import scatter_parameters
@@ -20,6 +22,7 @@ DATA = Path(os.environ.get("KFDE_DATA", Path(__file__).parents[2].parent / "shar
 CHANNELS, SIDE, USUAL_MEAN = 32, 64, 0.3
 LAYERS = {"CFE": CFE, "SFE": SFE, "CSFE": CSFE, "MFDF": MFDF}
 GATES = (CFE, SFE, CSFE)
+KFDE = "kfde_convnextv2_atto"
 STATIC = ("PT2E with X86InductorQuantizer", "ONNX Runtime, static")
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow, *quiet]
@@ -135,7 +138,7 @@ def trained(name):
     """Return a small network after some steps."""
     torch.manual_seed(0)
     if name.endswith("atto"):
-        model = timm.create_model(name, depths=(1, 1, 1, 1), num_classes=2)
+        model = timm.create_model(name, num_classes=2)
     else:
         model = timm.create_model("test_resnet", num_classes=2)
         model = insert(model, {"layer3": CSFE, "layer4": MFDF}) if name == "inserted" else model
@@ -186,7 +189,7 @@ def folder(tmp_path_factory):
 
 @cells("models", "inserted")
 def test_a_trained_network_loses_no_more_than_the_bare_one(column, method, folder, record_property):
-    ours, bare = ("inserted", "test_resnet") if column == "inserted" else ("kfde_convnextv2_atto", "convnextv2_atto")
+    ours, bare = ("inserted", "test_resnet") if column == "inserted" else (KFDE, "convnextv2_atto")
     exact, rounded, of_ours = in_int8(ours, method, folder)
     bare_exact, bare_rounded, of_bare = in_int8(bare, method, folder)
     scores = f"{exact:.3f} to {rounded:.3f}, bare {bare_exact:.3f} to {bare_rounded:.3f}"
@@ -196,6 +199,26 @@ def test_a_trained_network_loses_no_more_than_the_bare_one(column, method, folde
     assert 0 < of_ours < 3 * of_bare + 0.01
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("column", "name"),
+    [
+        pytest.param(column, name, id=column, marks=pytest.mark.cell(TABLE, f"int8: {STATIC[0]}", column))
+        for column, name in {**{name: name for name in LAYERS}, "models": KFDE, "inserted": "inserted"}.items()
+    ],
+)
+def test_inductor_compiles_what_pt2e_has_quantised(column, name):
+    if name in LAYERS:
+        module, x, images = make(name), draw_maps(0, USUAL_MEAN), [draw_maps(1, USUAL_MEAN)]
+    else:
+        module, x, images = trained(name), patches()[2][:64], calibration()
+    quantised = pt2e(module, images, None)
+    with inductor.patch(freezing=True):  # else the weights are quantised at each call
+        y, codes = run_and_get_code(torch.compile(quantised), x)
+    assert ("qconv" in "".join(codes)) == (name not in ("CFE", "SFE", "CSFE"))  # these have no convolutions
+    assert float((y - quantised(x)).norm() / y.norm()) < 0.005
+
+
 def test_scales_of_other_images_are_seen_in_the_error():
     with torch.no_grad():
         quantised = pt2e(trained("inserted"), [batch / 30 for batch in calibration()], None)
@@ -203,7 +226,7 @@ def test_scales_of_other_images_are_seen_in_the_error():
     assert relative_error_of_logits(logits(quantised), exact) > 0.3
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", "kfde_convnextv2_atto"])
+@pytest.mark.parametrize("name", ["convnextv2_atto", KFDE])
 def test_symbolic_shapes_of_onnx_runtime_stop_at_the_response_norm_of_timm(name, tmp_path):
     with pytest.raises(TypeError, match="'NoneType' has no len"), torch.no_grad():
         onnx_runtime(timm.create_model(name, depths=(1, 1, 1, 1)).eval(), calibration(), tmp_path, symbolic=True)
