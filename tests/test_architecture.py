@@ -28,8 +28,20 @@ ALLOWED = {
         "kfde_layers._impl",
         "timm",
     ),
-    "kfde_layers/models": ("kfde_layers.layers", "kfde_layers.models", "kfde_layers._checks", "timm"),
-    "kfde_layers/insertion": ("kfde_layers.layers", "kfde_layers.insertion", "kfde_layers._checks", "timm"),
+    "kfde_layers/models": (
+        "kfde_layers.layers",
+        "kfde_layers.models",
+        "kfde_layers._checks",
+        "kfde_layers._named",
+        "timm",
+    ),
+    "kfde_layers/insertion": (
+        "kfde_layers.layers",
+        "kfde_layers.insertion",
+        "kfde_layers._checks",
+        "kfde_layers._named",
+        "timm",
+    ),
     "kfde_layers/layers": ("kfde_layers.layers", "kfde_layers.ops", "kfde_layers._impl", "kfde_layers._checks"),
     "kfde_layers/functional.py": tuple(f"kfde_layers.ops.{page}" for page in ("cfe", "sfe", "csfe", "mfdf")),
     "kfde_layers/ops/gate.py": (),
@@ -56,6 +68,7 @@ ALLOWED = {
     "kfde_layers/testing.py": (),
     "kfde_layers/_impl.py": (),
     "kfde_layers/_checks.py": (),
+    "kfde_layers/_named.py": ("timm",),
 }
 
 

@@ -46,7 +46,9 @@ def insert(
         model: Changed in place.
         blocks: For each module name, a module, or a function that makes one from a number of channels, such as the
             class `CSFE` or `functools.partial(MFDF, kernel_sizes=(3, 5))`. A file of settings can hold the name of a
-            layer, `"CSFE"`, or a pair of name and options, `["MFDF", {"kernel_sizes": [3, 5]}]`.
+            layer, `"CSFE"`, or a pair of name and options, `["MFDF", {"kernel_sizes": [3, 5]}]`, or the same as a dict,
+            `{"MFDF": {"kernel_sizes": [3, 5]}}`. "SimAM" and the attention layers of timm, such as "se", have names
+            too; upper case is lower case. A list of blocks is a block that runs them one after the other.
             `insertion_points(model)` names the usual places. Any submodule is possible that returns a feature map and
             is called once.
         example_input: As in `insertion_points`.

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
 from timm.models import (
     DefaultCfg,
     build_model_with_cfg,
@@ -22,6 +21,7 @@ from timm.models import get_pretrained_cfg as backbone_cfg
 from torch import Tensor, nn
 
 from kfde_layers._checks import check_bool, check_int, check_sequence
+from kfde_layers._named import with_layers
 from kfde_layers.layers import CSFE, MFDF, Blend
 from kfde_layers.layers.parts import check_private_training
 
@@ -122,23 +122,12 @@ class KFDEConvNeXt(convnext.ConvNeXt):
 
 def _options(name: str, value: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
     if isinstance(value, Mapping):
-        return {key: _by_name(f"{name}[{key!r}]", key, option) for key, option in value.items()}
+        return with_layers(name, value)
     if value is True:
         return {}
     if value is False:
         return None
     raise TypeError(f"{name} must be a bool or a dict of layer options, got {value!r} of type {type(value).__name__}")
-
-
-def _by_name(name: str, key: str, option: Any) -> Any:
-    """Return the layer that timm has under a name; return anything else unchanged."""
-    find = {"norm_layer": get_norm_layer, "act_layer": get_act_layer}.get(key)
-    if find is None or not isinstance(option, str):
-        return option
-    try:
-        return find(option)
-    except KeyError:
-        raise ValueError(f"{name} must be a layer or timm's name of one, got {option!r}") from None
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: KFDEConvNeXt) -> dict[str, Any]:

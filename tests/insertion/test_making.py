@@ -5,6 +5,8 @@ import functools
 import pytest
 import timm
 import torch
+from timm.layers import EcaModule, SEModule
+from timm.layers.cbam import CbamModule
 from torch import nn
 
 from kfde_layers import CFE, CSFE, MFDF, SFE, insert, insertion_points
@@ -27,12 +29,48 @@ from tests.support.networks import plain_backbone
             {"arrangement": "cfe_sfe", "impl": "reference"},
         ),
         (("SFE", {}), SFE, {}),
+        ("csfe", CSFE, {}),
+        ("SimAM", SFE, {"correction": 1}),
+        ({"mfdf": {"kernel_sizes": [3]}}, MFDF, {"kernel_sizes": (3,)}),
+        ({"CSFE": None}, CSFE, {}),
+        ("se", SEModule, {}),
+        (["eca", {"kernel_size": 5}], EcaModule, {}),
+        ("CBAM", CbamModule, {}),
     ],
 )
 def test_a_name_stands_for_a_layer(block, layer, options):
     model = insert(plain_backbone(), {"1": block}, example_input=images(32))
     assert type(model[1].kfde) is layer
     assert {name: getattr(model[1].kfde, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("blocks", "keys", "types"),
+    [
+        (["CSFE", "MFDF"], ["csfe", "mfdf"], [CSFE, MFDF]),
+        (["csfe"], ["csfe"], [CSFE]),
+        (["csfe", {"mfdf": {"kernel_sizes": [3, 5]}}], ["csfe", "mfdf"], [CSFE, MFDF]),
+        ([["sfe", {"beta": 1.0}], "cbam"], ["sfe", "cbam"], [SFE, CbamModule]),
+        ((CFE, nn.ReLU(), "cfe", "cfe"), ["cfe", "relu", "cfe_2", "cfe_3"], [CFE, nn.ReLU, CFE, CFE]),
+        ([["csfe", "mfdf"], "se"], ["sequential", "se"], [nn.Sequential, SEModule]),
+    ],
+)
+def test_a_list_of_blocks_runs_in_its_order(blocks, keys, types):
+    model = plain_backbone()
+    expected = model[:2](images(32))
+    sequence = insert(model, {"1": blocks}, example_input=images(32)).eval()[1].kfde
+    assert list(dict(sequence.named_children())) == keys
+    assert [type(part) for part in sequence] == types
+    for part in sequence:
+        expected = part(expected)
+    assert torch.equal(model[:2](images(32)), expected)
+
+
+def test_layers_of_an_option_are_named():
+    options = {"groups": 1, "norm_layer": "batchnorm2d", "act_layer": "relu"}
+    model = insert(plain_backbone(), {"1": {"mfdf": options}}, example_input=images(32))
+    assert isinstance(model[1].kfde.branches[0].norm, nn.BatchNorm2d)
+    assert isinstance(model[1].kfde.branches[0].act, nn.ReLU)
 
 
 def test_names_and_pairs_come_from_yaml():
@@ -46,16 +84,26 @@ def test_names_and_pairs_come_from_yaml():
 @pytest.mark.parametrize(
     ("block", "error", "message"),
     [
-        ("csfe", ValueError, "the block at '1' must be one of CFE, SFE, CSFE, MFDF, got 'csfe'"),
-        ("SE", ValueError, "the block at '1' must be one of CFE, SFE, CSFE, MFDF, got 'SE'"),
-        (("Conv2d", {}), ValueError, "must be one of CFE, SFE, CSFE, MFDF, got 'Conv2d'"),
-        (("CSFE",), TypeError, r"a pair of such a name and a dict of options, got \('CSFE',\)"),
-        (["CSFE", {}, 1], TypeError, "a pair of such a name and a dict of options"),
-        (("CSFE", "sum"), TypeError, "a pair of such a name and a dict of options"),
-        ((CSFE, {}), TypeError, "a pair of such a name and a dict of options"),
-        ([], TypeError, "a pair of such a name and a dict of options"),
-        ({"CSFE": {}}, TypeError, "a pair of such a name and a dict of options"),
-        (None, TypeError, "a pair of such a name and a dict of options, got None"),
+        ("CFES", ValueError, "at '1' .* the name must be one of CFE, .* layer of timm, such as 'se', got 'cfes'"),
+        ("", ValueError, "the name must be one of CFE, .*, got ''"),
+        (("Conv2d", {}), ValueError, "got 'conv2d'"),
+        (("CSFE", "sum"), ValueError, "got 'sum'"),
+        (["CSFE", {"MFDF": {"kernels": 3}}], TypeError, "unexpected keyword argument 'kernels'"),
+        (["CSFE", {}, 1], TypeError, r"or a list of these, got \['CSFE', {}, 1\]"),
+        ((CSFE, {}), TypeError, "or a list of these"),
+        ([], TypeError, r"or a list of these, got \[\]"),
+        ({"CSFE": {}, "MFDF": {}}, TypeError, "or a list of these"),
+        ({"CSFE": 3}, TypeError, "or a list of these"),
+        ({"Conv2d": {}}, TypeError, "or a list of these"),
+        (["CSFE", 3], TypeError, "the block at '1' must be .* or a list of these, got 3"),
+        (None, TypeError, "or a list of these, got None"),
+        (b"CSFE", TypeError, "or a list of these"),
+        (
+            {"mfdf": {"act_layer": "rely"}},
+            ValueError,
+            r"mfdf\['act_layer'\] must be a layer or timm's name of one, got 'rely'",
+        ),
+        ({"se": {"rd": 3}}, TypeError, "unexpected keyword argument 'rd'"),
         (
             ["MFDF", {"kernels": 3}],
             TypeError,
