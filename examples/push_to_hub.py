@@ -162,7 +162,7 @@ def read_scored(run: Path) -> dict[str, Any]:
 
 def write(folder: Path, model: nn.Module, card: str, config: dict[str, Any]) -> None:
     """Write the model and its card to a folder."""
-    save_model(model, folder, config["label_names"], config.get("model_args", {}))
+    save_model(model, folder, config["label_names"], config)
     write_atomically(folder / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
 
 

@@ -39,7 +39,7 @@ from breakhis.results.figures import draw_calibration, draw_confusion_matrix, dr
 from breakhis.results.metrics import score
 from breakhis.results.report import describe_protocol, log_split, prediction_rows, split_rows, summarise
 from breakhis.results.study import write_study
-from breakhis.training.checkpoints import PRETRAINED_NOTE, check_checkpoint, eval_transform, load_model
+from breakhis.training.checkpoints import PRETRAINED_NOTE, build_model, check_checkpoint, eval_transform, load_model
 from breakhis.training.engine import predict
 from breakhis.training.fit import fit
 from breakhis.training.flags import SOURCES
@@ -244,11 +244,19 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
 
 
+def check_models(runs: Sequence[argparse.Namespace]) -> None:
+    """Build the model of each variant once, at random weights, so that none fails after hours."""
+    for run in {run.variant: run for run in runs}.values():
+        without_weights = argparse.Namespace(**vars(run) | {"pretrained": False, "checkpoint_path": None})
+        build_model(without_weights, len(SOURCES[run.dataset].classes[run.task]))
+
+
 def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
     """Find the images, do each run that the flags ask for, and write the tables of a study."""
     scaler, runs = copy.deepcopy(accelerator.scaler), expand(args)
     if not args.resume:
         make_way([run.output_dir for run in runs], args.overwrite)
+    check_models(runs)
     data_dir, records = find_records(args, accelerator)
     splits = [make_split(run, records) for run in runs]  # all of them now, so that no run fails after hours
     (hashes,) = broadcast_object_list(

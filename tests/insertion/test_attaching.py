@@ -136,7 +136,7 @@ def test_one_module_under_two_names():
         (
             {"1": 3},
             TypeError,
-            "the block at '1' must be a module, a function that makes one .* a pair of such a name and a dict .* got 3",
+            "the block at '1' must be a module, a function that makes one .* or a list of these, got 3",
         ),
         ({"1": lambda channels: nn.Flatten()}, ValueError, r"the block at '1' must keep the shape \(1, 32, 56, 56\)"),
         ({"1": CSFE(8)}, ValueError, "the block at '1' does not run .* x must have 8 channels in dimension 1, got 32"),

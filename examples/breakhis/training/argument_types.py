@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 
 from breakhis.mappings import parse_yaml
 from breakhis.names import printable
@@ -24,6 +25,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and leave with exit code 2."""
         super().error(printable(message))
+
+
+def as_argv(config: dict[str, Any]) -> list[str]:
+    """Turn a YAML mapping into a command line, so that its flags are checked in the same way."""
+    argv = []
+    for key, value in config.items():
+        name = str(key).replace("_", "-")
+        match value:
+            case None:  # saved for a flag that was not set
+                continue
+            case False if name == "mixed-precision":  # YAML reads an unquoted "no" as false
+                argv += [f"--{name}", "no"]
+            case bool():
+                argv.append(f"--{name}" if value else f"--no-{name}")
+            case dict():
+                argv += [f"--{name}", yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)]
+            case list():
+                argv += [f"--{name}", *map(str, value)]
+            case _:
+                argv += [f"--{name}", str(value)]
+    return argv
 
 
 def number(kind: type, low: float, high: float = LARGEST) -> Callable[[str], Any]:

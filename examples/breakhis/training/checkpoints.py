@@ -20,6 +20,7 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.hashes import changed_files, hash_files
 from breakhis.files import write_atomically
 from breakhis.mappings import read_json
+from breakhis.training.blocks import insert_blocks
 from breakhis.training.model_config import read_config
 from breakhis.training.stain import StainJitter
 from breakhis.training.weights import check_start, load_exactly, read_weights, record_loads
@@ -32,18 +33,20 @@ PRETRAINED_NOTE = "ImageNet weights of ConvNeXt V2 are licensed CC BY-NC 4.0: no
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """Create a model whose `pretrained_cfg` describes the input images.
 
-    A KFDE model that starts from weights has its new blocks blended out (`identity_start`), so that training starts
-    from the function of these weights.
+    A model that starts from weights has its new blocks blended out (`identity_start`), unless a flag says otherwise, so
+    that training starts from the function of these weights.
 
     Args:
-        args: Flags of a run: `model`, `model_kwargs`, `drop_path`, `pretrained`, `checkpoint_path`, `img_size`.
+        args: Flags of a run: `model`, `model_kwargs`, `insert`, `identity_start`, `drop_path`, `pretrained`,
+            `checkpoint_path`, `img_size`.
         num_classes: Number of classes.
 
     Returns:
-        The model, and the arguments that build it again together with its name.
+        The model, and what builds it again together with its name, as `config.json` has it: `model_args`, and
+        `inserted` if there are blocks.
 
     Raises:
-        ValueError: The model does not accept the arguments, or the weights do not fit it.
+        ValueError: The model does not accept the arguments, or the weights or the blocks do not fit it.
     """
     model_args, path = dict(args.model_kwargs), args.checkpoint_path
     start = {} if path is None else read_weights(path)
@@ -52,6 +55,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if loads and args.model.startswith("kfde_") and has_blocks:
         kfde_keys = [key for key in start if ".kfde." in key]  # a KFDE checkpoint keeps its own choice
         model_args.setdefault("identity_start", not kfde_keys or any(key.endswith(".blend") for key in kfde_keys))
+    if args.identity_start is not None and args.model.startswith("kfde_"):
+        model_args["identity_start"] = args.identity_start
     if args.drop_path is not None:
         model_args["drop_path_rate"] = args.drop_path
     source = None if path is None else {"file": str(path), "custom_load": False}  # not as timm's own files of weights
@@ -82,6 +87,14 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         **resolve_data_config(data_config, model=model),
         **dict.fromkeys(wrong),
     }
+    config: dict[str, Any] = {"model_args": model_args}
+    if args.insert:
+        identity_start = loads if args.identity_start is None else args.identity_start
+        config["inserted"] = {"blocks": args.insert, "identity_start": identity_start}
+        try:
+            insert_blocks(model, config["inserted"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--insert must fit model {args.model}, got {args.insert}: {error}") from error
     try:
         _try_image(model, num_classes)
     except Exception as error:  # as above
@@ -89,7 +102,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
             f"model {args.model} with arguments {model_args} must classify images of {args.img_size} px into "
             f"{num_classes} classes, got {error!r}"
         ) from error
-    return model, model_args
+    return model, config
 
 
 @torch.no_grad()  # not inference mode: a model may keep a tensor, which Grad-CAM then needs in its backward pass
@@ -143,22 +156,27 @@ def eval_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
     return create_transform(**resolve_data_config(model=model), is_training=False)
 
 
-def save_model(model: nn.Module, folder: Path, classes: Sequence[str], model_args: dict[str, Any]) -> None:
+def save_model(model: nn.Module, folder: Path, classes: Sequence[str], built: dict[str, Any]) -> None:
     """Write `model.safetensors` and `config.json`, for `timm.create_model(f"local-dir:{folder}", pretrained=True)`.
 
+    timm does not know of inserted blocks: it refuses the weights of a model that has some. `load_model` puts them in.
     Each file is replaced in one step, so that after a kill there is the old or the new one.
 
     Args:
         model: A model from `build_model`, not wrapped.
         folder: Folder for the files; made if needed.
         classes: Class names in the order of the outputs.
-        model_args: The arguments that `build_model` returned.
+        built: What `build_model` returned, or the `config.json` of the same model.
     """
     part = folder / "part"
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
     config = {"label_names": list(classes)}
+    if "inserted" in built:
+        config["inserted"] = built["inserted"]
     try:
-        save_for_hf(model, str(part), model_config=config, model_args=model_args, safe_serialization=True)
+        save_for_hf(
+            model, str(part), model_config=config, model_args=built.get("model_args", {}), safe_serialization=True
+        )
         _name_classes_once(part / "config.json")
         # safetensors gives its file mode 0600. The other one was made with the mode that the user's umask gives.
         (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)
@@ -213,7 +231,10 @@ def load_model(folder: Path) -> nn.Module:
     path = folder / "config.json"
     config = read_config(path)
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=False).eval()
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        if "inserted" in config:
+            insert_blocks(model, config["inserted"])
+        model.eval()
     except Exception as error:  # arguments from a file can make a model fail in any way
         raise ValueError(f"{path} must describe a model that timm can build, got {error!r}") from error
     if model.num_classes != config["num_classes"]:

@@ -75,7 +75,7 @@ def fit(
         ValueError: There are too few training images for the batch, or the state on disk is not of this run.
     """
     set_seed(args.seed)
-    model, model_args = _make_model(args, accelerator, len(classes))
+    model, built = _make_model(args, accelerator, len(classes))
     data = _make_data(args, accelerator, split, classes, model)
     trainer = _make_trainer(args, accelerator, model, data, len(classes))
     unwrapped = accelerator.unwrap_model(trainer.model)
@@ -105,7 +105,7 @@ def fit(
         if accelerator.is_main_process:
             # The models first: a run that is killed before the state is written repeats the epoch and the models.
             for name in ("last", "best") if is_best else ("last",):
-                save_model(scored_model, args.output_dir / name, classes, model_args)
+                save_model(scored_model, args.output_dir / name, classes, built)
             if is_best:
                 progress.best_files = hash_checkpoint(args.output_dir / "best")
             state.save(progress)
@@ -132,12 +132,12 @@ def _make_model(
     args: argparse.Namespace, accelerator: Accelerator, num_classes: int
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build the model that is trained; see `build_model`."""
-    model, model_args = build_model(args, num_classes)
+    model, built = build_model(args, num_classes)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # synchronised batch norm needs CUDA
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.freeze_backbone:
         freeze_backbone(model)
-    return model, model_args
+    return model, built
 
 
 def _make_data(

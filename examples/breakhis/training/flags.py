@@ -1,7 +1,8 @@
 """The command line of the trainer."""
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.idc import IDC
@@ -30,8 +31,24 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # an abbreviation in a file of flags could mean another flag in the next version
     )
-    for add_flags in (_add_run_flags, _add_data_flags, _add_protocol_flags, _add_model_flags, _add_recipe_flags):
+    for add_flags in (
+        _add_run_flags,
+        _add_data_flags,
+        _add_protocol_flags,
+        _add_study_flags,
+        _add_model_flags,
+        _add_recipe_flags,
+    ):
         add_flags(parser)
+    return parser
+
+
+def make_variant_parser(error: Callable[[str], NoReturn]) -> argparse.ArgumentParser:
+    """Make the parser of the flags that a variant may change; it reports by `error` what is wrong with a value."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.error = error
+    _add_model_flags(parser)
+    _add_recipe_flags(parser)
     return parser
 
 
@@ -115,6 +132,7 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
         "--num-folds", type=number(int, 2, MAX_FOLDS), default=5, help="number of folds; official has five"
     )
     group.add_argument("--folds", nargs="+", type=fold, default=[0], help="test folds from 0, one run for each; or all")
+    group.add_argument("--fold", dest="folds", nargs="+", type=fold, default=[0], help="the same as --folds")
     group.add_argument(
         "--fold-dir", type=path, default=None, help="directory with the authors' lists, dsfold1.txt to dsfold5.txt"
     )
@@ -129,19 +147,48 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_study_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ask for several runs, and those that all runs share."""
+    group = parser.add_argument_group("study")
+    group.add_argument(
+        "--ablation",
+        action=SWITCH,
+        default=False,
+        help="one run without blocks, with each alone and with all: those of --insert, else CSFE and MFDF, at the last "
+        "point of a model that has none",
+    )
+    group.add_argument(
+        "--variants",
+        type=mapping,
+        default={},
+        help="one run for each: a YAML mapping from names to model arguments, and to flags of the model and the recipe",
+    )
+    group.add_argument(
+        "--model-kwargs", type=mapping, default={}, help="further arguments of the model, a YAML mapping"
+    )
+    seed = number(int, 0, MAX_SEED)
+    group.add_argument("--seeds", nargs="+", type=seed, default=[0], help="seeds of training, one run for each")
+    group.add_argument("--seed", dest="seeds", nargs="+", type=seed, default=[0], help="the same as --seeds")
+    group.add_argument("--grad-accum-steps", type=number(int, 1), default=1, help="batches per update")
+
+
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the model."""
     group = parser.add_argument_group("model")
     share = number(float, 0, 1)
     group.add_argument("--model", default="kfde_convnextv2_atto", help="a timm model")
     group.add_argument(
-        "--model-kwargs", type=mapping, default={}, help="further arguments of the model, a YAML mapping"
+        "--insert",
+        type=mapping,
+        default={},
+        help="blocks at points of the model, a YAML mapping such as '{blocks.4: [csfe, {mfdf: {kernel_sizes: [3]}}]}'; "
+        "also simam, and se, eca, cbam and the other attention layers of timm",
     )
     group.add_argument(
-        "--ablation", action=SWITCH, default=False, help=f"one run for each of {', '.join(ABLATION)} (a kfde_* model)"
-    )
-    group.add_argument(
-        "--variants", type=mapping, default={}, help="one run for each: a YAML mapping from names to model arguments"
+        "--identity-start",
+        action=SWITCH,
+        default=None,
+        help="start with blocks that change nothing; unset: where the model starts from weights",
     )
     group.add_argument("--pretrained", action=SWITCH, default=False, help="start from timm's weights (needs a network)")
     group.add_argument(
@@ -154,7 +201,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-sha256", type=sha256, default=None, help="hash that this file must have; config.yaml records it"
     )
     group.add_argument(
-        "--freeze-backbone", action=SWITCH, default=False, help="train only the KFDE blocks and the classifier"
+        "--freeze-backbone", action=SWITCH, default=False, help="train only the blocks and the classifier"
     )
     group.add_argument("--drop-path", type=share, default=None, help="stochastic depth; unset leaves it to the model")
     group.add_argument(
@@ -168,7 +215,6 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
     group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
     group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
-    group.add_argument("--grad-accum-steps", type=count, default=1, help="batches per update")
     group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
     group.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")
     group.add_argument("--weight-decay", type=rate, default=0.05, help="weight decay of AdamW")
@@ -197,6 +243,3 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "--stain-jitter", type=share, default=0, help="random change of the amounts of haematoxylin and eosin"
     )
     group.add_argument("--class-weights", action=SWITCH, default=False, help="weigh classes by their inverse frequency")
-    group.add_argument(
-        "--seeds", nargs="+", type=number(int, 0, MAX_SEED), default=[0], help="seeds of training; one run for each"
-    )

@@ -12,6 +12,7 @@ from typing import Any
 import timm
 
 from breakhis.mappings import read_json
+from breakhis.training.blocks import check_inserted
 
 SIDES = range(32, 4097)  # px; from the smallest --img-size to a size that memory can hold
 SMALLEST_CROP = 0.5  # the image is enlarged to side / crop_pct, also in memory; the trainer saves 1.0
@@ -45,6 +46,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if any(_NOT_WRITABLE.search(name) for name in labels):
         raise ValueError(f"{path} must have label_names that a CSV file can hold, got {labels!r:.200}")
     _check_input(config["pretrained_cfg"], path)
+    if "inserted" in config:
+        try:
+            check_inserted(config["inserted"])
+        except ValueError as error:
+            raise ValueError(f"{path} must say what was inserted: {error}") from error
     return config
 
 

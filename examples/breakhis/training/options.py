@@ -2,28 +2,25 @@
 
 import argparse
 import itertools
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 
 from breakhis.data.hashes import hash_files
 from breakhis.data.naming import BREAKHIS
 from breakhis.files import real_path
 from breakhis.mappings import read_yaml
-from breakhis.training.argument_types import Parser, path
-from breakhis.training.flags import ABLATION, SOURCES, make_parser
+from breakhis.training.argument_types import Parser, as_argv, path
+from breakhis.training.flags import SOURCES, make_parser
+from breakhis.training.variants import resolve_variants
 
 # Flags that a resumed run may change: they affect no result. Its images are compared separately.
 _FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256", "checkpoint_path")
 # Arguments of timm by which a model could get other inputs and outputs, or weights that nobody has checked.
 _OWN_ARGUMENTS = {"num_classes", "in_chans", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _OWN_ARGUMENTS |= {"checkpoint_path", "cache_dir"}
-_VARIANT = re.compile(r"[\w.+-]+")  # a variant is the name of a folder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,9 +46,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --config: must be a YAML file that can be read, got {error}")
         if "config" in config:
             parser.error(f"argument --config: must be a mapping from flags to values without config, got {config!r}")
-        rest = ["--config", str(known.config), *_as_argv(config), *rest]
+        rest = ["--config", str(known.config), *as_argv(config), *rest]
     args = parser.parse_args(rest)
     _check(parser, args)
+    args.variants = resolve_variants(parser, args)
+    models = {name: argparse.Namespace(**vars(args) | changed) for name, changed in args.variants.items()}
+    for name, model in models.items():
+        _check_model(parser, model)
+        args.variants[name]["checkpoint_sha256"] = model.checkpoint_sha256
+    if args.identity_start is not None and not any(m.insert or m.model.startswith("kfde_") for m in models.values()):
+        parser.error("argument --identity-start: not allowed without blocks, by --insert or in a kfde_* model")
     if args.magnification is None:
         args.magnification = ["100X"] if SOURCES[args.dataset].magnifications else ["pooled"]
     if args.magnification == ["all"]:
@@ -61,36 +65,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _as_argv(config: dict[str, Any]) -> list[str]:
-    """Turn a YAML mapping into a command line, so that its flags are checked in the same way."""
-    argv = []
-    for key, value in config.items():
-        name = str(key).replace("_", "-")
-        match value:
-            case None:  # saved for a flag that was not set
-                continue
-            case False if name == "mixed-precision":  # YAML reads an unquoted "no" as false
-                argv += [f"--{name}", "no"]
-            case bool():
-                argv.append(f"--{name}" if value else f"--no-{name}")
-            case dict():
-                argv += [f"--{name}", yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)]
-            case list():
-                argv += [f"--{name}", *map(str, value)]
-            case _:
-                argv += [f"--{name}", str(value)]
-    return argv
-
-
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse contradicting flags."""
     if args.resume and args.overwrite:
         parser.error("argument --overwrite: not allowed with argument --resume, which keeps what --overwrite replaces")
     _check_data(parser, args)
     _check_protocol(parser, args)
-    _check_model(parser, args)
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        parser.error(f"argument --batch-size: must be even with --mixup or --cutmix, got {args.batch_size}")
 
 
 def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -139,24 +119,16 @@ def _check_protocol(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the model of one variant."""
     if not timm.is_model(args.model):
         parser.error(f"argument --model: must be a model that timm knows, got {args.model!r}")
-    if args.ablation and not args.model.startswith("kfde_"):
-        parser.error(f"argument --ablation: needs a model that starts with kfde_, got --model {args.model}")
-    if args.ablation and args.variants:
-        parser.error("argument --variants: not allowed with argument --ablation, which is four variants")
-    for name, kwargs in args.variants.items():
-        if not isinstance(name, str) or not _VARIANT.fullmatch(name) or not isinstance(kwargs, dict | None):
-            parser.error(
-                "argument --variants: must map names of letters, digits and .+-_ to mappings of model arguments, "
-                f"got {name!r}: {kwargs!r}"
-            )
-    for flag, kwargs in (
-        ("model-kwargs", args.model_kwargs),
-        *(("variants", kwargs) for kwargs in args.variants.values()),
-    ):
-        if own := sorted(_OWN_ARGUMENTS & set(map(str, kwargs or {}))):
-            parser.error(f"argument --{flag}: must not have {own[0]}, which this script sets itself, got {kwargs!r}")
+    if own := sorted(_OWN_ARGUMENTS & set(map(str, args.model_kwargs))):
+        parser.error(
+            f"argument --model-kwargs or --variants: must not have {own[0]}, which this script sets itself, got "
+            f"{args.model_kwargs}"
+        )
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f"argument --batch-size: must be even with --mixup or --cutmix, got {args.batch_size}")
     _check_start(parser, args)
 
 
@@ -185,15 +157,13 @@ def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
     A run has all flags, but with `variant`, `fold` and `seed` instead of the lists, one magnification, and its own
     directory below `output_dir`. A single run writes into `output_dir` itself.
     """
-    variants = ABLATION if args.ablation else args.variants or {args.model: {}}
-    points = list(itertools.product(variants, args.magnification, args.folds, args.seeds))
+    points = list(itertools.product(args.variants, args.magnification, args.folds, args.seeds))
     runs = []
     for variant, magnification, fold, seed in points:
-        run = argparse.Namespace(**vars(args))
+        run = argparse.Namespace(**vars(args) | args.variants[variant])
         for plural in ("folds", "seeds", "variants", "ablation"):
             delattr(run, plural)
         run.variant, run.magnification, run.fold, run.seed = variant, magnification, fold, seed
-        run.model_kwargs = {**args.model_kwargs, **(variants[variant] or {})}
         if len(points) > 1:
             run.output_dir = args.output_dir / "runs" / f"{variant}-{magnification}-fold{fold}-seed{seed}"
         runs.append(run)

@@ -20,6 +20,7 @@ CREATE = timm.create_model
 def make_flags(**changes: Any) -> Namespace:
     """Make the flags of a run that concern the model."""
     defaults = {"model": "kfde_convnextv2_atto", "model_kwargs": {}, "drop_path": None, "pretrained": False}
+    defaults |= {"insert": {}, "identity_start": None}
     defaults |= {"checkpoint_path": None, "img_size": 96, "color_jitter": 0.2, "stain_jitter": 0.0}
     return Namespace(**defaults | changes)
 
@@ -38,10 +39,10 @@ def created(monkeypatch):
 
 
 def test_a_pretrained_kfde_model_starts_at_its_backbone_and_loads_again(created, tmp_path):
-    model, model_args = build_model(make_flags(pretrained=True), num_classes=2)
+    model, built = build_model(make_flags(pretrained=True), num_classes=2)
     assert created == [{"pretrained": True, "num_classes": 2, "identity_start": True}]
     (tmp_path / "part" / "left").mkdir(parents=True)  # as after a kill
-    save_model(model, tmp_path, ["benign", "malignant"], model_args)
+    save_model(model, tmp_path, ["benign", "malignant"], built)
     loaded = load_model(tmp_path)
     assert not loaded.training
     torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
@@ -52,9 +53,9 @@ def test_a_pretrained_kfde_model_starts_at_its_backbone_and_loads_again(created,
 def test_other_models_are_not_changed_and_own_weights_have_no_licence(created, tmp_path):
     build_model(make_flags(model="convnextv2_atto", pretrained=True), num_classes=8)
     assert created == [{"pretrained": True, "num_classes": 8}]
-    model, model_args = build_model(make_flags(), num_classes=8)
-    assert model_args == {}
-    save_model(model, tmp_path, "abcdefgh", model_args)
+    model, built = build_model(make_flags(), num_classes=8)
+    assert built == {"model_args": {}}
+    save_model(model, tmp_path, "abcdefgh", built)
     config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     assert not {"license", "tag", "test_input_size", "test_crop_pct"} & config.keys()
     assert config["input_size"] == [3, 96, 96]
@@ -70,8 +71,8 @@ def test_other_models_are_not_changed_and_own_weights_have_no_licence(created, t
     ],
 )
 def test_flags_become_arguments_of_the_model(created, changes, expected):
-    _, model_args = build_model(make_flags(**changes), num_classes=2)
-    assert {key: value for key, value in model_args.items() if key not in ("csfe", "mfdf")} == expected
+    _, built = build_model(make_flags(**changes), num_classes=2)
+    assert {key: value for key, value in built["model_args"].items() if key not in ("csfe", "mfdf")} == expected
     assert {key: created[0].get(key) for key in expected} == expected
 
 
@@ -87,8 +88,8 @@ def test_weights_from_a_file_start_training_with_any_number_of_classes(tmp_path,
     source = timm.create_model(donor, num_classes=5, **kwargs)
     path = tmp_path / "donor.pth"
     torch.save(source.state_dict(), path)
-    model, model_args = build_model(make_flags(checkpoint_path=path), num_classes=2)
-    assert model_args == {"identity_start": blended}
+    model, built = build_model(make_flags(checkpoint_path=path), num_classes=2)
+    assert built == {"model_args": {"identity_start": blended}}
     assert model.pretrained_cfg["file"] is None  # loading the trained model must not look for it
     assert model.pretrained_cfg["license"] == "cc-by-nc-4.0"  # the file's weights may come from ImageNet's
     images = torch.randn(2, 3, 96, 96)
@@ -106,11 +107,80 @@ def test_arguments_and_weights_that_do_not_fit_are_named(tmp_path):
         build_model(make_flags(checkpoint_path=tmp_path / "other.pth"), num_classes=2)
 
 
+INSERTED = {"layer2": "se", "layer3": ["csfe", {"mfdf": {"groups": 1, "norm_layer": "batchnorm2d"}}]}
+
+
+@pytest.mark.parametrize("identity_start", [True, False, None])
+def test_inserted_blocks_are_saved_and_loaded(identity_start, tmp_path):
+    torch.manual_seed(0)
+    plain, _ = build_model(make_flags(model="test_resnet"), num_classes=2)
+    torch.manual_seed(0)
+    flags = make_flags(model="test_resnet", insert=INSERTED, identity_start=identity_start)
+    model, built = build_model(flags, num_classes=2)
+    assert built["inserted"] == {"blocks": INSERTED, "identity_start": bool(identity_start)}
+    images = torch.randn(2, 3, 96, 96)
+    assert torch.equal(model.eval()(images), plain.eval()(images)) == bool(identity_start)
+    save_model(model, tmp_path, ["benign", "malignant"], built)
+    loaded = load_model(tmp_path)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert torch.equal(loaded(images), model(images))
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # timm alone does not know of the blocks
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_inserted_blocks_start_as_the_identity_with_weights_unless_told_otherwise(tmp_path):
+    path = tmp_path / "donor.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    for identity_start, expected in ((None, True), (False, False)):
+        flags = make_flags(model="test_resnet", checkpoint_path=path, insert=INSERTED, identity_start=identity_start)
+        assert build_model(flags, num_classes=2)[1]["inserted"]["identity_start"] == expected
+
+
+@pytest.mark.parametrize("identity_start", [True, False])
+def test_the_blocks_of_a_kfde_model_start_as_told(identity_start):
+    _, built = build_model(make_flags(identity_start=identity_start), num_classes=2)
+    assert built == {"model_args": {"identity_start": identity_start}}
+
+
+@pytest.mark.parametrize(
+    ("insert", "message"),
+    [
+        ({"layer9": "se"}, "--insert must fit model test_resnet, got {'layer9': 'se'}: .*'layer9'"),
+        ({"layer3": "nonesuch"}, "--insert must fit .* one of CFE, .* got 'nonesuch'"),
+        ({"layer3": {"mfdf": {"kernel_sizes": [2]}}}, "--insert must fit .* kernel_sizes must be odd"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_named(insert, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(make_flags(model="test_resnet", insert=insert), num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("inserted", "message"),
+    [
+        (3, "config.json must say what was inserted: inserted must have blocks, a mapping, and identity_start, a bool"),
+        ({"blocks": {"layer3": "se"}}, "must say what was inserted"),
+        ({"blocks": ["se"], "identity_start": True}, "must say what was inserted"),
+        ({"blocks": {"layer3": "se"}, "identity_start": 1}, "must say what was inserted"),
+        ({"blocks": {"layer9": "se"}, "identity_start": True}, "config.json must describe a model that timm can build"),
+        ({"blocks": {"layer2": "se"}, "identity_start": False}, "must hold the weights of its config.json's model"),
+        ({"blocks": {}, "identity_start": False}, "must hold the weights of its config.json's model"),
+    ],
+)
+def test_a_file_that_says_something_else_was_inserted_is_refused(inserted, message, tmp_path):
+    model, built = build_model(make_flags(model="test_resnet", insert=INSERTED), num_classes=2)
+    save_model(model, tmp_path, ["benign", "malignant"], built)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"inserted": inserted}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A small model of two classes, as a run saves it."""
-    model, model_args = build_model(make_flags(model="test_resnet"), num_classes=2)
-    save_model(model, tmp_path / "best", ["benign", "malignant"], model_args)
+    model, built = build_model(make_flags(model="test_resnet"), num_classes=2)
+    save_model(model, tmp_path / "best", ["benign", "malignant"], built)
     return tmp_path / "best"
 
 
@@ -177,10 +247,10 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(saved):
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_the_files_have_the_mode_of_the_users_umask(tmp_path, mask):
-    model, model_args = build_model(make_flags(model="test_resnet"), num_classes=2)
+    model, built = build_model(make_flags(model="test_resnet"), num_classes=2)
     before = os.umask(mask)
     try:
-        save_model(model, tmp_path / "best", ["a", "b"], model_args)
+        save_model(model, tmp_path / "best", ["a", "b"], built)
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "best").iterdir()}

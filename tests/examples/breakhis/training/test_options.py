@@ -52,6 +52,75 @@ def test_variants_add_to_the_models_arguments(tmp_path):
     }
 
 
+def test_variants_change_flags_of_the_model_and_the_recipe(tmp_path):
+    args = parse(
+        tmp_path,
+        *("--model", "resnet18", "--lr", "0.5", "--insert", "{layer4: csfe}", "--model-kwargs", "{stem_width: 8}"),
+        *(
+            "--variants",
+            "{a: {insert: {layer3: [se, {mfdf: {groups: 1}}]}, lr: 0.1, class_weights: true}, b: , c: {insert: {}}}",
+        ),
+    )
+    runs = {run.variant: run for run in expand(args)}
+    assert {name: run.insert for name, run in runs.items()} == {
+        "a": {"layer3": ["se", {"mfdf": {"groups": 1}}]},
+        "b": {"layer4": "csfe"},
+        "c": {},
+    }
+    assert {name: (run.lr, run.class_weights) for name, run in runs.items()} == {
+        "a": (0.1, True),
+        "b": (0.5, False),
+        "c": (0.5, False),
+    }
+    assert all(run.model_kwargs == {"stem_width": 8} for run in runs.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "insert", "expected"),
+    [
+        (
+            "resnet18",
+            "{layer3: [csfe, {MFDF: {groups: 1}}], layer4: CSFE}",
+            {
+                "baseline": {},
+                "CSFE": {"layer3": ["csfe"], "layer4": ["CSFE"]},
+                "MFDF": {"layer3": [{"MFDF": {"groups": 1}}]},
+                "KFDE": {"layer3": ["csfe", {"MFDF": {"groups": 1}}], "layer4": "CSFE"},
+            },
+        ),
+        (
+            "kfde_convnextv2_atto",
+            "{stages.0: se, stages.1: eca}",
+            {
+                "baseline": {},
+                "SE": {"stages.0": ["se"]},
+                "ECA": {"stages.1": ["eca"]},
+                "SE+ECA": {"stages.0": "se", "stages.1": "eca"},
+            },
+        ),
+        (
+            "test_resnet",
+            "{}",
+            {
+                "baseline": {},
+                "CSFE": {"layer4": ["csfe"]},
+                "MFDF": {"layer4": ["mfdf"]},
+                "KFDE": {"layer4": ["csfe", "mfdf"]},
+            },
+        ),
+    ],
+)
+def test_an_ablation_leaves_out_blocks_of_any_model(model, insert, expected, tmp_path):
+    runs = expand(parse(tmp_path, "--ablation", "--model", model, "--insert", insert))
+    assert {run.variant: run.insert for run in runs} == expected
+
+
+@pytest.mark.parametrize("flags", [["--seed", "3", "--fold", "2"], ["--seeds", "3", "--folds", "2"]])
+def test_one_seed_and_one_fold_may_be_named_in_the_singular(flags, tmp_path):
+    (run,) = expand(parse(tmp_path, *flags))
+    assert (run.seed, run.fold) == (3, 2)
+
+
 def test_a_file_of_flags_is_read_like_the_command_line_which_overrides_it(tmp_path):
     flags = {"synthetic": True, "lr": 0.01, "epochs": 3, "class_weights": True, "strict": False, "seeds": [4, 5]}
     flags |= {
@@ -177,7 +246,13 @@ def is_whole(parse: Callable[[str], object]) -> bool:
         (["--mixup", "nan"], "argument --mixup: must be from 0 to 1000000, got nan"),
         (["--model", "nonesuch"], "a model that timm knows, got 'nonesuch'"),
         (["--model-kwargs", "7"], "argument --model-kwargs: must be a mapping in YAML, got '7'"),
-        (["--model", "resnet18", "--ablation"], "argument --ablation: needs a model that starts with kfde_"),
+        (["--ablation", "--insert", "{layer1: se}"], "argument --ablation: needs at least two blocks in --insert, got"),
+        (["--model", "resnet18", "--identity-start"], "argument --identity-start: not allowed without blocks"),
+        (["--insert", "[layer1]"], "argument --insert: must be a mapping in YAML, got '[layer1]'"),
+        (["--variants", "{a: {lr: -1}}"], "argument --lr: must be a positive number, got -1.0"),
+        (["--variants", "{a: {model: nonesuch}}"], "a model that timm knows, got 'nonesuch'"),
+        (["--variants", "{a: {insert: 3}}"], "argument --insert: must be a mapping in YAML, got '3'"),
+        (["--variants", "{a: {checkpoint_path: none}}"], "argument --checkpoint-path: must be a file"),
         (["--ablation", "--variants", "{a: {}}"], "argument --variants: not allowed with argument --ablation"),
         (["--dataset", "idc"], "argument --dataset: must be 'breakhis' to be downloaded or drawn, got 'idc'"),
         (["--protocol", "official"], "'official' lists the images of BreakHis alone"),
@@ -208,9 +283,15 @@ def is_whole(parse: Callable[[str], object]) -> bool:
             for value in (high + 1, 10**30, -1)
         ),
         (["--lr", "1e300"], "argument --lr: must be at most 1e+06, got 1e+300"),
-        (["--model-kwargs", "{checkpoint_path: x}"], "argument --model-kwargs: must not have checkpoint_path, which"),
-        (["--model-kwargs", "{pretrained: true}"], "argument --model-kwargs: must not have pretrained, which this"),
-        (["--variants", "{a: {}, b: {num_classes: 3}}"], "argument --variants: must not have num_classes, which this"),
+        (
+            ["--model-kwargs", "{checkpoint_path: x}"],
+            "or --variants: must not have checkpoint_path, which",
+        ),
+        (
+            ["--model-kwargs", "{pretrained: true}"],
+            "or --variants: must not have pretrained, which this",
+        ),
+        (["--variants", "{a: {}, b: {num_classes: 3}}"], "or --variants: must not have num_classes, which this"),
         (["--seeds", str(2**70)], "argument --seeds: must be from 0 to 4294967295, got 1180591620717411303424"),
         (["--seeds", "4294967296"], "argument --seeds: must be from 0 to 4294967295, got 4294967296"),
         (["--split-seed", str(2**32)], "argument --split-seed: must be from 0 to 4294967295, got 4294967296"),
