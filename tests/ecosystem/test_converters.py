@@ -1,7 +1,7 @@
 """The formats of other runtimes: what is converted gives the numbers of the reference on other inputs than its export.
 
-The tests of OpenVINO free batch and size, and run on several. ExecuTorch and LiteRT get one shape, and run on another
-input of that shape. Core ML runs on Apple's systems alone: here its models are only made.
+The tests of OpenVINO and ExecuTorch free batch and size, and run on several. LiteRT frees no size, of bare modules
+neither: a file has a signature for each shape. Core ML runs on Apple's systems alone: here its models are only made.
 """
 
 import gc
@@ -25,11 +25,15 @@ from tests.support.cases import (
     input_of_case,
     module_and_reference,
 )
+from tests.support.inputs import draw
 from tests.support.pages import DOCS, python_blocks, run_block
 
 PAGE = DOCS / "deployment.md"
 TABLE = "Deployment"
+# ExecuTorch plans the memory of the largest batch and size that the export allows.
+BOUNDED = ({axis: torch.export.Dim.DYNAMIC(max=largest) for axis, largest in ((0, 8), (2, 128), (3, 128))},)
 CASES = {name: SHALLOW if case is MODEL else case for name, case in DEFAULTS.items()}
+LAYERS = {name: case for name, case in CASES.items() if name != "models"}
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 quiet_exports = (
@@ -86,30 +90,115 @@ def test_openvino(case, source, tmp_path, assert_the_numbers_of_the_reference):
     assert_the_numbers_of_the_reference(lambda x: compiled(x.numpy())[0], reference, case.shapes)
 
 
-@quiet
-@each_case(CASES)
-@pytest.mark.cell(TABLE, "ExecuTorch, XNNPACK")
-def test_executorch(case, assert_the_numbers_of_the_reference):
+@pytest.fixture
+def to_executorch(tmp_path):
+    """A function that lowers a module with free batch and size, and returns one that runs it."""
     exir = pytest.importorskip("executorch.exir", reason="ExecuTorch is not installed")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.runtime import Runtime
 
+    def lower(module, shape):
+        program = export(module, shape, BOUNDED)
+        lowered = exir.to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        assert any("call_delegate" in str(node.target) for node in lowered.exported_program().graph.nodes)
+        (tmp_path / "model.pte").write_bytes(lowered.buffer)
+        method = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward")
+        return lambda x: method.execute([x])[0]
+
+    return lower
+
+
+@quiet
+@each_case(CASES)
+@pytest.mark.cell(TABLE, "ExecuTorch, XNNPACK")
+def test_executorch(case, to_executorch, assert_the_numbers_of_the_reference):
     module, reference = module_and_reference(case)
-    program = export(module, case.shapes[0])
-    lowered = exir.to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
-    assert any("call_delegate" in str(node.target) for node in lowered.exported_program().graph.nodes)
-    method = Runtime.get().load_program(lowered.buffer).load_method("forward")
-    assert_the_numbers_of_the_reference(lambda x: method.execute([x])[0], reference, case.shapes[:1])
+    assert_the_numbers_of_the_reference(to_executorch(module, case.shapes[0]), reference, case.shapes)
+
+
+class ProductOfHalves(nn.Module):
+    """Multiply the two halves of the channels' means, which one operator returns as a list."""
+
+    def forward(self, x):
+        first, second = x.mean(dim=(2, 3)).chunk(2, dim=1)
+        return first * second
+
+
+@quiet
+@torch.no_grad()
+def test_executorch_fixes_the_batch_where_an_operator_returns_a_list(to_executorch):
+    # Its check of types takes the length of the list's first tensor. When this fails, the layers may use `chunk`.
+    run, x = to_executorch(ProductOfHalves(), (3, 6, 16, 15)), torch.rand(3, 6, 11, 9)
+    assert relative_error(run(x), ProductOfHalves()(x)) < TOLERANCE
+    with pytest.raises(RuntimeError, match="0x12"):
+        run(x[:2])
+
+
+@pytest.fixture
+def litert_torch():
+    return pytest.importorskip("litert_torch", reason="LiteRT Torch is not installed")
+
+
+def name_of(shape):
+    return "x".join(map(str, shape))
 
 
 @quiet
 @each_case(CASES)
 @pytest.mark.cell(TABLE, "LiteRT")
-def test_litert(case, assert_the_numbers_of_the_reference):
-    litert_torch = pytest.importorskip("litert_torch", reason="LiteRT Torch is not installed")
+def test_litert(case, litert_torch, assert_the_numbers_of_the_reference):
     module, reference = module_and_reference(case)
-    model = litert_torch.convert(module, (torch.zeros(case.shapes[0]),))
-    assert_the_numbers_of_the_reference(model, reference, case.shapes[:1])
+    converter = litert_torch
+    for shape in case.shapes:
+        converter = converter.signature(name_of(shape), module, (torch.zeros(shape),))
+    model = converter.convert()
+    assert_the_numbers_of_the_reference(lambda x: model(x, signature_name=name_of(x.shape)), reference, case.shapes)
+
+
+class FirstSize(nn.Module):
+    """Read a size, as every flattening of a map does."""
+
+    def forward(self, x):
+        return x.view(x.shape[0], -1)
+
+
+@quiet
+@pytest.mark.parametrize(
+    "make",
+    [nn.ReLU, lambda: nn.AdaptiveAvgPool2d(1), FirstSize, *(case.make for case in LAYERS.values())],
+    ids=["bare ReLU", "bare mean", "bare size", *LAYERS],
+)
+def test_litert_frees_no_size(make, litert_torch):
+    with pytest.raises((AssertionError, TypeError), match=r"-9223372036854775808|Shapes must be"):
+        litert_torch.convert(make().eval(), (torch.zeros(3, 6, 16, 15),), dynamic_shapes=DYNAMIC)
+
+
+class Variance(nn.Module):
+    """Divide by the number of positions, as the layers do."""
+
+    def forward(self, x):
+        return x.var(dim=(2, 3))
+
+
+@quiet
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make",
+    [Variance, *(case.make for name, case in LAYERS.items() if name != "MFDF")],
+    ids=["bare variance", *(name for name in LAYERS if name != "MFDF")],
+)
+def test_litert_gives_wrong_numbers_of_a_file_that_is_resized(make, litert_torch, tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    module, x = make().eval(), draw(3, 6, 11, 9, dtype=torch.float32)
+    litert_torch.convert(module, (torch.zeros(3, 6, 16, 15),)).export(tmp_path / "model.tflite")
+    interpreter = Interpreter(str(tmp_path / "model.tflite"))
+    interpreter.resize_tensor_input(interpreter.get_input_details()[0]["index"], x.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x.numpy())
+    interpreter.invoke()
+    resized = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    assert relative_error(resized, module(x).numpy()) > 0.01
 
 
 @pytest.fixture
@@ -153,16 +242,9 @@ def test_core_ml_converts_a_program(case, to_core_ml):
     assert shape_of_output(model) == tuple(reference(torch.zeros(case.shapes[0]).double()).shape)
 
 
-class FirstSize(nn.Module):
-    """Read a size, as every flattening of a map does."""
-
-    def forward(self, x):
-        return x.view(x.shape[0], -1)
-
-
 @quiet
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@each_case({name: case for name, case in CASES.items() if name != "models"})
+@each_case(LAYERS)
 def test_core_ml_converts_a_trace_if_it_converts_any_that_reads_a_size(case, to_core_ml):
     def failure(module):
         try:

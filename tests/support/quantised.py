@@ -109,20 +109,16 @@ def onnx_runtime(
 
 
 def nodes_of(path: Path, types: Sequence[type[nn.Module]]) -> list[str]:
-    """Return the names of the nodes in an ONNX file, not yet prepared, that come from modules of these types.
-
-    PyTorch's exporter writes the modules of each node, but not of a `Split`: that belongs to the nodes that read it.
-    """
+    """Return the names of the nodes in an ONNX file, not yet prepared, that come from modules of these types."""
     onnx = pytest.importorskip("onnx", reason="ONNX is not installed")
     classes = [f"{kind.__module__}.{kind.__qualname__}'" for kind in types]
-    names: list[str] = []
-    read: set[str] = set()  # by the nodes found so far, which come after those that they read
-    for node in reversed(onnx.load(path).graph.node):
-        modules = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.class_hierarchy", "")
-        if any(name in modules for name in classes) or (node.op_type == "Split" and read & set(node.output)):
-            names.append(node.name)
-            read |= set(node.input)
-    return names
+    modules = {
+        node.name: entry.value
+        for node in onnx.load(path).graph.node
+        for entry in node.metadata_props
+        if entry.key == "pkg.torch.onnx.class_hierarchy"
+    }
+    return [node for node, names in modules.items() if any(name in names for name in classes)]
 
 
 METHODS = {

@@ -108,10 +108,16 @@ def csfe_from_moments(x: Tensor, weight: Tensor | None, bias: Tensor | None, opt
         # Encode r and "open" in one tensor: both halves read it, so it is materialised once.
         is_open, not_open = z.new_full((1,), _OPEN), z.new_zeros(1)  # tensors: Core ML chooses between no numbers
         gate = torch.where(z > logit(options.threshold), is_open, z.sigmoid())
-        first, second = (x * (gate.clamp(max=1) + sfe_gate)).chunk(2, dim=1)
-        weak_first, weak_second = (x * torch.where(gate < _OPEN, gate, not_open)).chunk(2, dim=1)
+        first, second = _halves(x * (gate.clamp(max=1) + sfe_gate))
+        weak_first, weak_second = _halves(x * torch.where(gate < _OPEN, gate, not_open))
         y = torch.cat((first + weak_second, second + weak_first), dim=1)
     return options.scale * y
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two halves of the channels, without `chunk`: it returns a list, where ExecuTorch fixes the batch."""
+    half = x.shape[1] // 2
+    return x[:, :half], x[:, half:]
 
 
 def _per_channel_reduced(values: Tensor) -> Tensor:
