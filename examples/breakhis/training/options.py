@@ -91,6 +91,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     _check_model(parser, args)
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"argument --batch-size: must be even with --mixup or --cutmix, got {args.batch_size}")
+    if args.min_lr > args.lr:
+        parser.error(f"argument --min-lr: must be at most --lr {args.lr}, got {args.min_lr}")
+    if args.gauss_error is not None and not args.gauss_error[0] < 0 < args.gauss_error[1]:
+        parser.error(f"argument --gauss-error: must be a number below 0 and one above it, got {args.gauss_error}")
 
 
 def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
