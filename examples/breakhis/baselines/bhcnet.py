@@ -94,14 +94,15 @@ class BHCNet(Network):
         check_int("modules_per_stage", modules_per_stage, minimum=1)
         if not widths:
             raise ValueError(f"widths must name the channels of at least one stage, got {widths!r}")
-        width, *_, last = (*widths, check_int("widths", widths[-1], minimum=1))
+        for channels in widths:
+            check_int("widths", channels, minimum=1)
+        width, last = widths[0], widths[-1]
         super().__init__(last, last, drop_rate)
         self.stem = nn.Sequential(
             nn.Conv2d(check_int("in_chans", in_chans, minimum=1), width, 3, padding=1), _norm_relu(width)
         )
         self.stages = nn.Sequential()
         for index, channels in enumerate(widths):
-            check_int("widths", channels, minimum=1)
             stage = nn.Sequential()
             for number in range(modules_per_stage):
                 stride = 2 if index > 0 and number == 0 else 1

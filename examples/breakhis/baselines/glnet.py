@@ -122,7 +122,8 @@ class GLNet(TrunkNetwork):
         if isinstance(self.global_pool, nn.Identity):
             return x
         if (regions is None) != (self.tiles == "map"):
-            raise ValueError(f"regions must be given with tiles='image' alone, got {regions} with {self.tiles!r}")
+            given = None if regions is None else "a map"
+            raise ValueError(f"regions must be given with tiles='image' alone, got {given} with {self.tiles!r}")
         x = self.describe(x, regions)
         return x if pre_logits else self.fc(x)
 

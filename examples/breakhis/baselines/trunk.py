@@ -78,6 +78,7 @@ def trunk_cfg(variant: str, backbone: str) -> PretrainedCfg:
         architecture=variant,
         first_conv=f"trunk.{first}" if isinstance(first, str) else None,
         classifier="fc",
+        fixed_input_size=False,  # else timm would give the network an img_size
         pool_size=None,  # of ImageNet's sizes of images
         test_pool_size=None,
     )
