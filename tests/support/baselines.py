@@ -28,10 +28,8 @@ def make_small(case: str, **arguments) -> nn.Module:
     """Make a small system with random weights, in evaluation mode."""
     name, options = SMALL_SYSTEMS[case]
     torch.manual_seed(0)
-    config = {"input_size": (3, 64, 64)}
-    return timm.create_model(
-        name, **{"num_classes": 3, "pretrained_cfg_overlay": config, **options, **arguments}
-    ).eval()
+    defaults = {"num_classes": 3, "pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
+    return timm.create_model(name, **{**defaults, **options, **arguments}).eval()
 
 
 @torch.no_grad()
