@@ -39,6 +39,7 @@ class GLNet(TrunkNetwork):
         hidden: Length of each of the two vectors.
         tiles: "map": regions of the map; "image": the image is cut into 12 tiles, each is enlarged to the size of the
             image and passes the same trunk, at 13 times the cost. The tiles are cut after the image is enlarged.
+            Grad-CAM then shows what the global vector sees.
         region_drop_rate: Share of the channels that are dropped from the local map.
         in_chans: Channels of the image.
         num_classes: Number of classes; 0: no classifier.

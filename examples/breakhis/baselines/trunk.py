@@ -79,7 +79,7 @@ def trunk_cfg(variant: str, backbone: str) -> PretrainedCfg:
         first_conv=f"trunk.{first}" if isinstance(first, str) else None,
         classifier="fc",
         fixed_input_size=False,  # else timm would give the network an img_size
-        pool_size=None,  # of ImageNet's sizes of images
+        pool_size=None,  # this and the next one are of the backbone's last map, which may have another stride here
         test_pool_size=None,
     )
 
@@ -94,8 +94,9 @@ def build_on_trunk(network: type[TrunkNetwork], variant: str, pretrained: bool, 
         **kwargs: Arguments of the class and of `build_model_with_cfg`. A `backbone` other than the usual one brings its
             own configuration.
     """
-    backbone = kwargs.get("backbone", "")
-    if not variant.endswith(backbone) and not kwargs.get("pretrained_cfg") and timm.is_model(backbone):
+    backbone = str(kwargs.get("backbone", ""))
+    usual = not backbone or variant.endswith(f"_{backbone}")
+    if not usual and not kwargs.get("pretrained_cfg") and timm.is_model(backbone):
         kwargs["pretrained_cfg"] = trunk_cfg(variant, backbone)
     return build_model_with_cfg(network, variant, pretrained, pretrained_filter_fn=fit_trunk, **kwargs)
 

@@ -1,7 +1,6 @@
 import pytest
 import timm
 import torch
-from breakhis.baselines.cnn_lstm import CnnLstm
 from torch import nn
 
 from tests.support.baselines import make_small
@@ -91,9 +90,9 @@ def test_forget_gates_start_open():
         ({"bidirectional": "yes"}, "bidirectional must be one of False, True, got 'yes'"),
         ({"order": "columns"}, "order must be one of 'raster', 'rows', got 'columns'"),
         ({"backbone": "resnet5000"}, "backbone must be a model that timm knows, got 'resnet5000'"),
-        ({"backbone": None}, "backbone must be a model that timm knows, got None"),
+        ({"backbone": 50}, "backbone must be a model that timm knows, got 50"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        CnnLstm(**arguments)
+        timm.create_model("cnn_lstm_resnet50", **arguments)
