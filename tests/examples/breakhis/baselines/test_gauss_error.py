@@ -42,11 +42,12 @@ def test_a_warm_up_is_linear_and_comes_before_the_curve():
     optimizer = make_optimizer(1.0)
     scheduler = GaussErrorScheduler(optimizer, 20, alpha=-1, beta=1, warmup_t=10, warmup_lr_init=0.2, t_in_epochs=False)
     assert rates(optimizer) == [pytest.approx(0.2)]
-    for update, expected in [(5, 0.6), (10, (1 + math.erf(1)) / 2), (20, 0.5), (30, (1 - math.erf(1)) / 2)]:
+    last = (1 - math.erf(1)) / 2
+    for update, expected in [(5, 0.6), (10, (1 + math.erf(1)) / 2), (20, 0.5), (30, last), (99, last)]:
         scheduler.step_update(update)
         assert rates(optimizer) == [pytest.approx(expected)]
     scheduler.step(0)  # it counts updates, not epochs
-    assert rates(optimizer) == [pytest.approx((1 - math.erf(1)) / 2)]
+    assert rates(optimizer) == [pytest.approx(last)]
 
 
 def test_each_group_of_parameters_keeps_its_own_rate():
