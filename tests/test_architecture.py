@@ -74,10 +74,12 @@ ALLOWED = {
 
 # room of examples/breakhis -> what it may import of its neighbours
 BREAKHIS = {
+    "baselines": ("breakhis.baselines",),
     "data": ("breakhis.data", "breakhis.files", "breakhis.mappings", "breakhis.names"),
     "results": ("breakhis.results", "breakhis.data", "breakhis.files", "breakhis.mappings", "breakhis.names"),
     "training": (
         "breakhis.training",
+        "breakhis.baselines",
         "breakhis.data",
         "breakhis.results.metrics",
         "breakhis.files",

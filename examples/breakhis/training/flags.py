@@ -215,7 +215,16 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
     group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
     group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
-    group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
+    group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW")
+    group.add_argument("--min-lr", type=rate, default=0, help="last learning rate, at the end of the cosine")
+    group.add_argument(
+        "--gauss-error",
+        nargs=2,
+        type=number(float, -10, 10),
+        default=None,
+        metavar=("ALPHA", "BETA"),
+        help="lower the rate along this piece of the Gauss error function, such as -3 3, instead of a cosine",
+    )
     group.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")
     group.add_argument("--weight-decay", type=rate, default=0.05, help="weight decay of AdamW")
     group.add_argument(

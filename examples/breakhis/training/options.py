@@ -53,6 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     models = {name: argparse.Namespace(**vars(args) | changed) for name, changed in args.variants.items()}
     for name, model in models.items():
         _check_model(parser, model)
+        _check_recipe(parser, model)
         args.variants[name]["checkpoint_sha256"] = model.checkpoint_sha256
     if args.identity_start is not None and not any(m.insert or m.model.startswith("kfde_") for m in models.values()):
         parser.error("argument --identity-start: not allowed without blocks, by --insert or in a kfde_* model")
@@ -127,9 +128,17 @@ def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             f"argument --model-kwargs or --variants: must not have {own[0]}, which this script sets itself, got "
             f"{args.model_kwargs}"
         )
+    _check_start(parser, args)
+
+
+def _check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the recipe of one variant."""
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"argument --batch-size: must be even with --mixup or --cutmix, got {args.batch_size}")
-    _check_start(parser, args)
+    if args.min_lr > args.lr:
+        parser.error(f"argument --min-lr: must be at most --lr {args.lr}, got {args.min_lr}")
+    if args.gauss_error is not None and not args.gauss_error[0] < 0 < args.gauss_error[1]:
+        parser.error(f"argument --gauss-error: must be a number below 0 and one above it, got {args.gauss_error}")
 
 
 def _check_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

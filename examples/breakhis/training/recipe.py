@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from breakhis.baselines.gauss_error import GaussErrorScheduler
+
 
 def freeze_backbone(model: nn.Module) -> None:
     """Freeze all parameters except those of the KFDE blocks, wherever they are, and the classifier.
@@ -45,8 +47,20 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
 
 
 def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
-    """Make a schedule of linear warm-up and then a cosine to 0, counted in updates."""
+    """Make a schedule of linear warm-up and then a cosine or the Gauss error function, counted in updates."""
     warmup_epochs = min(args.warmup_epochs, args.epochs - 1)
+    if args.gauss_error is not None:
+        alpha, beta = args.gauss_error
+        return GaussErrorScheduler(
+            optimizer,
+            (args.epochs - warmup_epochs) * updates_per_epoch,
+            alpha=alpha,
+            beta=beta,
+            lr_min=args.min_lr,
+            warmup_t=warmup_epochs * updates_per_epoch,
+            warmup_lr_init=args.lr / 100,
+            t_in_epochs=False,
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         "cosine",
@@ -54,6 +68,7 @@ def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, u
         warmup_epochs=warmup_epochs,
         warmup_prefix=True,  # the cosine starts at its maximum when the warm-up ends
         warmup_lr=args.lr / 100,
+        min_lr=args.min_lr,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )

@@ -212,6 +212,14 @@ def test_the_content_of_a_checkpoint_is_recorded_and_compared(tmp_path, capsys):
     assert f"with --checkpoint-sha256 {digests[0]}, got '{weights}' with {digests[1]}" in capsys.readouterr().err
 
 
+def test_a_piece_of_the_gauss_error_function_is_read_and_repeated(tmp_path):
+    (run,) = expand(parse(tmp_path, "--gauss-error", "-3", "5", "--min-lr", "1e-6"))
+    assert (run.gauss_error, run.min_lr) == ([-3, 5], 1e-6)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded(run)))
+    argv = ["--config", str(tmp_path / "config.yaml"), "--output-dir", str(tmp_path / "out")]
+    assert parse_args(argv).gauss_error == [-3, 5]
+
+
 WHOLE_NUMBERS = [
     *(("epochs", 1, 10**6), ("batch-size", 1, 10**6), ("grad-accum-steps", 1, 10**6), ("folds", 0, 10**6)),
     *(("num-workers", 0, 256), ("num-folds", 2, 1000), ("img-size", 32, 4096)),
@@ -242,6 +250,9 @@ def is_whole(parse: Callable[[str], object]) -> bool:
         (["--epochs", "0"], "argument --epochs: must be from 1 to 1000000, got 0"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--lr", "nan"], "argument --lr: must be a positive number, got nan"),
+        (["--min-lr", "0.1"], "argument --min-lr: must be at most --lr 0.0001, got 0.1"),
+        (["--gauss-error", "0", "3"], "argument --gauss-error: must be a number below 0 and one above it, got [0.0, 3"),
+        (["--gauss-error", "-3", "11"], "argument --gauss-error: must be from -10 to 10, got 11.0"),
         (["--smoothing", "2"], "argument --smoothing: must be from 0 to 1, got 2.0"),
         (["--mixup", "nan"], "argument --mixup: must be from 0 to 1000000, got nan"),
         (["--model", "nonesuch"], "a model that timm knows, got 'nonesuch'"),

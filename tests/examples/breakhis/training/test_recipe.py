@@ -1,3 +1,4 @@
+import math
 from argparse import Namespace
 from itertools import pairwise
 
@@ -66,7 +67,7 @@ def test_frozen_batch_norms_keep_their_statistics():
 def make_flags(**changes) -> Namespace:
     """Make the flags of a run that concern the recipe."""
     defaults = {"lr": 1.0, "weight_decay": 0.1, "layer_decay": 1, "epochs": 4, "warmup_epochs": 1, "smoothing": 0.1}
-    return Namespace(**defaults | {"mixup": 0, "cutmix": 0} | changes)
+    return Namespace(**defaults | {"mixup": 0, "cutmix": 0, "min_lr": 0, "gauss_error": None} | changes)
 
 
 def test_layer_decay_does_not_change_kfde_and_the_head():
@@ -94,6 +95,34 @@ def test_warm_up_then_cosine_to_zero():
     assert max(rates) == rates[10] == pytest.approx(1)
     assert all(after < before for before, after in pairwise(rates[10:]))
     assert rates[40] == pytest.approx(0, abs=1e-6)
+
+
+def rates(scheduler, count: int) -> list[float]:
+    """Return the rate after each number of updates below `count`."""
+    values = []
+    for update in range(count):
+        scheduler.step_update(update)
+        values.append(scheduler.optimizer.param_groups[0]["lr"])
+    return values
+
+
+def test_warm_up_then_the_gauss_error_function_to_the_last_rate():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    flags = make_flags(gauss_error=[-2, 4], min_lr=0.1)
+    values = rates(make_scheduler(flags, optimizer, updates_per_epoch=10), 41)
+    assert values[0] == pytest.approx(0.01)
+    assert values[5] == pytest.approx(0.505)
+    assert values[10] == pytest.approx(0.1 + 0.9 * (1 + math.erf(2)) / 2)
+    assert values[20] == pytest.approx(0.55)  # a third of 30 updates: erf(0)
+    assert values[30] == pytest.approx(0.1 + 0.9 * (1 - math.erf(2)) / 2)
+    assert values[40] == pytest.approx(0.1)
+
+
+def test_the_cosine_ends_at_the_last_rate():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    values = rates(make_scheduler(make_flags(min_lr=0.1), optimizer, updates_per_epoch=10), 41)
+    assert values[25] == pytest.approx(0.55)
+    assert values[40] == pytest.approx(0.1)
 
 
 def test_mixup_is_off_without_its_flag():
