@@ -130,8 +130,7 @@ def load_run_model(run: dict[str, Any]) -> nn.Module:
 def load_images(run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, str]]) -> DataLoader:
     """Load images of a run's predictions as input of its model, in batches of (image, target, index)."""
     records = [
-        Record(run["data_dir"] / row["file"], {run["task"]: row["target"]}, row["patient"], row["patient"])
-        for row in rows
+        Record(run["data_dir"] / row["file"], {run["task"]: row["target"]}, row["patient"], row["case"]) for row in rows
     ]
     return DataLoader(ImageDataset(records, run["task"], run["classes"], eval_transform(model)), batch_size=16)
 

@@ -34,7 +34,7 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
         run = read_metrics(folder, ("variant", "seed", "fold", "classes"))
         column = f"{run['variant']} seed {run['seed']}"
         for row in read_predictions(folder, run["classes"]):
-            image = {key: row[key] for key in ("file", "patient", "target")} | {"fold": run["fold"]}
+            image = {key: row[key] for key in ("file", "patient", "case", "target")} | {"fold": run["fold"]}
             line = table.setdefault(row["file"], image)
             line |= {f"{column} {key}": f"{float(row[key]):.4f}" for key in row if key.startswith("prob_")}
     write_csv(path, list(table.values()))

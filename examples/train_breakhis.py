@@ -30,8 +30,8 @@ from breakhis.data.download import download
 from breakhis.data.hashes import changed_files, hash_files
 from breakhis.data.images import find_faults
 from breakhis.data.naming import BREAKHIS
-from breakhis.data.records import ImageDataset, Record, patients
-from breakhis.data.splits import Split, absent_classes, fold_split, official_split
+from breakhis.data.records import ImageDataset, Record, cases, patients
+from breakhis.data.splits import Split, absent_classes, fold_split, official_split, shared_cases
 from breakhis.data.synthetic import draw_tree
 from breakhis.files import remove_parts, write_atomically, write_csv
 from breakhis.names import printable
@@ -121,6 +121,8 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Spli
         "classes": list(classes),
         "n_images": {name: len(records) for name, records in parts.items()},
         "n_patients": {name: len(patients(records)) for name, records in parts.items()},
+        "n_cases": {name: len(cases(records)) for name, records in parts.items()},
+        "n_shared": len(shared_cases(split)),
         "absent_classes": {name: absent_classes(records, args.task, classes) for name, records in parts.items()},
         "flags": recorded(args),
         "num_processes": accelerator.num_processes,

@@ -70,6 +70,11 @@ def patients(records: Iterable[Record]) -> set[str]:
     return {record.patient_id for record in records}
 
 
+def cases(records: Iterable[Record]) -> set[str]:
+    """Return the ids of all cases."""
+    return {record.case_id for record in records}
+
+
 class ImageDataset(Dataset):
     """Triples (image, target, index); the index is that of the record.
 

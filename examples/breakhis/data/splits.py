@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
-from breakhis.data.records import Record
+from breakhis.data.records import Record, cases
 from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,12 @@ def leaks(split: Split, group_by: str) -> list[str]:
     """
     counts = Counter(key for part in split.parts().values() for key in {record.group(group_by) for record in part})
     return sorted(key for key, count in counts.items() if count > 1)
+
+
+def shared_cases(split: Split) -> list[Record]:
+    """List the test images of cases that are in training or validation too: the score is not of new cases alone."""
+    seen = cases([*split.train, *split.val])
+    return [record for record in split.test if record.case_id in seen]
 
 
 def absent_classes(records: Sequence[Record], task: str, classes: Sequence[str]) -> list[str]:

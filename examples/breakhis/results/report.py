@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from breakhis.data.records import Record, patients
-from breakhis.data.splits import Split, absent_classes
+from breakhis.data.records import Record, cases, patients
+from breakhis.data.splits import Split, absent_classes, shared_cases
 
 logger = logging.getLogger(__name__)
 
@@ -14,13 +14,20 @@ logger = logging.getLogger(__name__)
 def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
     """Log the size of each part of a split, and the classes that it lacks."""
     for name, records in split.parts().items():
-        logger.info("%s: %d images of %d patients", name, len(records), len(patients(records)))
+        sizes = len(records), len(patients(records)), len(cases(records))
+        logger.info("%s: %d images of %d patients, %d cases", name, *sizes)
         absent = absent_classes(records, task, classes)
         if records and absent:
             logger.warning("WARNING: %s has no image of %s", name, ", ".join(absent))
         if records and len(classes) - len(absent) == 1:
             only = "no model can learn to tell classes apart" if name == "train" else "balanced accuracy is its recall"
             logger.warning("WARNING: %s has one class only: %s", name, only)
+    if shared := len(shared_cases(split)):
+        logger.warning(
+            "WARNING: %d of %d test images are of cases that training has too: the score is too good for new cases",
+            shared,
+            len(split.test),
+        )
     if not split.val:
         logger.warning("WARNING: too few patients or images for a validation set, so best = last epoch")
 
@@ -53,7 +60,7 @@ def prediction_rows(
     classes: Sequence[str],
     data_dir: Path,
 ) -> list[dict[str, str]]:
-    """Make the rows of `predictions.csv`: `file`, `patient`, `target`, `prediction`, `prob_<class>` for each image.
+    """Make the rows of `predictions.csv`: `file`, `patient`, `case`, `target`, `prediction`, `prob_<class>` by image.
 
     Args:
         records: The predicted images.
@@ -66,6 +73,7 @@ def prediction_rows(
         {
             "file": record.path.relative_to(data_dir).as_posix(),
             "patient": record.patient_id,
+            "case": record.case_id,
             "target": record.labels[task],
             "prediction": classes[max(range(len(classes)), key=row.__getitem__)],
             # 9 digits restore a float32
@@ -89,10 +97,12 @@ def describe_protocol(metrics: dict[str, Any]) -> str:
 
 def summarise(metrics: dict[str, Any]) -> str:
     """Write one sentence with the protocol, the scores, and the numbers of images and patients."""
-    part = metrics["scored_on"]
+    part, shared = metrics["scored_on"], metrics["n_shared"]
+    sizes = [f"{metrics[f'n_{name}'][part]} {name}" for name in ("images", "patients", "cases")]
     return (
         f"{describe_protocol(metrics)}: image accuracy {metrics['image_accuracy']:.3f}, "
         f"patient recognition rate {metrics['patient_recognition_rate']:.3f}, "
         f"balanced accuracy {metrics['balanced_accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f} "
-        f"on {metrics['n_images'][part]} images of {metrics['n_patients'][part]} patients"
+        f"on {sizes[0]} of {sizes[1]}, {sizes[2]}"
+        + (f"; {shared} of the test images are of cases that training has too" if shared else "")
     )

@@ -43,7 +43,7 @@ def read_predictions(folder: Path, classes: Collection[str]) -> list[dict[str, s
         rows = read_csv(path)
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} must be a table that train_breakhis.py wrote, got {error}") from error
-    columns = ("file", "patient", "target", *(f"prob_{name}" for name in classes))
+    columns = ("file", "patient", "case", "target", *(f"prob_{name}" for name in classes))
     for number, row in enumerate(rows or [{}], start=2):  # line 1 names the columns
         if missing := [column for column in columns if not row.get(column)]:
             raise ValueError(f"{path} must have a value for {missing[0]} in each line, got none in line {number}")

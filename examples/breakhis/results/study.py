@@ -5,27 +5,45 @@ across. The paper's numbers come last, labelled with their protocol, because it 
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from breakhis.files import write_atomically, write_csv
 from breakhis.names import in_markdown
 from breakhis.results import paper
-from breakhis.results.intervals import Predictions, bootstrap
+from breakhis.results.intervals import MIN_CASES, Interval, Predictions, Score, bootstrap, verdict
 from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
 from breakhis.results.report import name_source
 from breakhis.results.runs import read_metrics, read_predictions
 
 SCORES = ("image_accuracy", "patient_recognition_rate", "balanced_accuracy", "macro_f1", "auc", "ece")
 KEYS = ("dataset", "synthetic", "protocol_in_words", "task", "classes", "variant", "magnification", "fold", "seed")
-KEYS += ("scored_on", "n_images", "n_patients", "best_epoch", *SCORES)
+KEYS += ("scored_on", "n_images", "n_patients", "n_cases", "best_epoch", "flags", *SCORES)
 """Entries of `metrics.json` that a study uses."""
-COMPARED = {"image_accuracy": image_accuracy, "balanced_accuracy": balanced_accuracy, "auc": auc}
-"""Scores that get intervals, and their functions of weighted predictions."""
+
+
+class Compared(NamedTuple):
+    """How a score that gets an interval is computed."""
+
+    function: Score
+    """Score of weighted predictions."""
+    by_patient: bool = False
+    """Whether each patient has the same weight, else each image."""
+
+
+COMPARED = {
+    "image_accuracy": Compared(image_accuracy),
+    "patient_recognition_rate": Compared(image_accuracy, by_patient=True),
+    "balanced_accuracy": Compared(balanced_accuracy),
+    "auc": Compared(auc),
+}
+NEED_CLASSES = ("balanced_accuracy", "auc")
+"""Scores that a resample without a class has over fewer classes."""
 
 
 def write_study(out: Path, folders: Sequence[Path]) -> str:
@@ -38,13 +56,17 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     Returns:
         The content of `results.md`.
     """
-    runs = [read_metrics(folder, KEYS) | {"folder": folder} for folder in folders]
+    runs = [read_metrics(folder, KEYS) for folder in folders]
+    for run, folder in zip(runs, folders, strict=True):
+        run["predictions"] = read_predictions(folder, run["classes"])
+    flags = runs[0]["flags"]
     results = {
         "dataset": runs[0]["dataset"],
         "synthetic": runs[0]["synthetic"],
         "protocol": runs[0]["protocol_in_words"],
         "task": runs[0]["task"],
         "classes": runs[0]["classes"],
+        **{key: flags.get(key) for key in ("question", "primary_score", "margin")},
         "cells": summarise_cells(runs),
         "intervals": compare_variants(runs),
     }
@@ -67,14 +89,14 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compute mean and standard deviation of each score over folds and seeds, by variant and magnification.
 
     Returns:
-        A cell for each: `variant`, `magnification`, `n_runs`, `n_patients` (distinct scored patients), and for each
+        A cell for each: `variant`, `magnification`, `n_runs`, `n_cases` (distinct scored cases), and for each
         score `mean` and `sd`. `sd` is None for a single run; both are None if no run has the score.
     """
     cells = []
     for (variant, magnification), group in group_runs(runs, "variant", "magnification").items():
-        tested = {row["patient"] for run in group for row in read_predictions(run["folder"], run["classes"])}
+        tested = {row["case"] for run in group for row in run["predictions"]}
         cell: dict[str, Any] = {"variant": variant, "magnification": magnification}
-        cell |= {"n_runs": len(group), "n_patients": len(tested)}
+        cell |= {"n_runs": len(group), "n_cases": len(tested)}
         for score in SCORES:
             values = [run[score] for run in group if run[score] is not None]
             cell[score] = {
@@ -88,45 +110,57 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compare_variants(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compute scores of each variant and their differences to the first variant, with 95 % intervals, by magnification.
 
-    Patients and seeds are resampled. The folds of one seed are pooled, so that each patient is tested once per seed;
-    under the official protocol, whose folds share patients, once per fold. The score of the pooled folds can differ
-    from the mean of the folds' scores.
+    Cases and seeds are resampled. The folds of one seed are pooled, so that each case is tested once per seed; under
+    the official protocol, whose folds share patients, once per fold. The score of the pooled folds can differ from the
+    mean of the folds' scores.
+
+    Args:
+        runs: The `metrics.json` of each run, with its `predictions`.
 
     Returns:
-        A row for each variant, magnification and score: `variant`, `magnification`, `score`, `n_patients`, `n_seeds`,
-        the score's `value`, `value_low` and `value_high`; and for all variants except the first `to` (the first),
-        `difference`, `low` and `high`.
+        A row for each variant, magnification and score: `variant`, `magnification`, `score`, `n_cases`, `n_seeds`, the
+        score's `value`, `value_low` and `value_high`, and `lacking`, the share of resamples that lack a class that the
+        score needs; and for all variants except the first `to` (the first), `difference`, `low` and `high`. Ends of an
+        interval are None where there is none.
     """
     rows = []
     for (magnification,), group in group_runs(runs, "magnification").items():
         arms = {variant: _pool(part) for (variant,), part in group_runs(group, "variant").items()}
         first = next(iter(arms))
-        for score, function in COMPARED.items():
-            if function(arms[first].targets, arms[first].probabilities[0]) is None:  # one class only
+        for score, compared in COMPARED.items():
+            if compared.function(arms[first].targets, arms[first].probabilities[0], None) is None:  # one class only
                 continue
-            for variant, interval, difference in zip(arms, *bootstrap(list(arms.values()), function), strict=True):
+            weighted = [_weighted(arm, compared) for arm in arms.values()]
+            scores, differences, lacking = bootstrap(weighted, compared.function)
+            for variant, interval, difference in zip(arms, scores, differences, strict=True):
                 row: dict[str, Any] = {"variant": variant, "magnification": magnification, "score": score}
-                row |= {"n_patients": len(set(arms[first].patient_ids.tolist()))}
+                row |= {"n_cases": len(set(arms[first].case_ids.tolist()))}
                 row |= {"n_seeds": len(arms[first].probabilities)}
                 row |= {"value": interval.value, "value_low": interval.low, "value_high": interval.high}
+                row |= {"lacking": lacking if score in NEED_CLASSES else 0.0}
                 if variant != first:
                     row |= {"to": first, "difference": difference.value, "low": difference.low, "high": difference.high}
                 rows.append(row)
     return rows
 
 
+def _weighted(arm: Predictions, compared: Compared) -> Predictions:
+    """Return the predictions with the weights that the score needs; those that they have are per patient."""
+    return arm if compared.by_patient else arm._replace(weights=np.ones(len(arm.targets)))
+
+
 def _pool(runs: Sequence[dict[str, Any]]) -> Predictions:
-    """Pool the predictions of one variant: join the folds of each seed, and stack the seeds."""
-    by_seed = []
-    for (_,), folds in group_runs(runs, "seed").items():
-        by_seed.append([row for run in folds for row in read_predictions(run["folder"], run["classes"])])
-    classes = runs[0]["classes"]
+    """Pool the predictions of one variant: join the folds of each seed, and stack the seeds. Patients weigh alike."""
+    by_seed = [[row for run in folds for row in run["predictions"]] for folds in group_runs(runs, "seed").values()]
+    classes, rows = runs[0]["classes"], by_seed[0]
+    images = Counter(row["patient"] for row in rows)
     return Predictions(
-        targets=np.array([classes.index(row["target"]) for row in by_seed[0]]),
-        patient_ids=np.array([row["patient"] for row in by_seed[0]]),
+        targets=np.array([classes.index(row["target"]) for row in rows]),
+        case_ids=np.array([row["case"] for row in rows]),
         probabilities=np.array(
             [[[float(row[f"prob_{name}"]) for name in classes] for row in rows] for rows in by_seed]
         ),
+        weights=np.array([1 / images[row["patient"]] for row in rows]),
     )
 
 
@@ -134,7 +168,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
     """Make the row of a run in `results.csv`."""
     part = run["scored_on"]
     row = {key: run[key] for key in ("variant", "magnification", "fold", "seed", *SCORES)}
-    sizes = {"n_images": run["n_images"][part], "n_patients": run["n_patients"][part]}
+    sizes = {key: run[key][part] for key in ("n_images", "n_patients", "n_cases")}
     return row | sizes | {"best_epoch": run["best_epoch"]}
 
 
@@ -162,26 +196,44 @@ def markdown(results: dict[str, Any]) -> str:
         name = _in_words(score)
         blocks.append(
             f"{name[0].upper()}{name[1:]}, {source}, {results['task']}; "
-            "mean ± sd over folds and seeds, n patients that are scored."
+            "mean ± sd over folds and seeds, n cases that are scored."
         )
         blocks.append(_table(["method", "protocol", *magnifications], rows))
     blocks.append(
         f"All folds together, {source}, {results['task']}, {results['protocol']}; "
-        "in brackets 95 % of the bootstrap over patients and seeds."
+        "in brackets 95 % of the bootstrap over cases and seeds."
     )
-    rows = [
-        [
-            row["variant"],
-            _in_words(row["score"]),
-            row["magnification"],
-            f"{row['value']:.3f} [{row['value_low']:.3f}, {row['value_high']:.3f}]",
-            f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if "difference" in row else "",
-            f"{row['n_patients']} patients, {row['n_seeds']} seeds",
-        ]
-        for row in intervals
-    ]
-    blocks.append(_table(["method", "score", "magnification", "value", f"less {variants[0]}", "over"], rows))
+    primary = results["primary_score"]
+    if primary is not None:
+        blocks[-1] += (
+            f" The primary score is {_in_words(primary)}; differences up to {results['margin']:g} do not matter."
+        )
+    header = ["method", "score", "magnification", "value", f"less {variants[0]}", "over"]
+    blocks.append(_table(header, [_interval_row(row, primary, results["margin"]) for row in intervals]))
     return "\n\n".join(blocks)
+
+
+def _interval_row(row: dict[str, Any], primary: str | None, margin: float | None) -> list[str]:
+    """Write a row of the table of intervals; the primary score also gets a verdict."""
+    few = row["n_cases"] < MIN_CASES
+    difference = ""
+    if "difference" in row:
+        interval = Interval(row["difference"], row["low"], row["high"])
+        difference = _with_interval(interval, "+.3f", few)
+        if row["score"] == primary and margin is not None:
+            difference += f": {verdict(interval, margin)}"
+    over = f"{row['n_cases']} cases, {row['n_seeds']} seeds"
+    if row["lacking"]:
+        over += f"; {row['lacking']:.0%} of the resamples lack a class"
+    value = _with_interval(Interval(row["value"], row["value_low"], row["value_high"]), ".3f", few)
+    return [row["variant"], _in_words(row["score"]), row["magnification"], value, difference, over]
+
+
+def _with_interval(interval: Interval, spec: str, few: bool) -> str:
+    """Write a value with its interval, or with the reason why it has none."""
+    if interval.low is not None and interval.high is not None:
+        return f"{interval.value:{spec}} [{interval.low:{spec}}, {interval.high:{spec}}]"
+    return f"{interval.value:{spec}} ({'too few cases for an interval' if few else 'no interval: the resamples agree'})"
 
 
 def _in_words(score: str) -> str:
@@ -190,12 +242,12 @@ def _in_words(score: str) -> str:
 
 
 def _cell(cell: dict[str, Any], score: str) -> str:
-    """Write mean, standard deviation and number of patients."""
+    """Write mean, standard deviation and number of cases."""
     value, spread = cell[score]["mean"], cell[score]["sd"]
     if value is None:
         return "undefined"
     shown = f"{value:.3f}" if spread is None else f"{value:.3f} ± {spread:.3f}"
-    return f"{shown} (n = {cell['n_patients']})"
+    return f"{shown} (n = {cell['n_cases']})"
 
 
 def _paper_rows(task: str, variants: Sequence[str], magnifications: Sequence[str]) -> list[list[str]]:

@@ -20,6 +20,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 MAX_SEED = 2**32 - 1  # of NumPy's and scikit-learn's generators
 MAX_FOLDS = 1000  # more than any data set has patients; each is a run with `--folds all`
+PRIMARY_SCORES = ("image_accuracy", "patient_recognition_rate", "balanced_accuracy", "auc")
 SWITCH = argparse.BooleanOptionalAction  # the command line can switch off what a file switches on
 
 
@@ -124,9 +125,9 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--group-by",
-        choices=("patient", "case"),
-        default="patient",
-        help="images that stay on one side together; case is stricter",
+        choices=("case", "patient"),
+        default="case",
+        help="images that stay on one side together; slides of one case may count as several patients",
     )
     group.add_argument(
         "--num-folds", type=number(int, 2, MAX_FOLDS), default=5, help="number of folds; official has five"
@@ -150,6 +151,11 @@ def _add_protocol_flags(parser: argparse.ArgumentParser) -> None:
 def _add_study_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that ask for several runs, and those that all runs share."""
     group = parser.add_argument_group("study")
+    group.add_argument("--question", default=None, help="what the study asks, for its results")
+    group.add_argument("--primary-score", choices=PRIMARY_SCORES, default=None, help="score that answers it")
+    group.add_argument(
+        "--margin", type=number(float, 0, 1), default=0.01, help="largest difference of that score that does not matter"
+    )
     group.add_argument(
         "--ablation",
         action=SWITCH,

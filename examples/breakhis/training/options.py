@@ -18,6 +18,7 @@ from breakhis.training.variants import resolve_variants
 
 # Flags that a resumed run may change: they affect no result. Its images are compared separately.
 _FREE_FLAGS = ("num_workers", "data_dir", "fold_dir", "download", "archive_sha256", "checkpoint_path")
+_FREE_FLAGS += ("question", "primary_score", "margin")
 # Arguments of timm by which a model could get other inputs and outputs, or weights that nobody has checked.
 _OWN_ARGUMENTS = {"num_classes", "in_chans", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _OWN_ARGUMENTS |= {"checkpoint_path", "cache_dir"}
@@ -105,7 +106,7 @@ def _check_protocol(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         values = getattr(args, flag) or []
         if len(set(values)) < len(values) or (len(values) > 1 and {"all", "pooled"} & set(values)):
             parser.error(f"argument --{flag}: must name each once, and all or pooled alone, got {values}")
-    if args.protocol == "image" and args.group_by != "patient":
+    if args.protocol == "image" and args.group_by != "case":
         parser.error(f"argument --group-by: not allowed with --protocol image, got {args.group_by!r}")
     if args.protocol == "official":
         if args.num_folds != 5:
