@@ -254,8 +254,9 @@ def check_models(runs: Sequence[argparse.Namespace]) -> None:
 
 
 def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Find the images, do each run that the flags ask for, and write the tables of a study."""
-    scaler, runs = copy.deepcopy(accelerator.scaler), expand(args)
+    """Find the images, do each run that the flags ask for, and write the tables of a study that is complete."""
+    scaler, study = copy.deepcopy(accelerator.scaler), expand(args)
+    runs = study if args.shard is None else study[args.shard.index - 1 :: args.shard.count]
     if not args.resume:
         make_way([run.output_dir for run in runs], args.overwrite)
     check_models(runs)
@@ -265,13 +266,24 @@ def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str
         [hash_files(record.path for record in records) if accelerator.is_main_process else {}]
     )
     results = []
-    for run, split in zip(runs, splits, strict=True):
+    for number, (run, split) in enumerate(zip(runs, splits, strict=True), start=1):
         accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
-        with nullcontext() if len(runs) == 1 else locked(run.output_dir, accelerator):
+        if len(runs) > 1:
+            logger.info("run %d of %d: %s", number, len(runs), run.output_dir.name)
+        with nullcontext() if len(study) == 1 else locked(run.output_dir, accelerator):
             results.append(run_once(run, accelerator, data_dir, split, hashes))
-    if len(runs) > 1 and accelerator.is_main_process:
-        print(write_study(args.output_dir, [run.output_dir for run in runs]))
+    if len(study) > 1 and accelerator.is_main_process:
+        report_study(args.output_dir, [run.output_dir for run in study])
     return results
+
+
+def report_study(out: Path, folders: Sequence[Path]) -> None:
+    """Write and print the tables of a study, or say how many runs are left for other shards."""
+    left = sum(not (folder / METRICS).is_file() for folder in folders)
+    if left:
+        print(f"{len(folders) - left} of {len(folders)} runs are finished; the shard that ends last writes the tables")
+    else:
+        print(write_study(out, folders))
 
 
 @one_line_errors
@@ -295,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         logger.info(PRETRAINED_NOTE)
     args.mixed_precision = accelerator.mixed_precision  # `accelerate launch` may have set it
     try:
-        with locked(args.output_dir, accelerator):
+        # Shards share the folder: each run has a lock of its own.
+        with locked(args.output_dir, accelerator) if args.shard is None else nullcontext():
             results = run_all(args, accelerator)
     except KeyboardInterrupt as stop:
         flag = "--resume instead of --overwrite" if args.overwrite else "--resume"

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
@@ -99,6 +99,23 @@ def path(text: str) -> Path:
 def fold(text: str) -> int | str:
     """Parse the number of a fold, or "all"."""
     return text if text == "all" else number(int, 0)(text)
+
+
+class Shard(NamedTuple):
+    """A part of the runs of a study."""
+
+    index: int
+    """Number of the part, from 1."""
+    count: int
+    """Number of parts."""
+
+
+def shard(text: str) -> Shard:
+    """Parse a part, such as "1/4"."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 1/4, got {text!r}")
+    return Shard(int(match[1]), int(match[2]))
 
 
 def torch_device(text: str) -> torch.device:

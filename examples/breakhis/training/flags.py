@@ -8,7 +8,7 @@ import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.idc import IDC
 from breakhis.data.naming import BREAKHIS
 from breakhis.data.splits import PROTOCOLS
-from breakhis.training.argument_types import MAX_WORKERS, Parser, fold, mapping, number, path, positive, sha256
+from breakhis.training.argument_types import MAX_WORKERS, Parser, fold, mapping, number, path, positive, sha256, shard
 from breakhis.training.model_config import SIDES
 
 SOURCES = {"breakhis": BREAKHIS, "idc": IDC}
@@ -68,6 +68,12 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         action=SWITCH,
         default=False,
         help="replace earlier runs in this directory; without this flag or --resume they are refused",
+    )
+    group.add_argument(
+        "--shard",
+        type=shard,
+        default=None,
+        help="do every N-th run only, from the I-th: I/N, one command for each I, on one or several machines",
     )
     group.add_argument(
         "--num-workers",

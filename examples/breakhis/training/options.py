@@ -183,7 +183,14 @@ def expand(args: argparse.Namespace) -> list[argparse.Namespace]:
 def recorded(run: argparse.Namespace) -> dict[str, Any]:
     """Return the flags of a run as a mapping from which `--config` repeats it."""
     flags = {key: str(real_path(value)) if isinstance(value, Path) else value for key, value in vars(run).items()}
-    for name in ("config", "output_dir", "resume", "overwrite", "variant"):  # not of the run itself, or in other flags
+    for name in (
+        "config",
+        "output_dir",
+        "resume",
+        "overwrite",
+        "shard",
+        "variant",
+    ):  # not of the run itself, or in other flags
         del flags[name]
     flags["folds"], flags["seeds"] = [flags.pop("fold")], [flags.pop("seed")]
     return flags | {"magnification": [run.magnification]}

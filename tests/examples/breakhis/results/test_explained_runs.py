@@ -12,7 +12,7 @@ METRICS = {
 }
 METRICS |= {"scored_on": "test", "variant": "KFDE", "magnification": "40X", "fold": 0, "seed": 0, "synthetic": False}
 METRICS |= {"classes": ["a", "b"], "flags": {"data_dir": "data"}, "best_sha256": {}, "further": None}
-TABLE = "file,patient,target,prediction,prob_a,prob_b\n1.png,p,a,a,0.75,0.25\n"
+TABLE = "file,patient,case,target,prediction,prob_a,prob_b\n1.png,p,p,a,a,0.75,0.25\n"
 
 
 def write_run(folder: Path, table: str = TABLE, **changes: object) -> None:

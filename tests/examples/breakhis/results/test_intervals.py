@@ -1,175 +1,271 @@
 import numpy as np
 import pytest
-from breakhis.results.intervals import Predictions, bootstrap
-from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
+from breakhis.results.intervals import MIN_CASES, Interval, Predictions, bootstrap, verdict
+from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy, patient_recognition_rate
+from scipy.stats import norm, t
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
+# Nine cases with different numbers of images; "a" and "c" have the second class, and one of three images of "b".
+CASES = [*"bbb", *"a", *"cc", *"a", *"dd", *"eeee", *"f", *"gg", *"hhh", *"i"]
+TARGETS = [1 if case in "ac" else 0 for case in CASES]
+TARGETS[0] = 1
 
-def predictions(targets, patient_ids, seeds: int, classes: int, draw: int) -> Predictions:
+
+def predictions(targets, case_ids, seeds: int, classes: int, draw: int) -> Predictions:
     """Draw the predictions of a model that is mostly right; each `draw` gives different ones."""
     logits = np.random.default_rng(draw).normal(size=(seeds, len(targets), classes)) + 0.5 * np.eye(classes)[targets]
-    return Predictions(np.array(targets), np.array(patient_ids), np.exp(logits) / np.exp(logits).sum(2, keepdims=True))
+    rows = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
+    return Predictions(np.array(targets), np.array(case_ids), rows, np.ones(len(targets)))
 
 
-# Five patients with different numbers of images; two patients have the second class.
-PATIENTS = ["b", "b", "b", "a", "c", "c", "a", "d", "d", "e", "e", "e", "e"]
-TARGETS = [1 if patient in "ac" else 0 for patient in PATIENTS]
+def right_or_wrong(right, case_ids, targets=None, weights=None) -> Predictions:
+    """Make the predictions of one seed, sure of the right class where `right` says so, and of the other elsewhere."""
+    right, targets = np.asarray(right, bool), np.zeros(len(right), int) if targets is None else np.asarray(targets)
+    weights = np.ones(len(right)) if weights is None else np.asarray(weights)
+    return Predictions(targets, np.asarray(case_ids), np.eye(2)[np.where(right, targets, 1 - targets)][None], weights)
+
+
+def tail(cases: int) -> float:
+    """Return the share below a 95 % interval: Hesterberg (2015), "expanded percentile interval"."""
+    return norm.cdf(t.ppf(0.025, cases - 1) * (cases / (cases - 1)) ** 0.5)
+
+
+def auc_by_sklearn(targets, rows):
+    return roc_auc_score(targets, [row[1] for row in rows]) if len(set(targets)) == 2 else None
+
 
 # The scores by scikit-learn, on a list in which an image may occur several times.
 SCORES = {
     image_accuracy: lambda targets, rows: accuracy_score(targets, np.argmax(rows, axis=1)),
     balanced_accuracy: lambda targets, rows: balanced_accuracy_score(targets, np.argmax(rows, axis=1)),
-    auc: lambda targets, rows: roc_auc_score(targets, [row[1] for row in rows]),
+    auc: auc_by_sklearn,
 }
 
 
-def resample_by_hand(arms, score, resamples, seed):
-    """Build the same worlds image by image; return them and the number of worlds that were drawn again."""
-    rng, worlds, redrawn = np.random.default_rng(seed), [], 0
-    names, seeds = sorted(set(arms[0].patient_ids.tolist())), len(arms[0].probabilities)
-    while len(worlds) < resamples:
+def resample(case_ids, seeds: int, seed: int, resamples: int):
+    """Yield the images of each resample, one by one with their repetitions, the copies of their cases, and its seeds."""
+    rng, names = np.random.default_rng(seed), sorted(set(case_ids))
+    for _ in range(resamples):
         chosen = [names[index] for index in rng.integers(len(names), size=len(names))]
-        chosen_seeds = rng.integers(seeds, size=seeds)
-        if not {"a", "c"} & set(chosen) or not {"b", "d", "e"} & set(chosen):
-            redrawn += 1  # it lacks a class
-            continue
-        world = []
-        for arm in arms:
-            scores = []
-            for s in chosen_seeds:
-                images = [i for name in chosen for i, patient in enumerate(arm.patient_ids) if patient == name]
-                targets = [int(arm.targets[i]) for i in images]
-                scores.append(score(targets, [arm.probabilities[s][i] for i in images]))
-            world.append(sum(scores) / seeds)
-        worlds.append(world)
-    return np.array(worlds), redrawn
+        pairs = [(i, copy) for copy, name in enumerate(chosen) for i, case in enumerate(case_ids) if case == name]
+        yield [i for i, _ in pairs], [copy for _, copy in pairs], rng.integers(seeds, size=seeds)
+
+
+def resample_by_hand(arms, score, resamples, seed):
+    """Score resamples image by image; return those that have a score, and the share of all that lack a class."""
+    table, lacking = [], 0
+    for images, _, chosen_seeds in resample(arms[0].case_ids.tolist(), len(arms[0].probabilities), seed, resamples):
+        targets = arms[0].targets[images].tolist()
+        lacking += set(targets) != {0, 1}
+        scores = [[score(targets, arm.probabilities[s][images]) for s in chosen_seeds] for arm in arms]
+        if scores[0][0] is not None:
+            table.append(np.mean(scores, axis=1))
+    return np.array(table), lacking / resamples
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true", "ignore:A single label was found")
 @pytest.mark.parametrize("function", SCORES, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_each_world_is_the_same_as_by_hand(function, seeds):
-    arms = [predictions(TARGETS, PATIENTS, seeds, 2, draw) for draw in range(3)]
-    scores, differences = bootstrap(arms, function, resamples=60, seed=5)
-    worlds, redrawn = resample_by_hand(arms, SCORES[function], 60, seed=5)
-    assert redrawn > 0
-    for index, arm in enumerate(arms):
-        value = np.mean([SCORES[function](TARGETS, rows) for rows in arm.probabilities])
-        quantiles = np.quantile(worlds[:, index], [0.025, 0.975])
-        assert scores[index] == pytest.approx((value, *quantiles))
-        first = np.mean([SCORES[function](TARGETS, rows) for rows in arms[0].probabilities])
-        quantiles = np.quantile(worlds[:, index] - worlds[:, 0], [0.025, 0.975])
-        assert differences[index] == pytest.approx((value - first, *quantiles))
-    assert scores[1].low < scores[1].value < scores[1].high
+def test_each_resample_is_the_same_as_by_hand(function, seeds):
+    arms = [predictions(TARGETS, CASES, seeds, 2, draw) for draw in range(3)]
+    result = bootstrap(arms, function, resamples=200, seed=5)
+    table, lacking = resample_by_hand(arms, SCORES[function], 200, seed=5)
+    assert result.lacking == lacking > 0
+    assert len(table) == 200 * (1 - lacking if function is auc else 1)  # only an area needs two classes
+    values = [np.mean([SCORES[function](TARGETS, rows) for rows in arm.probabilities]) for arm in arms]
+    ends = [tail(9), 1 - tail(9)]
+    for index in range(3):
+        assert result.scores[index] == pytest.approx((values[index], *np.quantile(table[:, index], ends)))
+    for index in (1, 2):
+        quantiles = np.quantile(table[:, index] - table[:, 0], ends)
+        assert result.differences[index] == pytest.approx((values[index] - values[0], *quantiles))
 
 
-def test_an_interval_worked_by_hand():
-    """Two patients of one image, one right and one wrong: a quarter of the worlds are right, a quarter wrong."""
-    arm = Predictions(np.array([0, 0]), np.array(["a", "b"]), np.array([[[0.9, 0.1], [0.2, 0.8]]]))
-    ((value, low, high),), _ = bootstrap([arm], image_accuracy, resamples=400)
-    assert (value, low, high) == (0.5, 0, 1)
-    # With one patient there is nothing to resample.
-    arm = Predictions(np.array([0, 0]), np.array(["a", "a"]), arm.probabilities)
-    assert bootstrap([arm], image_accuracy, resamples=50)[0] == [(0.5, 0.5, 0.5)]
+def test_the_weights_of_patients_make_the_rate_per_patient():
+    """Each copy of a case brings its patients anew: case "d" has two, the others have one."""
+    patients = ["d1" if index == 7 else case for index, case in enumerate(CASES)]
+    arm = predictions(TARGETS, CASES, 1, 2, draw=3)
+    arm = arm._replace(weights=np.array([1 / patients.count(patient) for patient in patients]))
+    guesses = arm.probabilities[0].argmax(axis=1)
+    rates = [
+        patient_recognition_rate(
+            arm.targets[images],
+            guesses[images],
+            [f"{copy} {patients[i]}" for copy, i in zip(copies, images, strict=True)],
+        )
+        for images, copies, _ in resample(CASES, 1, 0, 200)
+    ]
+    value = patient_recognition_rate(TARGETS, guesses, patients)
+    assert value != pytest.approx(image_accuracy(TARGETS, arm.probabilities[0]))
+    (interval,) = bootstrap([arm], image_accuracy, resamples=200).scores
+    assert interval == pytest.approx((value, *np.quantile(rates, [tail(9), 1 - tail(9)])))
+
+
+def test_quantiles_of_few_cases_are_moved_out():
+    """By a table of t: 2.3646 at 7 degrees of freedom, times the root of 8/7, is 2.528 standard deviations: 0.57 %."""
+    assert tail(8) == pytest.approx(0.00574, abs=1e-5)
+    assert tail(10_000) == pytest.approx(0.025, abs=1e-4)
+    arm = right_or_wrong(np.arange(40) % 5 < np.arange(8).repeat(5) % 4, np.arange(8).repeat(5))
+    table, _ = resample_by_hand([arm], SCORES[image_accuracy], 2000, seed=0)
+    (interval,) = bootstrap([arm], image_accuracy).scores
+    assert interval[1:] == pytest.approx(np.quantile(table[:, 0], [0.00574, 0.99426]), abs=1e-3)
+    assert interval.low < np.quantile(table, 0.025) < np.quantile(table, 0.975) < interval.high
+
+
+@pytest.mark.parametrize("function", SCORES, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("cases", [1, 2, 5, 7, 8, 9])
+def test_fewer_than_eight_cases_have_no_interval(function, cases):
+    """Five patients once had a difference of areas of +0.006 [+0.006, +0.006]."""
+    targets = np.arange(4 * cases) % 2
+    arms = [predictions(targets, np.arange(cases).repeat(4), 3, 2, draw) for draw in range(2)]
+    scores, differences, lacking = bootstrap(arms, function, resamples=100)
+    assert lacking == 0
+    for interval in (*scores, differences[1]):
+        if cases < MIN_CASES:
+            assert interval[1:] == (None, None)
+        else:
+            assert interval.low < interval.high
+    assert MIN_CASES == 8
+    assert differences[1].value == scores[1].value - scores[0].value != 0
+
+
+def test_an_interval_of_no_width_is_none():
+    """Two of the three images of each case are right; then an arm is right on one image more in each case."""
+    cases, place = np.arange(8).repeat(3), np.arange(24) % 3
+    scores, differences, _ = bootstrap([right_or_wrong(place < 2, cases)] * 2, image_accuracy, resamples=100)
+    assert scores == [(2 / 3, None, None)] * 2
+    assert differences == [(0, None, None)] * 2
+
+
+@pytest.mark.parametrize("weight", [1, 0.1, 1 / 7])
+def test_an_interval_of_the_width_of_rounding_is_none(weight):
+    """An arm is right on one image of ten more in each case: each resample has a difference of 0.1, but for rounding."""
+    cases, place, weights = np.arange(20).repeat(10), np.arange(200) % 10, np.full(200, weight)
+    share = 3 + cases % 5
+    arms = [right_or_wrong(place < share + more, cases, weights=weights) for more in (0, 1)]
+    (score, _), (_, difference), _ = bootstrap(arms, image_accuracy, resamples=100)
+    assert score.low < score.high
+    assert difference == (pytest.approx(0.1), None, None)
+    assert verdict(difference, 0.01) == "undecided"
+    (score,) = bootstrap([right_or_wrong(place < 7, cases, weights=weights)], image_accuracy, resamples=100).scores
+    assert score == (pytest.approx(0.7), None, None)
+
+
+@pytest.mark.parametrize("cases", [8, 20])
+def test_the_share_of_resamples_that_lack_a_class(cases):
+    """One case has the second class: a resample lacks it with a chance of (1 - 1/n)^n, and the first hardly ever."""
+    targets = np.arange(cases) == 0
+    arm = right_or_wrong(np.arange(cases) % 2 == 0, np.arange(cases), targets.astype(int))
+    scores, _, lacking = bootstrap([arm], balanced_accuracy, resamples=2000)
+    assert lacking == pytest.approx((1 - 1 / cases) ** cases, abs=0.03)  # three standard errors
+    # The class present counts alone: all ends are scores of resamples, none was drawn again or given up.
+    table, share = resample_by_hand([arm], lambda *row: balanced_accuracy(*row), 2000, seed=0)
+    assert (len(table), share) == (2000, lacking)
+    assert scores[0][1:] == pytest.approx(np.quantile(table, [tail(cases), 1 - tail(cases)]))
+
+
+def test_a_class_without_images_is_not_lacking():
+    targets = [(0, 3, 5)[index % 3] for index in range(len(CASES))]
+    arms = [predictions(targets, CASES, 2, 8, draw) for draw in range(2)]
+    for function in (image_accuracy, balanced_accuracy, auc):
+        scores, _, lacking = bootstrap(arms, function, resamples=50)
+        assert lacking < 0.1
+        for arm, score in zip(arms, scores, strict=True):
+            assert score.value == pytest.approx(np.mean([function(arm.targets, rows) for rows in arm.probabilities]))
+            assert 0 <= score.low <= score.value <= score.high <= 1
+
+
+@pytest.mark.parametrize(("needed", "enough"), [(2, True), (3, False)])
+def test_no_interval_where_half_of_the_resamples_have_no_score(needed, enough):
+    """Case "a" or "c" is in 90 % of the resamples, and both are in 41 %."""
+    arm = predictions([{"a": 1, "c": 2}.get(case, 0) for case in CASES], CASES, 1, 3, draw=0)
+
+    def score(targets, *rest):
+        return image_accuracy(targets, *rest) if len(set(targets.tolist())) >= needed else None
+
+    result = bootstrap([arm], score, resamples=400)
+    assert result.lacking == pytest.approx(0.59, abs=0.08)  # three standard errors
+    assert (result.scores[0].low is not None, result.scores[0].high is not None) == (enough, enough)
 
 
 def test_an_arm_does_not_differ_from_itself():
-    arm, better = (predictions(TARGETS, PATIENTS, 2, 2, draw) for draw in (0, 1))
-    scores, differences = bootstrap([arm, arm, better], image_accuracy, resamples=100)
-    assert differences[:2] == [(0, 0, 0)] * 2
+    arm, better = (predictions(TARGETS, CASES, 2, 2, draw) for draw in (0, 1))
+    scores, differences, _ = bootstrap([arm, arm, better], image_accuracy, resamples=100)
+    assert differences[:2] == [(0, None, None)] * 2
     assert scores[0] == scores[1]
     assert scores[0].high > scores[0].low  # without pairing, this would become a difference
     assert differences[2].high > differences[2].low
 
 
 def test_pairing_narrows_the_interval_of_a_small_but_certain_difference():
-    """Arms that fail on the same patients, one of them on one image of each patient more."""
-    patients = np.repeat(np.arange(20), 5)
-    hard = patients % 2 == 0
-    right = np.array([~hard, ~hard & (np.arange(100) % 5 > 0)])
-    rows = np.where(right[:, :, None], [1.0, 0.0], [0.0, 1.0])
-    arms = [Predictions(np.zeros(100, int), patients, rows[arm][None]) for arm in range(2)]
-    scores, (_, difference) = bootstrap(arms, image_accuracy, resamples=400)
-    assert difference.value == pytest.approx(-0.1)
+    """Arms that fail on the same cases; one of them also fails on one or two images of each other case."""
+    cases, place = np.arange(20).repeat(5), np.arange(100) % 5
+    easy = cases % 2 == 1
+    arms = [right_or_wrong(right, cases) for right in (easy, easy & (place > cases % 4 // 2))]
+    scores, (_, difference), _ = bootstrap(arms, image_accuracy, resamples=400)
     assert difference.high < 0
-    assert difference.high - difference.low < 0.5 * (scores[0].high - scores[0].low)
+    assert difference.high - difference.low < 0.6 * (scores[0].high - scores[0].low)
+    assert verdict(difference, 0.01) == "worse"
 
 
 def test_seeds_are_resampled():
-    """One patient, who is always drawn, and two seeds, one always right and one always wrong."""
-    rows = np.array([[[1.0, 0.0]] * 4, [[0.0, 1.0]] * 4])
-    arm = Predictions(np.zeros(4, int), np.array(["a"] * 4), rows)
-    assert bootstrap([arm], image_accuracy, resamples=100)[0] == [(0.5, 0, 1)]
-    for seed, share in enumerate((1, 0)):
-        alone = arm._replace(probabilities=rows[seed : seed + 1])
-        assert bootstrap([alone], image_accuracy, resamples=100)[0] == [(share, share, share)]
+    """All cases are alike, and one of two seeds is always right, the other always wrong."""
+    alone = [right_or_wrong(np.full(8, right), np.arange(8)) for right in (True, False)]
+    both = alone[0]._replace(probabilities=np.concatenate([arm.probabilities for arm in alone]))
+    assert bootstrap([both], image_accuracy, resamples=100).scores == [(0.5, 0, 1)]
+    assert [bootstrap([arm], image_accuracy, resamples=100).scores[0] for arm in alone] == [
+        (1, None, None),
+        (0, None, None),
+    ]
 
 
 def test_the_same_seed_gives_the_same_interval():
-    arms = [predictions(TARGETS, PATIENTS, 2, 2, draw) for draw in range(2)]
+    arms = [predictions(TARGETS, CASES, 2, 2, draw) for draw in range(2)]
     once, again, third = (bootstrap(arms, auc, resamples=50, seed=seed) for seed in (1, 1, 2))
     assert once == again
-    assert [score.value for score in once[0]] == [score.value for score in third[0]]
+    assert [score.value for score in once.scores] == [score.value for score in third.scores]
     assert once != third
-
-
-WORLDS, TRUTH = 200, 0.7
-
-
-def covered(images_as_patients: bool) -> float:
-    """Return the share of simulated studies whose interval contains the truth.
-
-    40 patients have 5 images each. Each patient's images are right with a probability of its own, from a beta
-    distribution with mean 0.7, so that they tend to be right or wrong together.
-    """
-    rng, hits = np.random.default_rng(0), 0
-    for world in range(WORLDS):
-        share = rng.beta(1.4, 0.6, size=40).repeat(5)
-        right = rng.random(200) < share
-        patients = np.arange(200) if images_as_patients else np.arange(40).repeat(5)
-        rows = np.where(right[:, None], [1.0, 0.0], [0.0, 1.0])
-        arm = Predictions(np.zeros(200, int), patients, rows[None])
-        ((_, low, high),), _ = bootstrap([arm], image_accuracy, resamples=200, seed=world)
-        hits += low <= TRUTH <= high
-    return hits / WORLDS
-
-
-@pytest.mark.slow
-def test_intervals_over_patients_contain_the_truth_as_often_as_promised():
-    assert 0.86 < covered(images_as_patients=False) < 0.99
-
-
-@pytest.mark.slow
-def test_intervals_over_images_would_not():
-    assert covered(images_as_patients=True) < 0.86
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": np.array([1, *TARGETS[1:]][::-1])}, "the same images of the same patients in the same order"),
-        ({"patient_ids": np.array(PATIENTS[::-1])}, "the same images of the same patients in the same order"),
-        ({"probabilities": np.ones((3, 13, 2))}, "as many seeds as the first, 2, got 3"),
+        ({"targets": np.array(TARGETS[::-1])}, "the same images of the same cases in the same order"),
+        ({"case_ids": np.array(CASES[::-1])}, "the same images of the same cases in the same order"),
+        ({"probabilities": np.ones((3, len(CASES), 2))}, "as many seeds as the first, 2, got 3"),
     ],
 )
 def test_arms_that_cannot_be_compared_are_refused(change, message):
-    arm = predictions(TARGETS, PATIENTS, 2, 2, 0)
+    arm = predictions(TARGETS, CASES, 2, 2, 0)
     with pytest.raises(ValueError, match=message):
         bootstrap([arm, arm._replace(**change)], image_accuracy)
 
 
-def test_an_area_of_one_class_is_refused_before_it_is_resampled():
-    arm = predictions([1] * 13, PATIENTS, 2, 2, 0)
+def test_an_area_of_one_class_is_refused():
+    arm = predictions([1] * len(CASES), CASES, 2, 2, 0)
     with pytest.raises(ValueError, match="more than one class"):
         bootstrap([arm, arm], auc)
 
 
-def test_many_classes_and_absent_ones():
-    """The score, and not the resampling, handles classes without images."""
-    targets = [0, 0, 3, 3, 3, 5, 5, 0, 0, 3, 3, 5, 5]
-    arms = [predictions(targets, PATIENTS, 2, 8, draw) for draw in range(2)]
-    for function in (image_accuracy, balanced_accuracy, auc):
-        scores, _ = bootstrap(arms, function, resamples=50)
-        for arm, score in zip(arms, scores, strict=True):
-            assert score.value == pytest.approx(np.mean([function(arm.targets, rows) for rows in arm.probabilities]))
-            assert 0 <= score.low <= score.value <= score.high <= 1
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-0.01, 0.01, "equal within 0.01"),  # the margin itself still does not matter
+        (0.002, 0.009, "equal within 0.01"),  # a difference that is certain, but too small to matter
+        (-0.009, -0.002, "equal within 0.01"),
+        (0.002, 0.011, "better"),
+        (-0.011, -0.002, "worse"),
+        (0.0, 0.011, "undecided"),  # zero is inside
+        (-0.011, 0.0, "undecided"),
+        (-0.011, 0.01, "undecided"),
+        (-0.01, 0.011, "undecided"),
+        (None, None, "undecided"),
+    ],
+)
+def test_verdicts(low, high, words):
+    assert verdict(Interval(0.004, low, high), margin=0.01) == words
+
+
+def test_a_verdict_names_its_margin():
+    assert verdict(Interval(0.0, -0.02, 0.02), margin=0.025) == "equal within 0.025"
+    assert verdict(Interval(0.1, 0.05, 0.15), margin=0) == "better"

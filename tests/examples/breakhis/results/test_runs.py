@@ -3,7 +3,7 @@ import json
 import pytest
 from breakhis.results.runs import read_metrics, read_predictions
 
-ROWS = "file,patient,target,prediction,prob_a,prob_b\n1.png,p,a,a,0.75,0.25\n"
+ROWS = "file,patient,case,target,prediction,prob_a,prob_b\n1.png,p,k,a,a,0.75,0.25\n"
 
 
 def test_the_files_of_a_run_are_read(tmp_path):
@@ -11,7 +11,7 @@ def test_the_files_of_a_run_are_read(tmp_path):
     assert read_metrics(tmp_path, ("seed", "auc")) == {"seed": 3, "auc": None}
     (tmp_path / "predictions.csv").write_text(ROWS)
     (row,) = read_predictions(tmp_path, ["a", "b"])
-    assert (row["file"], row["patient"], row["target"], row["prob_b"]) == ("1.png", "p", "a", "0.25")
+    assert (row["file"], row["patient"], row["case"], row["target"], row["prob_b"]) == ("1.png", "p", "k", "a", "0.25")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": 3, "folds": 1}'])
@@ -30,9 +30,9 @@ def test_broken_metrics_are_refused_by_name(content, tmp_path):
         (b"\xff\xfe\x00", "must be a table that train_breakhis.py wrote, got "),
         (ROWS.splitlines(keepends=True)[0].encode(), "for file in each line, got none in line 2"),
         (ROWS.replace("prob_b", "prob_c").encode(), "for prob_b in each line, got none in line 2"),
-        (f"{ROWS}2.png,p,a,a,0.75\n".encode(), "for prob_b in each line, got none in line 3"),
+        (f"{ROWS}2.png,p,k,a,a,0.75\n".encode(), "for prob_b in each line, got none in line 3"),
         (
-            f"{ROWS}{'x' * 200_000},p,a,a,1,0\n".encode(),
+            f"{ROWS}{'x' * 200_000},p,k,a,a,1,0\n".encode(),
             "must be a table that train_breakhis.py wrote, got field larger",
         ),
     ],

@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import stdev
 
 import pytest
-from breakhis.results import paper, study
+from breakhis.results import intervals, paper, study
 from breakhis.results.intervals import bootstrap
-from breakhis.results.study import SCORES, compare_variants, group_runs, write_study
+from breakhis.results.study import COMPARED, SCORES, group_runs, write_study
 
 from tests.support.runs import BINARY, SUBTYPES, read_rows
 
@@ -18,6 +18,8 @@ FOLDS = [["a0", "a0", "b1"], ["c0", "c0", "d1", "e1"]]
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     monkeypatch.setattr(study, "bootstrap", partial(bootstrap, resamples=200))
+    monkeypatch.setattr(intervals, "MIN_CASES", 2)  # tables of few images can be worked by hand
+    monkeypatch.setattr(study, "MIN_CASES", 2)
 
 
 @pytest.fixture
@@ -34,15 +36,16 @@ def write_run(tmp_path):
         metrics |= {"variant": variant, "magnification": magnification, "fold": fold, "seed": seed}
         metrics |= {"classes": classes, "best_epoch": 3, **dict.fromkeys(SCORES, 0.5)}
         metrics |= {"n_images": {"test": len(images)}, "n_patients": {"test": len(set(images))}}
+        metrics |= {"n_cases": {"test": len(set(images))}, "flags": {}}
         (folder / "metrics.json").write_text(json.dumps(metrics | changes))
         with (folder / "predictions.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["file", "patient", "target", "prediction", *(f"prob_{name}" for name in classes)])
+            writer.writerow(["file", "patient", "case", "target", "prediction", *(f"prob_{name}" for name in classes)])
             for number, (image, letter) in enumerate(zip(images, right, strict=True)):
                 target = int(image[1])
                 answer = target if letter == "y" else 1 - target
                 row = [0.8 if index == answer else 0.2 / (len(classes) - 1) for index in range(len(classes))]
-                writer.writerow([f"{number}.png", image[0], classes[target], classes[answer], *row])
+                writer.writerow([f"{number}.png", image[0], f"case {image[0]}", classes[target], classes[answer], *row])
         return folder
 
     return write
@@ -77,7 +80,7 @@ def test_means_deviations_and_differences_worked_by_hand(write_run, tmp_path):
         *("breakhis", False, "patient protocol", "binary")
     ]
     first, second = results["cells"]
-    assert (first["variant"], first["magnification"], first["n_runs"], first["n_patients"]) == ("baseline", "40X", 4, 5)
+    assert (first["variant"], first["magnification"], first["n_runs"], first["n_cases"]) == ("baseline", "40X", 4, 5)
     assert first["image_accuracy"]["mean"] == pytest.approx(0.65)
     # Squares of -0.15, -0.05, 0.15, 0.05 sum to 0.05, over n - 1 = 3.
     assert first["image_accuracy"]["sd"] == pytest.approx((0.05 / 3) ** 0.5)
@@ -87,15 +90,20 @@ def test_means_deviations_and_differences_worked_by_hand(write_run, tmp_path):
     assert second["image_accuracy"] == {"mean": pytest.approx(0.9), "sd": pytest.approx(0, abs=1e-12)}
 
     baseline = [row for row in results["intervals"] if row["variant"] == "baseline"]
-    assert [row["score"] for row in baseline] == ["image_accuracy", "balanced_accuracy", "auc"]
+    assert [row["score"] for row in baseline] == [
+        "image_accuracy",
+        "patient_recognition_rate",
+        "balanced_accuracy",
+        "auc",
+    ]
     assert not any({"to", "difference", "low", "high"} & row.keys() for row in baseline)
     assert baseline[0]["value"] == pytest.approx((5 / 7 + 4 / 7) / 2)
     assert baseline[0]["value_low"] < baseline[0]["value"] < baseline[0]["value_high"]
     rows = {row["score"]: row for row in results["intervals"] if row["variant"] == "KFDE"}
-    assert list(rows) == ["image_accuracy", "balanced_accuracy", "auc"]
+    assert list(rows) == list(COMPARED)
     for row in rows.values():
         assert (row["variant"], row["to"], row["magnification"]) == ("KFDE", "baseline", "40X")
-        assert (row["n_patients"], row["n_seeds"]) == (5, 2)
+        assert (row["n_cases"], row["n_seeds"]) == (5, 2)
         assert row["low"] <= row["difference"] <= row["high"]
         assert row["low"] < row["high"]
     # Of 7 images over both folds: seed 0 has 6 right against 5, seed 1 has 4 against 4.
@@ -106,27 +114,76 @@ def test_means_deviations_and_differences_worked_by_hand(write_run, tmp_path):
     assert rows["auc"]["difference"] == pytest.approx(rows["balanced_accuracy"]["difference"])
 
 
-def test_the_interval_is_that_of_the_patients_and_seeds(write_run):
-    """One variant is right on every image and the other on none, so resampling does not change the difference."""
+def test_a_difference_that_is_the_same_in_all_resamples_has_no_interval(write_run, tmp_path):
+    """One variant is right on every image and the other on none."""
     folders = [
         write_run(variant, 4 * letter, 1, seed)
         for variant, letter in (("worse", "n"), ("better", "y"))
         for seed in (0, 1)
     ]
-    runs = [json.loads((folder / "metrics.json").read_text()) | {"folder": folder} for folder in folders]
-    rows = compare_variants(runs)
-    assert [(row["variant"], row["value"], row["value_low"], row["value_high"]) for row in rows] == [
-        ("worse", 0, 0, 0),
-        ("better", 1, 1, 1),
-    ] * 3
-    assert [(row["difference"], row["low"], row["high"]) for row in rows if "to" in row] == [(1, 1, 1)] * 3
+    tables = write_study(tmp_path, folders)
+    rows = json.loads((tmp_path / "results.json").read_text())["intervals"]
+    assert [(row["value"], row["value_low"], row["value_high"]) for row in rows] == 4 * [
+        (0, None, None),
+        (1, None, None),
+    ]
+    assert [(row["difference"], row["low"], row["high"]) for row in rows if "to" in row] == 4 * [(1, None, None)]
+    cells = [row[3:5] for row in table(tables, "All folds together")[2:]]
+    assert cells[:2] == [
+        ["0.000 (no interval: the resamples agree)", ""],
+        ["1.000 (no interval: the resamples agree)", "+1.000 (no interval: the resamples agree)"],
+    ]
+
+
+def test_few_cases_have_no_interval(write_run, tmp_path, monkeypatch):
+    for module in (study, intervals):
+        monkeypatch.setattr(module, "MIN_CASES", 8)
+    tables = write_study(tmp_path, two_variants(write_run))
+    cells = [cell for row in table(tables, "All folds together")[2:] for cell in row[3:5] if cell]
+    assert cells
+    assert all(cell.endswith(" (too few cases for an interval)") for cell in cells)
+
+
+def test_the_share_of_resamples_that_lack_a_class_is_printed_where_it_matters(write_run, tmp_path):
+    tables = write_study(tmp_path, two_variants(write_run))
+    shares = {row[1]: row[5] for row in table(tables, "All folds together")[2:]}
+    assert shares["image accuracy"] == shares["patient recognition rate"] == "5 cases, 2 seeds"
+    # Three of five cases have the second class, two the first: (2/5)^5 + (3/5)^5 = 0.088 of the resamples lack one.
+    share = float(shares["AUC"].removeprefix("5 cases, 2 seeds; ").partition("%")[0])
+    assert shares["AUC"] == f"5 cases, 2 seeds; {share:.0f}% of the resamples lack a class"
+    assert share == pytest.approx(8.8, abs=6)
+
+
+def test_patients_weigh_alike_in_their_rate(write_run, tmp_path):
+    """Patient a has two images, both wrong, and b one, which is right."""
+    write_study(tmp_path, [write_run("KFDE", "nny")])
+    values = {row["score"]: row["value"] for row in json.loads((tmp_path / "results.json").read_text())["intervals"]}
+    assert values["image_accuracy"] == pytest.approx(1 / 3)
+    assert values["patient_recognition_rate"] == pytest.approx(1 / 2)
+
+
+def test_the_primary_score_alone_gets_a_verdict(write_run, tmp_path):
+    flags = {"question": "Does it help?", "primary_score": "image_accuracy", "margin": 0.01}
+    folders = [write_run("baseline", "ynyn", 1, flags=flags), write_run("KFDE", "yyyn", 1, flags=flags)]
+    tables = write_study(tmp_path, folders)
+    assert (
+        "The primary score is image accuracy; differences up to 0.01 do not matter."
+        in table(tables, "All folds together")[0][0]
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {key: results[key] for key in flags} == flags
+    verdicts = {
+        row[1]: row[4].rpartition(": ")[2] for row in table(tables, "All folds together")[2:] if row[0] == "KFDE"
+    }
+    assert verdicts["image accuracy"] == "undecided"
+    assert "undecided" not in verdicts["AUC"]
 
 
 def test_the_tables_put_each_number_next_to_its_protocol(write_run, tmp_path):
     tables = write_study(tmp_path, two_variants(write_run))
     assert (tmp_path / "results.md").read_text() == tables + "\n"
     sentence, header, *rows = table(tables, "Image accuracy")
-    assert sentence == ["Image accuracy, breakhis, binary; mean ± sd over folds and seeds, n patients that are scored."]
+    assert sentence == ["Image accuracy, breakhis, binary; mean ± sd over folds and seeds, n cases that are scored."]
     assert header == ["method", "protocol", "40X"]
     assert rows[:2] == [
         ["baseline", "patient protocol", "0.650 ± 0.129 (n = 5)"],
@@ -137,18 +194,18 @@ def test_the_tables_put_each_number_next_to_its_protocol(write_run, tmp_path):
         assert [row[:2] for row in rows] == [["baseline", "patient protocol"], ["KFDE", "patient protocol"]]
     sentence, header, *rows = table(tables, "All folds together")
     assert sentence == [
-        "All folds together, breakhis, binary, patient protocol; in brackets 95 % of the bootstrap over patients and "
+        "All folds together, breakhis, binary, patient protocol; in brackets 95 % of the bootstrap over cases and "
         "seeds."
     ]
     assert header == ["method", "score", "magnification", "value", "less baseline", "over"]
     assert [row[:3] for row in rows] == [
         [variant, score, "40X"]
-        for score in ("image accuracy", "balanced accuracy", "AUC")
+        for score in ("image accuracy", "patient recognition rate", "balanced accuracy", "AUC")
         for variant in ("baseline", "KFDE")
     ]
     assert (rows[0][3].split()[0], rows[0][4]) == ("0.643", "")
     assert (rows[1][3].split()[0], rows[1][4].split()[0]) == ("0.714", "+0.071")
-    assert rows[1][5] == "5 patients, 2 seeds"
+    assert rows[1][5] == "5 cases, 2 seeds"
 
 
 def test_the_file_of_runs_has_a_row_for_each(write_run, tmp_path):
@@ -156,7 +213,7 @@ def test_the_file_of_runs_has_a_row_for_each(write_run, tmp_path):
     write_study(tmp_path, folders)
     rows = read_rows(tmp_path / "results.csv")
     assert list(rows[0]) == [
-        *("variant", "magnification", "fold", "seed", *SCORES, "n_images", "n_patients", "best_epoch")
+        *("variant", "magnification", "fold", "seed", *SCORES, "n_images", "n_patients", "n_cases", "best_epoch")
     ]
     assert [(row["variant"], row["fold"], row["seed"]) for row in rows[:3]] == [
         ("baseline", "0", "0"),
@@ -187,7 +244,11 @@ def test_a_score_that_no_run_has_is_undefined(write_run, tmp_path):
     tables = write_study(tmp_path, folders)
     assert {row[2] for row in table(tables, "AUC")[2:]} == {"undefined"}
     rows = table(tables, "All folds together")[2:]
-    assert [row[1] for row in rows] == [*["image accuracy"] * 2, *["balanced accuracy"] * 2]
+    assert [row[1] for row in rows] == [
+        *["image accuracy"] * 2,
+        *["patient recognition rate"] * 2,
+        *["balanced accuracy"] * 2,
+    ]
     (cell, _) = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert cell["auc"] == {"mean": None, "sd": None}
 
@@ -196,7 +257,7 @@ def test_a_single_variant_has_no_differences(write_run, tmp_path):
     tables = write_study(tmp_path, [write_run("KFDE", "yyy"), write_run("KFDE", "yyyy", 1)])
     assert {row[4] for row in table(tables, "All folds together")[2:]} == {""}
     rows = json.loads((tmp_path / "results.json").read_text())["intervals"]
-    assert [row["value"] for row in rows] == [1, 1, 1]
+    assert [row["value"] for row in rows] == [1, 1, 1, 1]
 
 
 def test_names_in_the_tables_are_no_markup_and_no_formulas(write_run, tmp_path):

@@ -259,6 +259,10 @@ def is_whole(parse: Callable[[str], object]) -> bool:
         (["--model-kwargs", "7"], "argument --model-kwargs: must be a mapping in YAML, got '7'"),
         (["--ablation", "--insert", "{layer1: se}"], "argument --ablation: needs at least two blocks in --insert, got"),
         (["--model", "resnet18", "--identity-start"], "argument --identity-start: not allowed without blocks"),
+        *(
+            (["--shard", text], f"argument --shard: must be I/N with I from 1 to N, such as 1/4, got {text!r}")
+            for text in ("0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3")
+        ),
         (["--insert", "[layer1]"], "argument --insert: must be a mapping in YAML, got '[layer1]'"),
         (["--variants", "{a: {lr: -1}}"], "argument --lr: must be a positive number, got -1.0"),
         (["--variants", "{a: {model: nonesuch}}"], "a model that timm knows, got 'nonesuch'"),
@@ -271,7 +275,7 @@ def is_whole(parse: Callable[[str], object]) -> bool:
             ["--protocol", "official", "--num-folds", "3"],
             "argument --num-folds: must be 5 with --protocol official, got 3",
         ),
-        (["--protocol", "image", "--group-by", "case"], "argument --group-by: not allowed with --protocol image"),
+        (["--protocol", "image", "--group-by", "patient"], "argument --group-by: not allowed with --protocol image"),
         (["--seeds", "0", "0"], "argument --seeds: must name each once, and all or pooled alone, got [0, 0]"),
         (["--folds", "1", "all"], "argument --folds: must name each once, and all or pooled alone, got [1, 'all']"),
         (["--magnification", "all", "pooled"], "argument --magnification: must name each once"),
