@@ -3,6 +3,9 @@
     python examples/make_evidence.py idc --data-dir IDC --output-dir runs/evidence
     python examples/make_evidence.py breakhis-binary --data-dir BreaKHis_v1 --output-dir runs/evidence
 
+A study whose name has "lite" in it starts from ImageNet weights: first run `examples/lite_weights.py 0
+weights/lite0.safetensors`, and the same for 1, in the folder where the study is started.
+
 `examples/evidence/<study>/` keeps `results.json`, `results.csv` and `results.md` as the study wrote them, and
 `predictions.csv`, from which the scores can be computed again, up to the four digits that are kept.
 """
@@ -47,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("study", choices=sorted(path.stem for path in STUDIES.glob("*.yaml")))
     parser.add_argument("--data-dir", required=True, help="directory with the study's images")
     parser.add_argument("--output-dir", type=file_path, required=True, help="directory for the runs, in STUDY/")
+    parser.add_argument("--shard", default=None, help="I/N: do every N-th run only, from the I-th")
     args = parser.parse_args(argv)
     out, evidence = args.output_dir / args.study, STUDIES / args.study
-    config = ["--config", str(STUDIES / f"{args.study}.yaml"), "--data-dir", args.data_dir]
-    train([*config, "--output-dir", str(out), "--resume"])
+    flags = ["--config", str(STUDIES / f"{args.study}.yaml"), "--data-dir", args.data_dir, "--output-dir", str(out)]
+    train([*flags, "--resume", *(["--shard", args.shard] if args.shard else [])])
+    if not (out / "results.md").is_file():  # other shards are not finished
+        return
     evidence.mkdir(exist_ok=True)
     for name in ("results.json", "results.csv", "results.md"):
         write_atomically(evidence / name, partial(shutil.copyfile, out / name))

@@ -14,6 +14,10 @@ MIN_CASES = 8
 """With fewer cases there is no interval: resamples of so few say nothing about other cases."""
 
 
+ROUNDING = 1e-9
+"""An interval of this width is that of one number, computed in several orders."""
+
+
 class Interval(NamedTuple):
     """A score and its interval; `low` and `high` are None where there is none."""
 
@@ -114,7 +118,7 @@ def _tail(num_cases: int) -> float:
 def _intervals(values: NDArray, table: NDArray, tail: float) -> list[Interval]:
     ends = np.quantile(table, [tail, 1 - tail], axis=0).T.tolist()
     return [
-        Interval(value, *((low, high) if low < high else (None, None)))
+        Interval(value, *((low, high) if high - low > ROUNDING else (None, None)))
         for value, (low, high) in zip(values.tolist(), ends, strict=True)
     ]
 

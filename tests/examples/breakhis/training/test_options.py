@@ -177,6 +177,7 @@ def test_every_flag_is_recorded_and_a_changed_one_is_named(tmp_path):
         "config",
         "resume",
         "overwrite",
+        "shard",
         "variant",
         "fold",
         "seed",
