@@ -71,7 +71,7 @@ def test_wrong_arguments_are_named_with_their_values(arguments, message, tmp_pat
 
 def test_predictions_that_are_broken_are_not_kept(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"variant": "a", "seed": 0, "fold": 0, "classes": ["x"]}))
-    (tmp_path / "predictions.csv").write_text("file,patient,target,prob_x\n1.png,p,x,\n")
+    (tmp_path / "predictions.csv").write_text("file,patient,case,target,prob_x\n1.png,p,p,x,\n")
     with pytest.raises(
         ValueError, match=r"predictions.csv must have a value for prob_x in each line, got none in line 2"
     ):

@@ -65,6 +65,7 @@ def assert_consistent(out: Path, data_dir: Path, leak_checker) -> dict:
         part = [row for row in split if row["split"] == name]
         assert metrics["n_images"][name] == len(part)
         assert metrics["n_patients"][name] == len({row["patient"] for row in part})
+        assert metrics["n_cases"][name] == len({row["case"] for row in part})
     assert sorted(row["file"] for row in rows) == sorted(row["file"] for row in split if row["split"] == "test")
     for row in rows:
         probabilities = {name: float(row[f"prob_{name}"]) for name in classes}

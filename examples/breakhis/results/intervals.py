@@ -11,7 +11,7 @@ from scipy.stats import norm, t
 Score = Callable[[NDArray, NDArray, NDArray], float | None]
 """From targets, a row of probabilities for each image, and a weight for each image to a score."""
 MIN_CASES = 8
-"""With fewer cases there is no interval: resamples of so few say nothing about other cases."""
+"""With fewer cases, of all or of a class that the score needs, there is no interval: it would be too narrow."""
 
 
 ROUNDING = 1e-9
@@ -51,9 +51,13 @@ class Comparison(NamedTuple):
     """The difference of each arm to the first, which is 0 for the first."""
     lacking: float
     """Share of the resamples that lack a class, from 0 to 1. Their scores are those of the classes that they have."""
+    too_few: str | None
+    """Of what there are too few for an interval: "cases", "cases of a class" or None."""
 
 
-def bootstrap(arms: Sequence[Predictions], score: Score, resamples: int = 2000, seed: int = 0) -> Comparison:
+def bootstrap(
+    arms: Sequence[Predictions], score: Score, *, by_class: bool = False, resamples: int = 2000, seed: int = 0
+) -> Comparison:
     """Resample cases and seeds with replacement, the same ones for every arm.
 
     Cases are drawn instead of images, because the images of one case tend to be right or wrong together. No resample is
@@ -64,12 +68,13 @@ def bootstrap(arms: Sequence[Predictions], score: Score, resamples: int = 2000, 
     Args:
         arms: Methods to compare with the first one. They predict the same images, from the same number of seeds.
         score: The score of a resample, averaged over its seeds.
+        by_class: Whether the score is a mean over classes: then it depends on the cases of each class.
         resamples: Number of resamples.
         seed: Seed of the resampling.
 
     Returns:
-        The scores, and their differences to the first. There is no interval for fewer than `MIN_CASES` cases, and none
-        where all resamples have the same score, or half of them have none.
+        The scores, and their differences to the first. There is no interval for fewer than `MIN_CASES` cases, of all
+        or, with `by_class`, of a class; and none where all resamples have the same score.
 
     Raises:
         ValueError: The arms predict different images, have different numbers of seeds, or have no score.
@@ -102,12 +107,18 @@ def bootstrap(arms: Sequence[Predictions], score: Score, resamples: int = 2000, 
         scores = score_resample(counts.astype(float), rng.integers(num_seeds, size=num_seeds))
         if scores is not None:
             rows.append(scores)
-    enough = num_cases >= MIN_CASES and len(rows) > resamples / 2
-    table, value = np.array(rows if enough else [values]), np.array(values)
-    tail = _tail(num_cases) if enough else 0.5
-    return Comparison(
-        _intervals(value, table, tail), _intervals(value - value[0], table - table[:, :1], tail), lacking / resamples
-    )
+    too_few = _too_few(first, by_class)
+    table, value = np.array([values] if too_few else rows), np.array(values)
+    tail = 0.5 if too_few else _tail(num_cases)
+    differences = _intervals(value - value[0], table - table[:, :1], tail)
+    return Comparison(_intervals(value, table, tail), differences, lacking / resamples, too_few)
+
+
+def _too_few(arm: Predictions, by_class: bool) -> str | None:
+    if len(set(arm.case_ids.tolist())) < MIN_CASES:
+        return "cases"
+    cases_of = [len(set(arm.case_ids[arm.targets == k].tolist())) for k in set(arm.targets.tolist())]
+    return "cases of a class" if by_class and min(cases_of) < MIN_CASES else None
 
 
 def _tail(num_cases: int) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from breakhis.files import write_atomically, write_csv
 from breakhis.names import in_markdown
 from breakhis.results import paper
-from breakhis.results.intervals import MIN_CASES, Interval, Predictions, Score, bootstrap, verdict
+from breakhis.results.intervals import Interval, Predictions, Score, bootstrap, verdict
 from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
 from breakhis.results.report import name_source
 from breakhis.results.runs import read_metrics, read_predictions
@@ -34,16 +34,16 @@ class Compared(NamedTuple):
     """Score of weighted predictions."""
     by_patient: bool = False
     """Whether each patient has the same weight, else each image."""
+    by_class: bool = False
+    """Whether it is a mean over classes."""
 
 
 COMPARED = {
     "image_accuracy": Compared(image_accuracy),
     "patient_recognition_rate": Compared(image_accuracy, by_patient=True),
-    "balanced_accuracy": Compared(balanced_accuracy),
-    "auc": Compared(auc),
+    "balanced_accuracy": Compared(balanced_accuracy, by_class=True),
+    "auc": Compared(auc, by_class=True),
 }
-NEED_CLASSES = ("balanced_accuracy", "auc")
-"""Scores that a resample without a class has over fewer classes."""
 
 
 def write_study(out: Path, folders: Sequence[Path]) -> str:
@@ -119,9 +119,9 @@ def compare_variants(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         A row for each variant, magnification and score: `variant`, `magnification`, `score`, `n_cases`, `n_seeds`, the
-        score's `value`, `value_low` and `value_high`, and `lacking`, the share of resamples that lack a class that the
-        score needs; and for all variants except the first `to` (the first), `difference`, `low` and `high`. Ends of an
-        interval are None where there is none.
+        score's `value`, `value_low` and `value_high`, `too_few` (of what there are too few for an interval), and
+        `lacking`, the share of resamples that lack a class that the score needs; and for all variants except the first
+        `to` (the first), `difference`, `low` and `high`. Ends of an interval are None where there is none.
     """
     rows = []
     for (magnification,), group in group_runs(runs, "magnification").items():
@@ -131,13 +131,13 @@ def compare_variants(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if compared.function(arms[first].targets, arms[first].probabilities[0], None) is None:  # one class only
                 continue
             weighted = [_weighted(arm, compared) for arm in arms.values()]
-            scores, differences, lacking = bootstrap(weighted, compared.function)
-            for variant, interval, difference in zip(arms, scores, differences, strict=True):
+            found = bootstrap(weighted, compared.function, by_class=compared.by_class)
+            for variant, interval, difference in zip(arms, found.scores, found.differences, strict=True):
                 row: dict[str, Any] = {"variant": variant, "magnification": magnification, "score": score}
                 row |= {"n_cases": len(set(arms[first].case_ids.tolist()))}
                 row |= {"n_seeds": len(arms[first].probabilities)}
                 row |= {"value": interval.value, "value_low": interval.low, "value_high": interval.high}
-                row |= {"lacking": lacking if score in NEED_CLASSES else 0.0}
+                row |= {"too_few": found.too_few, "lacking": found.lacking if compared.by_class else 0.0}
                 if variant != first:
                     row |= {"to": first, "difference": difference.value, "low": difference.low, "high": difference.high}
                 rows.append(row)
@@ -215,25 +215,27 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _interval_row(row: dict[str, Any], primary: str | None, margin: float | None) -> list[str]:
     """Write a row of the table of intervals; the primary score also gets a verdict."""
-    few = row["n_cases"] < MIN_CASES
     difference = ""
     if "difference" in row:
         interval = Interval(row["difference"], row["low"], row["high"])
-        difference = _with_interval(interval, "+.3f", few)
+        difference = _with_interval(interval, "+", row["too_few"])
         if row["score"] == primary and margin is not None:
             difference += f": {verdict(interval, margin)}"
     over = f"{row['n_cases']} cases, {row['n_seeds']} seeds"
     if row["lacking"]:
         over += f"; {row['lacking']:.0%} of the resamples lack a class"
-    value = _with_interval(Interval(row["value"], row["value_low"], row["value_high"]), ".3f", few)
+    value = _with_interval(Interval(row["value"], row["value_low"], row["value_high"]), "", row["too_few"])
     return [row["variant"], _in_words(row["score"]), row["magnification"], value, difference, over]
 
 
-def _with_interval(interval: Interval, spec: str, few: bool) -> str:
+def _with_interval(interval: Interval, sign: str, too_few: str | None) -> str:
     """Write a value with its interval, or with the reason why it has none."""
-    if interval.low is not None and interval.high is not None:
-        return f"{interval.value:{spec}} [{interval.low:{spec}}, {interval.high:{spec}}]"
-    return f"{interval.value:{spec}} ({'too few cases for an interval' if few else 'no interval: the resamples agree'})"
+    value, low, high = interval
+    if low is None or high is None:
+        why = f"too few {too_few} for an interval" if too_few else "no interval: the resamples agree"
+        return f"{value:{sign}.3f} ({why})"
+    digits = next(digits for digits in range(3, 12) if f"{low:.{digits}f}" != f"{high:.{digits}f}")
+    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def _in_words(score: str) -> str:

@@ -19,7 +19,6 @@ FOLDS = [["a0", "a0", "b1"], ["c0", "c0", "d1", "e1"]]
 def few_resamples(monkeypatch):
     monkeypatch.setattr(study, "bootstrap", partial(bootstrap, resamples=200))
     monkeypatch.setattr(intervals, "MIN_CASES", 2)  # tables of few images can be worked by hand
-    monkeypatch.setattr(study, "MIN_CASES", 2)
 
 
 @pytest.fixture
@@ -136,12 +135,24 @@ def test_a_difference_that_is_the_same_in_all_resamples_has_no_interval(write_ru
 
 
 def test_few_cases_have_no_interval(write_run, tmp_path, monkeypatch):
-    for module in (study, intervals):
-        monkeypatch.setattr(module, "MIN_CASES", 8)
+    monkeypatch.setattr(intervals, "MIN_CASES", 8)
     tables = write_study(tmp_path, two_variants(write_run))
     cells = [cell for row in table(tables, "All folds together")[2:] for cell in row[3:5] if cell]
     assert cells
     assert all(cell.endswith(" (too few cases for an interval)") for cell in cells)
+
+
+def test_few_cases_of_a_class_have_no_interval_of_a_score_over_classes(write_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(intervals, "MIN_CASES", 3)  # five cases, two of them of the first class
+    tables = write_study(tmp_path, two_variants(write_run))
+    cells = {row[1]: row[3] for row in table(tables, "All folds together")[2:]}
+    for score in ("balanced accuracy", "AUC"):
+        assert cells[score].endswith(" (too few cases of a class for an interval)")
+    assert "[" in cells["image accuracy"]
+
+
+def test_a_narrow_interval_is_written_with_more_digits():
+    assert study._with_interval(intervals.Interval(0.0062, 0.00611, 0.00629), "+", None) == "+0.0062 [+0.0061, +0.0063]"
 
 
 def test_the_share_of_resamples_that_lack_a_class_is_printed_where_it_matters(write_run, tmp_path):

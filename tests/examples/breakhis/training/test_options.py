@@ -262,7 +262,7 @@ def is_whole(parse: Callable[[str], object]) -> bool:
         (["--model", "resnet18", "--identity-start"], "argument --identity-start: not allowed without blocks"),
         *(
             (["--shard", text], f"argument --shard: must be I/N with I from 1 to N, such as 1/4, got {text!r}")
-            for text in ("0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3")
+            for text in ("0/2", "3/2", "1", "1/0", "a/b", "1/2/3")
         ),
         (["--insert", "[layer1]"], "argument --insert: must be a mapping in YAML, got '[layer1]'"),
         (["--variants", "{a: {lr: -1}}"], "argument --lr: must be a positive number, got -1.0"),
