@@ -101,7 +101,7 @@ def cells(card: str) -> list[list[str]]:
 @pytest.mark.cell("Hub and files", "model card", "models")
 def test_the_card_gives_the_scores_of_the_run_and_its_protocol(written, metrics):
     card = (written / "README.md").read_text()
-    assert "Protocol: patient protocol, fold 0 of 3, breakhis 100X, binary." in card
+    assert "Protocol: case protocol, fold 0 of 3, breakhis 100X, binary." in card
     images, patients = metrics["n_images"]["test"], metrics["n_patients"]["test"]
     assert f"From {images} test images of {patients} patients:" in card
     rows = {row[0]: row[1:] for row in cells(card)}

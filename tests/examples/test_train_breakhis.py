@@ -33,7 +33,7 @@ def test_every_file_of_a_run_agrees_with_the_others(run, synthetic_tree, leak_ch
     assert metrics["magnification"] == "100X"
     assert metrics["classes"] == SUBTYPES
     assert (metrics["protocol_in_words"], metrics["fold_in_words"], metrics["seed"]) == (
-        "patient protocol",
+        "case protocol",
         "fold 0 of 3",
         0,
     )
@@ -56,7 +56,7 @@ def test_timm_alone_reproduces_the_predictions(run, synthetic_tree):
 
 
 def test_the_readme_shows_how_to_load_a_checkpoint(run, synthetic_tree, tmp_path, monkeypatch, capsys):
-    (block,) = python_blocks(README)
+    *_, block = python_blocks(README)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/synthetic").symlink_to(run)
     monkeypatch.chdir(tmp_path)

@@ -37,7 +37,7 @@ def test_synthetic_draws_its_own_data_and_says_so(tmp_path, leak_checker, capsys
     main(["--synthetic", "--magnification", "400X", "--output-dir", str(tmp_path), *SMALL])
     metrics = assert_consistent(tmp_path, tmp_path / "synthetic", leak_checker)
     assert sum(metrics["n_images"].values()) == 16
-    assert "patient protocol, fold 0 of 3, synthetic images 400X, binary: image accuracy" in capsys.readouterr().out
+    assert "case protocol, fold 0 of 3, synthetic images 400X, binary: image accuracy" in capsys.readouterr().out
 
 
 def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch, leak_checker):
@@ -74,7 +74,7 @@ def test_without_validation_best_is_the_last_epoch(synthetic_tree, tmp_path, lea
 def test_settings_are_chosen_without_the_test_images(synthetic_tree, tmp_path, capsys):
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *TWO_EPOCHS, "--score-on", "val"]
     (metrics,) = main(arguments)
-    assert "patient protocol, validation, fold 0 of 3, breakhis 100X, binary" in capsys.readouterr().out
+    assert "case protocol, validation, fold 0 of 3, breakhis 100X, binary" in capsys.readouterr().out
     split = {row["file"]: row["split"] for row in read_rows(tmp_path / "split.csv")}
     assert {split[row["file"]] for row in read_rows(tmp_path / "predictions.csv")} == {"val"}
     best = metrics["history"][metrics["best_epoch"] - 1]

@@ -48,7 +48,7 @@ def test_two_processes_do_the_same_as_one(
     assert process.returncode == 0, process.stderr
 
     for text in (capsys.readouterr().out, process.stdout):
-        assert text.count("patient protocol, fold 0 of 3") == 1
+        assert text.count("case protocol, fold 0 of 3") == 1
     one, two = (assert_consistent(folder, synthetic_tree, leak_checker) for folder in (tmp_path / "1", tmp_path / "2"))
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert sum(two["n_images"].values()) == 48

@@ -54,7 +54,7 @@ def write_run(
     folder.mkdir(parents=True)
     records = [record for record in find_breakhis(tree).records if record.patient_id.endswith("1")]
     rows = [
-        {"file": record.path.relative_to(tree).as_posix(), "patient": record.patient_id}
+        {"file": record.path.relative_to(tree).as_posix(), "patient": record.patient_id, "case": record.case_id}
         | {"target": record.labels["subtype"], "prediction": "A"}
         | {f"prob_{name}": 1 / len(SUBTYPES) for name in SUBTYPES}
         for record in records
@@ -66,7 +66,7 @@ def write_run(
         config = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center"}
         torch.manual_seed(0)
         net = timm.create_model(model, num_classes=len(SUBTYPES), pretrained_cfg_overlay=config, **arguments)
-        save_model(net, folder / "best", SUBTYPES, arguments)
+        save_model(net, folder / "best", SUBTYPES, {"model_args": arguments})
         metrics["best_sha256"] = hash_checkpoint(folder / "best")
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
