@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,7 +24,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors can be printed: the command line may hold names of files, which may hold anything."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the message and leave with exit code 2."""
+        """Print the message, and the flag that was probably meant, and leave with exit code 2."""
+        _, unknown, rest = message.partition("unrecognized arguments: ")
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            meant = get_close_matches(rest.partition("=")[0].split(" ")[0], flags, n=1)
+            message += f"; did you mean {meant[0]}?" if meant else ""
         super().error(printable(message))
 
 

@@ -38,7 +38,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
 
     Args:
         args: Flags of a run: `model`, `model_kwargs`, `insert`, `identity_start`, `drop_path`, `pretrained`,
-            `checkpoint_path`, `img_size`.
+            `checkpoint_path`, `img_size`, `crop_mode`.
         num_classes: Number of classes.
 
     Returns:
@@ -74,7 +74,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if path is not None:
         check_start(model, filled, path)
     # Use the complete height of the field instead of timm's usual 7/8: a diagnosis may depend on the border.
-    data_config = {"img_size": args.img_size, "crop_pct": 1.0, "crop_mode": "center"}
+    data_config = {"img_size": args.img_size, "crop_pct": 1.0, "crop_mode": args.crop_mode}
     # Drop config entries that describe ImageNet testing, and the origin and licence of weights that were not loaded.
     # Weights from a file may come from ImageNet's, so the licence stays.
     wrong = ["file", "test_input_size", "test_crop_pct"]

@@ -59,7 +59,8 @@ def train_one_epoch(
     set_train(trainer.model)
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum of the losses, number of images
     update = epoch * updates_per_epoch(accelerator, loader)
-    bar = tqdm(loader, desc=f"epoch {epoch + 1}", leave=False, disable=not accelerator.is_main_process)
+    # disable=None: a bar on a terminal alone, not in a file or a pipe
+    bar = tqdm(loader, desc=f"epoch {epoch + 1}", leave=False, disable=None if accelerator.is_main_process else True)
     for step, (inputs, targets, indices) in enumerate(bar):
         if trainer.mixup is not None:
             inputs, targets = trainer.mixup(inputs, targets)

@@ -219,6 +219,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--img-size", type=number(int, SIDES[0], SIDES[-1]), default=224, help="height and width of the input, px"
     )
+    group.add_argument(
+        "--crop-mode",
+        choices=("center", "squash", "border"),
+        default="center",
+        help="what evaluation sees of a field: its centre, all of it pressed into a square, or all with a border",
+    )
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:

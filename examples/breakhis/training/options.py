@@ -3,6 +3,7 @@
 import argparse
 import itertools
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def _check_protocol(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Check the model of one variant."""
     if not timm.is_model(args.model):
-        parser.error(f"argument --model: must be a model that timm knows, got {args.model!r}")
+        meant = get_close_matches(args.model, timm.list_models(), n=1)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        parser.error(f"argument --model: must be a model that timm knows, got {args.model!r}{hint}")
     if own := sorted(_OWN_ARGUMENTS & set(map(str, args.model_kwargs))):
         parser.error(
             f"argument --model-kwargs or --variants: must not have {own[0]}, which this script sets itself, got "

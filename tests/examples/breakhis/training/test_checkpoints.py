@@ -21,7 +21,13 @@ def make_flags(**changes: Any) -> Namespace:
     """Make the flags of a run that concern the model."""
     defaults = {"model": "kfde_convnextv2_atto", "model_kwargs": {}, "drop_path": None, "pretrained": False}
     defaults |= {"insert": {}, "identity_start": None}
-    defaults |= {"checkpoint_path": None, "img_size": 96, "color_jitter": 0.2, "stain_jitter": 0.0}
+    defaults |= {
+        "checkpoint_path": None,
+        "img_size": 96,
+        "crop_mode": "center",
+        "color_jitter": 0.2,
+        "stain_jitter": 0.0,
+    }
     return Namespace(**defaults | changes)
 
 
@@ -292,6 +298,23 @@ def test_a_file_that_does_not_fill_the_backbone_starts_no_training(model, tmp_pa
     torch.save({"a": torch.zeros(3)}, tmp_path / "donor.pth")
     with pytest.raises(ValueError, match=r"donor.pth must hold weights of all of the model|does not fit the model"):
         build_model(make_flags(model=model, checkpoint_path=tmp_path / "donor.pth"), num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("crop_mode", "seen"), [("center", [False, True]), ("squash", [True, True]), ("border", [True, True])]
+)
+def test_evaluation_sees_the_field_or_its_centre(crop_mode, seen, tmp_path):
+    """One field has a white mark at its left edge, the other one in its centre."""
+    model, built = build_model(make_flags(model="test_resnet", crop_mode=crop_mode), num_classes=2)
+    save_model(model, tmp_path, ["a", "b"], built)
+    transform = eval_transform(load_model(tmp_path))
+    black = transform(Image.new("RGB", (700, 460)))
+    found = []
+    for left in (0, 320):
+        field = Image.new("RGB", (700, 460))
+        field.paste("white", (left, 200, left + 60, 260))
+        found.append(not torch.allclose(transform(field), black))
+    assert found == seen
 
 
 @pytest.mark.parametrize("training", [True, False])
