@@ -27,6 +27,8 @@ from breakhis.training.weights import check_start, load_exactly, read_weights, r
 
 FILES = ("config.json", "model.safetensors")
 """The files of a saved model."""
+OWN_ENTRIES = ("inserted", "trained_on")
+"""Entries of `config.json` that timm does not know."""
 PRETRAINED_NOTE = "ImageNet weights of ConvNeXt V2 are licensed CC BY-NC 4.0: not for commercial use."
 
 
@@ -166,13 +168,11 @@ def save_model(model: nn.Module, folder: Path, classes: Sequence[str], built: di
         model: A model from `build_model`, not wrapped.
         folder: Folder for the files; made if needed.
         classes: Class names in the order of the outputs.
-        built: What `build_model` returned, or the `config.json` of the same model.
+        built: What `build_model` returned, with `trained_on` if it is known, or the `config.json` of the same model.
     """
     part = folder / "part"
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
-    config = {"label_names": list(classes)}
-    if "inserted" in built:
-        config["inserted"] = built["inserted"]
+    config = {"label_names": list(classes)} | {key: built[key] for key in OWN_ENTRIES if key in built}
     try:
         save_for_hf(
             model, str(part), model_config=config, model_args=built.get("model_args", {}), safe_serialization=True

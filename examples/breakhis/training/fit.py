@@ -30,6 +30,7 @@ from breakhis.training.engine import Trainer, predict, train_one_epoch, updates_
 from breakhis.training.options import differences
 from breakhis.training.recipe import Loss, freeze_backbone, make_mixup, make_optimizer, make_scheduler
 from breakhis.training.state import STATE, load_state, save_state
+from breakhis.training.trained_on import describe_training
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def fit(
     """
     set_seed(args.seed)
     model, built = _make_model(args, accelerator, len(classes))
+    built["trained_on"] = describe_training([*split.train, *split.val], args.magnification)
     data = _make_data(args, accelerator, split, classes, model)
     trainer = _make_trainer(args, accelerator, model, data, len(classes))
     unwrapped = accelerator.unwrap_model(trainer.model)
