@@ -10,6 +10,9 @@ from breakhis.data.splits import Split, absent_classes
 
 logger = logging.getLogger(__name__)
 
+PARTS = {"train": "training", "val": "validation", "test": "test"}
+"""What the parts of a split are called."""
+
 
 def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
     """Log the size of each part of a split, and the classes that it lacks."""
@@ -53,7 +56,7 @@ def prediction_rows(
     classes: Sequence[str],
     data_dir: Path,
 ) -> list[dict[str, str]]:
-    """Make the rows of `predictions.csv`: `file`, `patient`, `target`, `prediction`, `prob_<class>` for each image.
+    """Make the rows of `predictions.csv`: `file`, `patient`, `case`, `target`, `prediction`, `prob_<class>`.
 
     Args:
         records: The predicted images.
@@ -66,6 +69,7 @@ def prediction_rows(
         {
             "file": record.path.relative_to(data_dir).as_posix(),
             "patient": record.patient_id,
+            "case": record.case_id,
             "target": record.labels[task],
             "prediction": classes[max(range(len(classes)), key=row.__getitem__)],
             # 9 digits restore a float32
@@ -85,6 +89,25 @@ def describe_protocol(metrics: dict[str, Any]) -> str:
     magnification = "" if metrics["magnification"] == "pooled" else f" {metrics['magnification']}"
     source = f"{name_source(metrics)}{magnification}"
     return f"{metrics['protocol_in_words']}, {metrics['fold_in_words']}, {source}, {metrics['task']}"
+
+
+def describe_images(metrics: dict[str, Any], part: str) -> str:
+    """Count images, patients and cases of a part, such as "77 test images of 4 patients (3 cases)"."""
+    counts = [metrics[key][part] for key in ("n_images", "n_patients", "n_cases")]
+    return count_images(*counts, PARTS[part])
+
+
+def count_images(images: int, patients: int, cases: int | None, part: str) -> str:
+    """Say how many images a figure shows, and of how many patients.
+
+    Args:
+        images: Number of images.
+        patients: Number of patients.
+        cases: Number of cases, which is said if it differs; None: not known.
+        part: Name of the part of the data, such as "test".
+    """
+    text = f"{images} {part} image{'s' * (images != 1)} of {patients} patient{'s' * (patients != 1)}"
+    return text if cases in (None, patients) else f"{text} ({cases} case{'s' * (cases != 1)})"
 
 
 def summarise(metrics: dict[str, Any]) -> str:
