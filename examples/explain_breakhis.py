@@ -204,7 +204,11 @@ def draw_cams(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, pat
     maps = [panel.map for row in panels for panel in row.panels.values()]
     which = f"first {'image' if count == 1 else f'{count} images'} of each class by file name"
     said = (which, describe_protocol(first), f"seed {first['seed']}", describe_rows(rows, first), describe_maps(maps))
-    draw_map_panels(panels, Heading("Where the models look for the true class (Grad-CAM)", ", ".join(said)), path)
+    draw_map_panels(
+        panels,
+        Heading("Where the models look for the true class (Grad-CAM)", ", ".join([*said, "one scale for all maps"])),
+        path,
+    )
     return True
 
 
@@ -230,7 +234,7 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
         means, deviations = by_class(values, recorded.targets, number)
         stem = name if len(recorded.gates) == 1 else f"{name}-{module}"
         figure = out / file_name(f"gates-{stem}", ".png")
-        heading = Heading(f"Open gates of CFE by channel, {run['variant']}, {module}", protocol)
+        heading = Heading(f"Open gates of CFE by channel ({run['variant']}, {module})", protocol)
         draw_gates(means, labels, heading, figure)
         table += table_rows(run, module, "gate", list(range(values.shape[1])), means, deviations)
     for module, values in recorded.branches.items():
@@ -240,7 +244,7 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
         weights = BranchWeights(means, *bounds, group_name(shown))
         stem = name if len(recorded.branches) == 1 else f"{name}-{module}"
         figure = out / file_name(f"branches-{stem}", ".png")
-        heading = Heading(f"Branch weights of MFDF, {run['variant']}, {module}", protocol)
+        heading = Heading(f"Branch weights of MFDF ({run['variant']}, {module})", protocol)
         draw_branch_weights(weights, parts, labels, heading, figure)
         table += table_rows(run, module, "branch", parts, means, deviations)
     return table

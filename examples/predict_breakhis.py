@@ -178,7 +178,10 @@ def draw_maps(
         field = open_rgb(image)
         shown = SeenMap(cells, field.size, seen_part(transform, field.size))
         title = f"Prediction: {classes[row.argmax()]}, probability {row.max():.2f}"
-        heading = Heading(title, f"{image.relative_to(directory).as_posix()}, Grad-CAM of the predicted class")
+        heading = Heading(
+            title,
+            f"{image.relative_to(directory).as_posix()}, Grad-CAM of the predicted class, one scale for all images",
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             draw_map(field, shown, scale, heading, path)

@@ -76,7 +76,7 @@ def save(figure: Figure, heading: Heading, path: Path, dpi: float = DPI) -> None
     height = figure.get_figheight()
     whole = height + heading_height(heading, figure.get_figwidth())
     figure.set_figheight(whole)
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / whole))
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / whole), w_pad=_MARGIN, h_pad=_MARGIN / 2)
     add_heading(figure, heading)
     write(figure, heading, path, dpi)
 

@@ -39,20 +39,22 @@ def draw_gates(shares: np.ndarray, labels: Sequence[str], heading: Heading, path
     mean = shares[present].mean(axis=0)
     order = np.argsort(-mean, kind="stable")
     figure, axes = plt.subplots(
-        2, 2, figsize=(8.4, 3 + 0.3 * len(labels)), width_ratios=(40, 1), height_ratios=(1.8, 0.3 * len(labels)),
+        2, 2, figsize=(8.4, 2 + 0.3 * len(labels)), width_ratios=(40, 1), height_ratios=(1.2, 0.3 * len(labels)),
         layout="constrained",
     )  # fmt: skip
     (top, unused), (differences, bar) = axes
     unused.remove()
     top.plot(mean[order], color="black")
     top.axhline(0.5, color="grey", linestyle=":")
-    top.annotate("0.5: before training", (1, 0.5), (-2, 3), "axes fraction", textcoords="offset points", ha="right")
-    top.set(ylabel="mean of the classes", ylim=(-0.03, 1.03), xticks=[])
+    note = "0.5: an untrained CFE on symmetric values"
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 3), "textcoords": "offset points"}
+    top.annotate(note, (1, 0.5), **place, ha="right", fontsize="small", color="dimgrey")
+    top.set(ylabel="mean of\nthe classes", ylim=(-0.03, 1.03), xticks=[])
     rows = (shares - mean)[:, order]
     limit = np.abs(rows[present]).max() or 1.0  # all equal: any scale shows it
     image = differences.imshow(rows, "PuOr_r", aspect="auto", interpolation="nearest", vmin=-limit, vmax=limit)
     for row in np.flatnonzero(~present):
-        hatched = {"facecolor": "white", "edgecolor": "silver", "hatch": "////", "linewidth": 0}
+        hatched = {"facecolor": "white", "edgecolor": "silver", "hatch": "////", "linewidth": 0.8}
         differences.add_patch(Rectangle((-0.5, row - 0.5), shares.shape[1], 1, **hatched))
     top.set_xlim(differences.get_xlim())
     differences.set_yticks(range(len(labels)), labels)
@@ -78,20 +80,21 @@ def draw_branch_weights(
     equal, centres = 1 / len(branches), np.arange(len(branches))
     present = np.flatnonzero(np.isfinite(weights.means).all(axis=1))
     axes.axhline(0, color="grey", linestyle=":", zorder=0)
+    handles = []
     for index, label in enumerate(labels):
-        style = class_style(index) | {"label": label, "linestyle": "none", "capsize": 3}
         if index not in present:
-            axes.plot([], [], " ", label=label)
+            handles += axes.plot([], [], " ", label=label)
             continue
         bounds = np.array([weights.low[index], weights.high[index]])
         known = np.isfinite(bounds).all()
         bars = np.abs(bounds - weights.means[index]) if known else None
         places = centres + 0.7 * ((np.searchsorted(present, index) + 0.5) / len(present) - 0.5)
-        axes.errorbar(places, weights.means[index] - equal, bars, **style, fillstyle="full" if known else "none")
+        style = class_style(index) | {"linestyle": "none", "capsize": 3, "fillstyle": "full" if known else "none"}
+        handles.append(axes.errorbar(places, weights.means[index] - equal, bars, **style, label=label))
     axes.set_xticks(centres, branches)
     for border in centres[1:] - 0.5:
         axes.axvline(border, color="gainsboro", linewidth=0.8, zorder=0)
     axes.set(xlim=(-0.5, len(branches) - 0.5), xlabel="branch", ylabel=f"weight less 1/{len(branches)}")
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     note = f"bar: 95 % interval over resampled {weights.unit}s, hollow: one {weights.unit} only, no interval"
     save(figure, heading._replace(subtitle=f"{heading.subtitle}; {note}"), path)

@@ -17,8 +17,8 @@ from breakhis.results.metrics import CALIBRATION_BINS, expected_calibration_erro
 
 MIN_ROC_IMAGES = 5
 """With fewer images of a class, or of the rest, a ROC curve would be a few steps that look like a result."""
-_SCORE_SPAN = 0.3  # least height of the axis of scores
-_DARK = 0.65  # share from which white letters are easier to read on matplotlib's "Blues" than black ones
+_SCORE_SPAN = 0.3  # least height of the axis of scores: small noise must not look like a trend
+_DARK = 0.67  # share from which white letters are easier to read on matplotlib's "Blues" than black ones
 
 
 def draw_confusion_matrix(
@@ -45,11 +45,11 @@ def draw_confusion_matrix(
         text.set(text=f"{counts[index]}{share}" if totals[index[0]] else "", fontsize="small")
         text.set_color("white" if shares[index] >= _DARK else "black")
     for row in np.flatnonzero(totals == 0):
-        hatched = {"facecolor": "white", "edgecolor": "silver", "hatch": "////", "linewidth": 0}
+        hatched = {"facecolor": "white", "edgecolor": "silver", "hatch": "////", "linewidth": 0.8}
         axes.add_patch(Rectangle((-0.5, row - 0.5), len(classes), 1, **hatched))
     names = zip(full_names(classes), totals, strict=True)
     axes.set_yticks(axes.get_yticks(), [f"{name}, {f'n = {total}' if total else 'no image'}" for name, total in names])
-    axes.set(xlabel="prediction", ylabel="true class")
+    axes.set(xlabel="prediction", ylabel="true class", aspect="auto")  # of equal sides, the layout loses labels
     figure.colorbar(display.im_, label="share of the true class's images, 0 to 1", aspect=30)
     save(figure, heading, path)
 
@@ -79,8 +79,9 @@ def draw_curves(history: Sequence[dict[str, float]], best_epoch: int, heading: H
         axes.set(xlabel="epoch (dotted: the best one, which is kept)", ylabel=label)
     for axes in scores:
         low, high = axes.get_ylim()
-        spare = max(0, _SCORE_SPAN - (high - low)) / 2  # small noise must not look like a trend
-        axes.set_ylim(max(low - spare, -0.02), min(high + spare, 1.02))
+        middle = np.clip((low + high) / 2, _SCORE_SPAN / 2, 1 - _SCORE_SPAN / 2)
+        low, high = min(low, middle - _SCORE_SPAN / 2), max(high, middle + _SCORE_SPAN / 2)
+        axes.set_ylim(max(low, 0) - 0.02, min(high, 1) + 0.02)
     save(figure, heading, path)
 
 
@@ -88,12 +89,16 @@ def _draw_epochs(axes: Axes, epochs: Sequence[int], curves: dict[str, Sequence[f
     """Draw curves over the epochs, and write the name of each at its end, so that equal curves are both seen."""
     ends = sorted(curves, key=lambda name: curves[name][-1])
     for index, (name, values) in enumerate(curves.items()):
-        look = {"linestyle": "-", "markersize": 8, "fillstyle": "none"} if index == 0 else {"linestyle": "--"}
+        look = (
+            {"linestyle": "-", "markersize": 9, "fillstyle": "none"}
+            if index == 0
+            else {"linestyle": "--", "markersize": 4}
+        )
         style = class_style(index) | look | {"markevery": -(-len(epochs) // 20)}
         axes.plot(epochs, values, **style, label=name)
         lift = 12 * (ends.index(name) - (len(ends) - 1) / 2)  # points: equal ends have their names above each other
-        place = {"xy": (epochs[-1], values[-1]), "xytext": (8, lift), "textcoords": "offset points"}
-        axes.annotate(name, **place, va="center", color=style["color"], fontsize="small", annotation_clip=False)
+        place = {"xy": (1, values[-1]), "xycoords": ("axes fraction", "data"), "xytext": (5, lift)}
+        axes.annotate(name, **place, textcoords="offset points", va="center", color=style["color"], fontsize="small")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(epochs) == 1:
         axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
@@ -120,7 +125,7 @@ def draw_roc(
     """
     targets, probabilities = np.asarray(targets), np.asarray(probabilities)
     counts, names = np.bincount(targets, minlength=len(classes)), full_names(classes)
-    figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.8, 6), layout="constrained")
     curves, missing = [], []
     for index in [1] if len(classes) == 2 else range(len(classes)):
         if min(counts[index], len(targets) - counts[index]) < MIN_ROC_IMAGES:
@@ -134,13 +139,13 @@ def draw_roc(
         grid = np.unique(np.concatenate([curve.fpr for curve in curves]))
         mean = np.mean([np.interp(grid, curve.fpr, curve.tpr) for curve in curves], axis=0)
         area = np.mean([curve.roc_auc for curve in curves])
-        axes.plot([0, *grid], [0, *mean], "k", linewidth=2.5, label=f"mean of these curves: AUC {area:.2f}")
+        axes.plot([0, *grid], [0, *mean], "k", linewidth=2.5, label=f"mean of these {len(curves)}: AUC {area:.2f}")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance: AUC 0.50")
     axes.set(xlabel="false positive rate, 0 to 1", ylabel="true positive rate, 0 to 1", aspect="equal")
     axes.legend().remove()
     figure.legend(loc="outside lower center", ncols=1 if len(classes) == 2 else 2, fontsize="small")
     if missing:
-        why = f"no curve with fewer than {MIN_ROC_IMAGES} images of the class or of the rest: {' '.join(missing)}"
+        why = f"no curve with fewer than {MIN_ROC_IMAGES} images of the class or the rest: {', '.join(missing)}"
         heading = heading._replace(subtitle=f"{heading.subtitle}; {why}")
     save(figure, heading, path)
 
@@ -167,13 +172,13 @@ def draw_calibration(
     lowest = 1 / np.shape(probabilities)[1]  # the largest of K probabilities is not below 1/K
     dots.plot([lowest, 1], [lowest, 1], color="grey", linestyle=":", label="perfectly calibrated")
     sizes = 400 * images[images > 0] / images.max()
-    dots.scatter(means, shares, sizes, alpha=0.7, label="bin of images, its area by their number")
+    dots.scatter(means, shares, sizes, alpha=0.7, label="images of one bin, area by number")
     pad = 0.04 * (1 - lowest)
     dots.set(ylabel="share of right predictions, 0 to 1", xlim=(lowest - pad, 1 + pad), ylim=(-0.06, 1.06))
     legend = dots.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     legend.legend_handles[1].set_sizes([40])
     counts.bar(edges[:-1], images, width=1 / CALIBRATION_BINS, align="edge", edgecolor="white")
-    counts.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    counts.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, steps=[1, 2, 5, 10]))
     counts.set(xlabel=f"confidence, from 1/{np.shape(probabilities)[1]} to 1", ylabel="images")
     error = expected_calibration_error(targets, probabilities)
     save(figure, heading._replace(title=f"{heading.title}, expected calibration error {error:.3f}"), path)

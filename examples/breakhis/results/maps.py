@@ -23,7 +23,7 @@ _PANEL_DPI = 225  # so that a field of 700 px fills a panel
 _MAX_PX = 60_000  # matplotlib draws less than 65536 px
 _UNIT = "Grad-CAM, logit"
 _COLOURS = colormaps["viridis"](np.linspace(0, 1, 256))
-_COLOURS[:, 3] = np.linspace(0, 0.75, 256)  # clear where the map is 0, and the tissue is always seen
+_COLOURS[:, 3] = np.linspace(0, 0.65, 256)  # clear where the map is 0, and the tissue is always seen
 COLOURS = ListedColormap(_COLOURS, "clear to viridis")
 """Colours of a map: as it grows, from clear over blue and green to yellow, which tissue does not have."""
 
@@ -139,7 +139,7 @@ def draw_map(field: Image.Image, shown: SeenMap, scale: float, heading: Heading,
     margin, bar = round(0.12 * DPI), round(0.75 * DPI)
     whole_width = 2 * margin + max(width, _FIELD_PX[0]) + bar
     top = round(heading_height(heading, whole_width / DPI) * DPI)
-    bar_height = max(height, DPI)
+    bar_height = max(height, round(1.2 * DPI))
     whole_height = top + bar_height + margin
     figure = plt.figure(figsize=(whole_width / DPI, whole_height / DPI), dpi=DPI)
 
@@ -153,7 +153,7 @@ def draw_map(field: Image.Image, shown: SeenMap, scale: float, heading: Heading,
     norm = Normalize(0, scale)
     _draw_field(axes, field, shown, norm, aspect="auto")  # the axes have the field's shape, rounded to px
     colours = place(2 * margin + width, round(0.1 * DPI), bar_height)
-    figure.colorbar(ScalarMappable(norm, COLOURS), cax=colours).set_label(f"{_UNIT}, one scale for all", size="small")
+    figure.colorbar(ScalarMappable(norm, COLOURS), cax=colours).set_label(_UNIT, size="small")
     colours.tick_params(labelsize="x-small")
     add_heading(figure, heading)
     write(figure, heading, path)
@@ -184,11 +184,11 @@ def draw_map_panels(rows: Sequence[MapRow], heading: Heading, path: Path) -> Non
             place.set_xlabel(f"{panel.answer}\n{panel.explained}", fontsize="small", linespacing=1.4)
             if panel.wrong:
                 place.xaxis.label.set(color="firebrick", weight="bold")
-                place.spines[:].set(color="firebrick", linewidth=3)
     for place in axes.flat:
         place.set(xticks=[], yticks=[])
-    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, location="bottom", aspect=50, pad=0.01)
-    bar.set_label(f"{_UNIT}, one scale for all maps", size="small")
+    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, location="bottom", aspect=40, shrink=0.5, pad=0.01)
+    bar.set_label(_UNIT, size="small")
+    bar.ax.tick_params(labelsize="small")
     save(figure, heading, path, min(_PANEL_DPI, _MAX_PX / max(size)))
 
 
@@ -200,6 +200,6 @@ def _draw_field(axes: Axes, field: Image.Image, shown: SeenMap, norm: Normalize,
     axes.imshow(shown.cells, COLOURS, norm, **cells)
     if shown.is_framed:
         edge = [patheffects.withStroke(linewidth=3, foreground="black")]
-        frame = {"fill": False, "edgecolor": "white", "linewidth": 1.5, "path_effects": edge}
+        frame = {"fill": False, "edgecolor": "white", "linewidth": 1.5, "path_effects": edge, "clip_on": False}
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, **frame))
     axes.set(xlim=(0, width), ylim=(height, 0))

@@ -74,12 +74,12 @@ def overlay_paths(names: Sequence[str], folder: Path) -> list[Path]:
         folder: Folder for the files.
     """
     taken = {_alike(str(parent)) for name in names for parent in PurePosixPath(name).parents}
-    stems = Counter(_alike(str(PurePosixPath(name).with_suffix(""))) for name in names)
+    stems = Counter(_alike(_without_suffix(name)) for name in names)
     paths = []
     for name in names:
         path = PurePosixPath(name)
         place, stem = path.parent, path.stem
-        if stems[_alike(str(path.with_suffix("")))] > 1:
+        if stems[_alike(_without_suffix(name))] > 1:
             stem += f"-{path.suffix.removeprefix('.')}"
         target = f"{stem}.png"
         if len(os.fsencode(target)) > MAX_BYTES or _alike(str(place / target)) in taken:
@@ -87,6 +87,12 @@ def overlay_paths(names: Sequence[str], folder: Path) -> list[Path]:
         taken.add(_alike(str(place / target)))
         paths.append(folder / place / target)
     return paths
+
+
+def _without_suffix(name: str) -> str:
+    """Return the name of an image without its suffix; unlike `with_suffix`, for names of dots too."""
+    path = PurePosixPath(name)
+    return str(path.parent / path.stem)
 
 
 def _alike(name: str) -> str:
