@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only; a training machine has no screen
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from breakhis.files import write_atomically
@@ -69,6 +70,14 @@ def add_heading(figure: Figure, heading: Heading) -> None:
             y = (top - number * font["line"]) / height
             figure.text(_MARGIN / width, y, line, va="top", size=font["size"], weight=font["weight"], in_layout=False)
         top -= font["line"] * len(lines)
+
+
+def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Add axes without ticks to a figure, placed in inches from its upper left corner."""
+    whole_width, whole_height = figure.get_size_inches()
+    bottom = whole_height - top - height
+    place = (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height)
+    return figure.add_axes(place, xticks=[], yticks=[])
 
 
 def save(figure: Figure, heading: Heading, path: Path, dpi: float = DPI) -> None:

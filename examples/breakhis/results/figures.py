@@ -18,7 +18,7 @@ from breakhis.results.metrics import CALIBRATION_BINS, expected_calibration_erro
 MIN_ROC_IMAGES = 5
 """With fewer images of a class, or of the rest, a ROC curve would be a few steps that look like a result."""
 _SCORE_SPAN = 0.3  # least height of the axis of scores: small noise must not look like a trend
-_DARK = 0.67  # share from which white letters are easier to read on matplotlib's "Blues" than black ones
+_DARK = 0.715  # share from which white letters are easier to read on matplotlib's "Blues" than black ones
 
 
 def draw_confusion_matrix(

@@ -15,11 +15,12 @@ from PIL import Image
 from timm.data.transforms import CenterCropOrPad
 from torchvision.transforms import CenterCrop, Compose
 
-from breakhis.results.canvas import DPI, Heading, add_heading, heading_height, save, write
+from breakhis.results.canvas import DPI, Heading, add_axes, add_heading, heading_height, write
 
 _FIELD_PX = (700, 2000)  # least and largest long side of a drawn field; one between them is drawn pixel by pixel
-_PANEL = 3.1  # width of a panel in inches
-_PANEL_DPI = 225  # so that a field of 700 px fills a panel
+_GAP = 0.12  # inches between panels
+_PANEL_DPI = 225
+_PANEL = 700 / _PANEL_DPI  # width of a panel in inches: a field of 700 px is drawn pixel by pixel
 _MAX_PX = 60_000  # matplotlib draws less than 65536 px
 _UNIT = "Grad-CAM, logit"
 _COLOURS = colormaps["viridis"](np.linspace(0, 1, 256))
@@ -131,30 +132,20 @@ def draw_map(field: Image.Image, shown: SeenMap, scale: float, heading: Heading,
         path: The PNG file.
     """
     zoom = np.clip(max(field.size), *_FIELD_PX) / max(field.size)
-    width, height = (max(1, round(side * zoom)) for side in field.size)
+    pixels = [max(1, round(side * zoom)) for side in field.size]
     if zoom < 1:
-        field = field.resize((width, height))
+        field = field.resize(tuple(pixels))
     subtitle = f"{heading.subtitle}, {describe_map(shown)}"
     heading = heading._replace(subtitle=subtitle if shown.cells.any() else f"{subtitle}, no cell speaks for this class")
-    margin, bar = round(0.12 * DPI), round(0.75 * DPI)
-    whole_width = 2 * margin + max(width, _FIELD_PX[0]) + bar
-    top = round(heading_height(heading, whole_width / DPI) * DPI)
-    bar_height = max(height, round(1.2 * DPI))
-    whole_height = top + bar_height + margin
-    figure = plt.figure(figsize=(whole_width / DPI, whole_height / DPI), dpi=DPI)
-
-    def place(left: int, width: int, height: int) -> Axes:
-        """Add axes below the heading, measured in px."""
-        bottom = whole_height - top - height
-        return figure.add_axes((left / whole_width, bottom / whole_height, width / whole_width, height / whole_height))
-
-    axes = place(margin, width, height)
-    axes.set(xticks=[], yticks=[])
+    width, height = (side / DPI for side in pixels)
+    whole_width = max(width, _FIELD_PX[0] / DPI) + 2 * _GAP + 0.75  # for the scale
+    top, bar_height = round(heading_height(heading, whole_width) * DPI) / DPI, max(height, 1.2)
+    figure = plt.figure(figsize=(whole_width, top + bar_height + _GAP), dpi=DPI)
     norm = Normalize(0, scale)
-    _draw_field(axes, field, shown, norm, aspect="auto")  # the axes have the field's shape, rounded to px
-    colours = place(2 * margin + width, round(0.1 * DPI), bar_height)
-    figure.colorbar(ScalarMappable(norm, COLOURS), cax=colours).set_label(_UNIT, size="small")
-    colours.tick_params(labelsize="x-small")
+    _draw_field(add_axes(figure, _GAP, top, width, height), field, shown, norm)
+    bar = add_axes(figure, 2 * _GAP + width, top, 0.1, bar_height)
+    figure.colorbar(ScalarMappable(norm, COLOURS), cax=bar).set_label(_UNIT, size="small")
+    bar.tick_params(labelsize="x-small")
     add_heading(figure, heading)
     write(figure, heading, path)
 
@@ -167,36 +158,35 @@ def draw_map_panels(rows: Sequence[MapRow], heading: Heading, path: Path) -> Non
         heading: What is shown and by which protocol.
         path: The PNG file.
     """
-    models = list(rows[0].panels)
-    heights = [_PANEL * row.field.height / row.field.width + 0.5 for row in rows]
-    size = (0.5 + _PANEL * (1 + len(models)), sum(heights) + 0.9)
-    figure, axes = plt.subplots(
-        len(rows), 1 + len(models), figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
-    )
+    names = ["whole field", *rows[0].panels]
+    lefts = [0.55 + number * (_PANEL + _GAP) for number in range(len(names))]
+    width = lefts[-1] + _PANEL + _GAP
+    heights = [_PANEL * row.field.height / row.field.width for row in rows]
+    tops = heading_height(heading, width) + 0.25 + np.cumsum([0, *(height + 0.55 for height in heights)])
+    figure = plt.figure(figsize=(width, tops[-1] + 0.6))
     norm = Normalize(0, largest(panel.map.cells for row in rows for panel in row.panels.values()))
-    for place, name in zip(axes[0], ["whole field", *models], strict=True):
-        place.set_title(name, fontsize="medium", weight="bold")
-    for row, (first, *rest) in zip(rows, axes, strict=True):
-        first.imshow(row.field, extent=(0, *row.field.size, 0))
+    for row, top, height in zip(rows, tops[:-1], heights, strict=True):
+        first, *rest = [add_axes(figure, left, top, _PANEL, height) for left in lefts]
+        first.imshow(row.field, aspect="auto")
         first.set_ylabel(row.label)
-        for place, panel in zip(rest, row.panels.values(), strict=True):
-            _draw_field(place, row.field, panel.map, norm)
-            place.set_xlabel(f"{panel.answer}\n{panel.explained}", fontsize="small", linespacing=1.4)
-            if panel.wrong:
-                place.xaxis.label.set(color="firebrick", weight="bold")
-    for place in axes.flat:
-        place.set(xticks=[], yticks=[])
-    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, location="bottom", aspect=40, shrink=0.5, pad=0.01)
-    bar.set_label(_UNIT, size="small")
-    bar.ax.tick_params(labelsize="small")
-    save(figure, heading, path, min(_PANEL_DPI, _MAX_PX / max(size)))
+        for axes, panel in zip(rest, row.panels.values(), strict=True):
+            _draw_field(axes, row.field, panel.map, norm)
+            mark = {"color": "firebrick", "weight": "bold"} if panel.wrong else {}
+            axes.set_xlabel(f"{panel.answer}\n{panel.explained}", fontsize="small", linespacing=1.4, **mark)
+    for axes, name in zip(figure.axes, names, strict=False):  # the first row
+        axes.set_title(name, fontsize="medium", weight="bold")
+    bar = add_axes(figure, 0.55, tops[-1], _PANEL, 0.12)
+    figure.colorbar(ScalarMappable(norm, COLOURS), cax=bar, orientation="horizontal").set_label(_UNIT, size="small")
+    bar.tick_params(labelsize="small")
+    add_heading(figure, heading)
+    write(figure, heading, path, min(_PANEL_DPI, _MAX_PX / max(figure.get_size_inches())))
 
 
-def _draw_field(axes: Axes, field: Image.Image, shown: SeenMap, norm: Normalize, aspect: str = "equal") -> None:
-    """Draw a field, the cells of a map over the part that the model saw, and a frame if that is not the whole field."""
+def _draw_field(axes: Axes, field: Image.Image, shown: SeenMap, norm: Normalize) -> None:
+    """Draw a field into axes of its shape, the cells of a map, and a frame if the model did not see the whole field."""
     (left, top, right, bottom), (width, height) = shown.seen, shown.size
-    axes.imshow(field, extent=(0, width, height, 0), aspect=aspect)
-    cells = {"extent": (left, right, bottom, top), "interpolation": "nearest", "aspect": aspect}
+    axes.imshow(field, extent=(0, width, height, 0), aspect="auto")
+    cells = {"extent": (left, right, bottom, top), "interpolation": "nearest", "aspect": "auto"}
     axes.imshow(shown.cells, COLOURS, norm, **cells)
     if shown.is_framed:
         edge = [patheffects.withStroke(linewidth=3, foreground="black")]
