@@ -118,7 +118,7 @@ def test_the_panels_show_map_prediction_and_truth_of_each_model(study, drawn, sy
             assert shown.map.cells.shape == (2, 2)
             np.testing.assert_allclose(shown.map.cells, expected, atol=0.05 * expected.max())
             width, height = panel.field.size
-            assert shown.map.size == panel.field.size == (350, 230)
+            assert shown.map.size == panel.field.size == (175, 115)
             side = min(width, height)
             square = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
             assert shown.map.seen == pytest.approx(square, abs=side / 64)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import explain_breakhis
 import pytest
 from breakhis.files import read_csv, write_csv
 from explain_breakhis import branch_names, find_runs
@@ -52,6 +53,17 @@ def test_the_images_are_chosen_by_name_and_not_by_row(make_run):
     panels, expected = drawn_again["cam-100X.png"][0], drawn["cam-100X.png"][0]
     assert [panel.label for panel in panels] == [panel.label for panel in expected]
     assert [panel.field.tobytes() for panel in panels] == [panel.field.tobytes() for panel in expected]
+
+
+def test_large_fields_are_reduced_and_their_maps_stay_in_place(make_run, monkeypatch):
+    run = make_run("resnet10t", "resnet")
+    _, drawn = explain(run)
+    monkeypatch.setattr(explain_breakhis, "FIELD_PX", 70)
+    code, drawn_again = explain(run)
+    assert code == 0
+    for before, after in zip(drawn["cam-100X.png"][0], drawn_again["cam-100X.png"][0], strict=True):
+        assert (before.field.size, after.field.size) == ((175, 115), (70, 46))
+        assert after.panels["resnet"].map[1:] == before.panels["resnet"].map[1:]  # size of the field, and place in it
 
 
 def test_a_model_without_kfde_has_only_panels(make_run, caplog):
