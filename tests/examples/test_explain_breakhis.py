@@ -82,7 +82,7 @@ def test_the_panels_show_the_first_test_image_of_each_class(study, drawn, synthe
     assert heading.subtitle == (
         "first image of each class by file name, patient protocol, fold 0 of 3, breakhis 100X, subtype, seed 0, "
         f"{count} test images of {patients} patients, taken from {len(scored_images(study))}, "
-        "map of 2 x 2 cells, frame: all that the network saw (66% of the field), one scale for all maps"
+        "map of 2 x 2 cells, frame: all that the network saw (66 % of the field), one scale for all maps"
     )
     names = dict(zip(SUBTYPES, full_names(SUBTYPES), strict=True))
     assert [panel.label for panel in panels] == [
@@ -201,7 +201,8 @@ def test_flags_limit_the_images(study, tmp_path):
     means, labels, heading = drawn["gates-KFDE-100X.png"]
     assert re.search(rf", 6 test images of [1-6] patients, taken from {len(tested)}$", heading.subtitle)
     for name, row, label in zip(SUBTYPES, means, labels, strict=True):
-        left_out = f"none of its {tested.count(name)} images taken" if name in tested else "no image"
+        count = tested.count(name)
+        left_out = f"{count} image{'s' * (count != 1)}, none taken" if count else "no image"
         assert np.isfinite(row).all() or label.endswith(f": {left_out}")
-    assert sum(label.endswith(" images taken") for label in labels) >= 1
+    assert sum(label.endswith(", none taken") for label in labels) >= 1
     assert np.isfinite(means).all(axis=1).sum() >= 4  # of several classes: they are not the first six of the list

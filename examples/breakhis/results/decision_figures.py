@@ -38,17 +38,19 @@ def draw_gates(shares: np.ndarray, labels: Sequence[str], heading: Heading, path
     present = np.isfinite(shares).all(axis=1)
     mean = shares[present].mean(axis=0)
     order = np.argsort(-mean, kind="stable")
+    rows_height = max(1.2, 0.3 * len(labels))  # inches; the scale beside the rows needs some
     figure, axes = plt.subplots(
-        2, 2, figsize=(8.4, 2 + 0.3 * len(labels)), width_ratios=(40, 1), height_ratios=(1.2, 0.3 * len(labels)),
+        2,
+        2,
+        figsize=(8.4, 2 + rows_height),
+        width_ratios=(40, 1),
+        height_ratios=(1.2, rows_height),
         layout="constrained",
-    )  # fmt: skip
+    )
     (top, unused), (differences, bar) = axes
     unused.remove()
     top.plot(mean[order], color="black")
     top.axhline(0.5, color="grey", linestyle=":")
-    note = "0.5: an untrained CFE on symmetric values"
-    place = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 3), "textcoords": "offset points"}
-    top.annotate(note, (1, 0.5), **place, ha="right", fontsize="small", color="dimgrey")
     top.set(ylabel="mean of\nthe classes", ylim=(-0.03, 1.03), xticks=[])
     rows = (shares - mean)[:, order]
     limit = np.abs(rows[present]).max() or 1.0  # all equal: any scale shows it
@@ -60,7 +62,7 @@ def draw_gates(shares: np.ndarray, labels: Sequence[str], heading: Heading, path
     differences.set_yticks(range(len(labels)), labels)
     differences.set(xlabel="channels, in the order of the mean", xticks=[])
     figure.colorbar(image, cax=bar, label="class less mean")
-    note = "share of the map's positions where a gate is open, 0 to 1, mean over images"
+    note = "share of the map's positions where a gate is open, mean over images, dotted: an untrained CFE on symmetric maps"
     save(figure, heading._replace(subtitle=f"{heading.subtitle}; {note}"), path)
 
 

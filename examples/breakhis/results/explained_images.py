@@ -58,7 +58,7 @@ def label_classes(classes: Sequence[str], rows: Sequence[Row], shown: Sequence[R
             text = f"n = {len(here)}, {count} {group_name(here)}{'s' * (count != 1)}"
         else:
             others = sum(row["target"] == name for row in rows)
-            text = f"none of its {others} images taken" if others else "no image"
+            text = f"{others} image{'s' * (others != 1)}, none taken" if others else "no image"
         labels.append(f"{full_name}: {text}")
     return labels
 

@@ -50,7 +50,7 @@ def draw_confusion_matrix(
     names = zip(full_names(classes), totals, strict=True)
     axes.set_yticks(axes.get_yticks(), [f"{name}, {f'n = {total}' if total else 'no image'}" for name, total in names])
     axes.set(xlabel="prediction", ylabel="true class", aspect="auto")  # of equal sides, the layout loses labels
-    figure.colorbar(display.im_, label="share of the true class's images, 0 to 1", aspect=30)
+    figure.colorbar(display.im_, label="share of the true class", aspect=30)
     save(figure, heading, path)
 
 
@@ -90,7 +90,7 @@ def _draw_epochs(axes: Axes, epochs: Sequence[int], curves: dict[str, Sequence[f
     ends = sorted(curves, key=lambda name: curves[name][-1])
     for index, (name, values) in enumerate(curves.items()):
         look = (
-            {"linestyle": "-", "markersize": 9, "fillstyle": "none"}
+            {"linestyle": "-", "markersize": 7, "fillstyle": "none"}
             if index == 0
             else {"linestyle": "--", "markersize": 4}
         )
@@ -132,7 +132,10 @@ def draw_roc(
             missing.append(f"{classes[index]} (n = {counts[index]})")
             continue
         curve = RocCurveDisplay.from_predictions(targets == index, probabilities[:, index], ax=axes)
-        look = {"color": class_style(index)["color"], "linestyle": ["-", "--"][2 * index // len(classes)]}
+        look = {
+            "color": class_style(index)["color"],
+            "linestyle": "--" if len(classes) > 2 and 2 * index >= len(classes) else "-",
+        }
         curve.line_.set(**look, label=f"{names[index]} (n = {counts[index]}): AUC {curve.roc_auc:.2f}")
         curves.append(curve)
     if len(curves) > 1:

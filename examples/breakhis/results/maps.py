@@ -113,7 +113,11 @@ def largest(maps: Iterable[np.ndarray]) -> float:
 def describe_map(shown: SeenMap) -> str:
     """Say how fine a map is, and how much of the field the model saw."""
     cells = f"map of {shown.cells.shape[0]} x {shown.cells.shape[1]} cells"
-    return f"{cells}, frame: all that the network saw ({shown.share:.0%} of the field)" if shown.is_framed else cells
+    return (
+        f"{cells}, frame: all that the network saw ({100 * shown.share:.0f} % of the field)"
+        if shown.is_framed
+        else cells
+    )
 
 
 def describe_maps(maps: Iterable[SeenMap]) -> str:

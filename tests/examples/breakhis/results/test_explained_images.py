@@ -49,7 +49,7 @@ def test_shown_images_are_counted():
 
 def test_a_class_without_images_differs_from_one_that_was_left_out():
     assert label_classes(["A", "F", "DC"], ROWS, ROWS[:3]) == [
-        "A adenosis: none of its 1 images taken",
+        "A adenosis: 1 image, none taken",
         "F fibroadenoma: no image",
         "DC ductal carcinoma: n = 3, 2 cases",
     ]

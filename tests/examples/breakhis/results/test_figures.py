@@ -149,6 +149,8 @@ def test_classes_of_a_roc_differ_from_each_other_and_from_chance(drawn):
     assert chance.get_linestyle() == ":"
     assert len({line.get_linestyle() for line in curves[:4]}) == len({line.get_linestyle() for line in curves[4:]}) == 1
     assert curves[0].get_linestyle() != curves[4].get_linestyle()
+    figure = drawn(draw_roc, *random_predictions(60, 2), BINARY)
+    assert figure.axes[0].lines[0].get_linestyle() == "-"
 
 
 @pytest.mark.parametrize("classes", [BINARY, SUBTYPES])

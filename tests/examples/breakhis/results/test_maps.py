@@ -76,7 +76,7 @@ def test_the_network_sees_the_pixels_of_that_part(field, crop_pct, crop_mode):
 def test_what_is_said_of_a_map():
     shown = SeenMap(CELLS, FIELD, CROPPED)
     assert shown.share == pytest.approx(460 / 700)
-    assert describe_map(shown) == "map of 2 x 3 cells, frame: all that the network saw (66% of the field)"
+    assert describe_map(shown) == "map of 2 x 3 cells, frame: all that the network saw (66 % of the field)"
     whole = SeenMap(CELLS, FIELD, Box(0, -120, 700, 580))
     assert whole.share == 1
     assert describe_map(whole) == "map of 2 x 3 cells"
@@ -149,7 +149,7 @@ def test_the_caption_says_what_map_and_frame_are(drawn):
     figure = drawn(draw_map, make_field(), SeenMap(CELLS, FIELD, CROPPED), 0.5, heading=heading)
     assert texts_above(figure) == (
         "Prediction: DC ductal carcinoma, probability 0.53",
-        "a.png, map of 2 x 3 cells, frame: all that the network saw (66% of the field)",
+        "a.png, map of 2 x 3 cells, frame: all that the network saw (66 % of the field)",
     )
     figure = drawn(draw_map, make_field(), SeenMap(0 * CELLS, FIELD, Box(0, 0, *FIELD)), 0.5, heading=heading)
     assert texts_above(figure)[1] == "a.png, map of 2 x 3 cells, no cell speaks for this class"
