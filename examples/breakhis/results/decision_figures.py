@@ -62,7 +62,7 @@ def draw_gates(shares: np.ndarray, labels: Sequence[str], heading: Heading, path
     differences.set_yticks(range(len(labels)), labels)
     differences.set(xlabel="channels, in the order of the mean", xticks=[])
     figure.colorbar(image, cax=bar, label="class less mean")
-    note = "share of the map's positions where a gate is open, mean over images, dotted: an untrained CFE on symmetric maps"
+    note = "share of a map's positions with an open gate, mean over images, dotted: an untrained CFE on symmetric maps"
     save(figure, heading._replace(subtitle=f"{heading.subtitle}; {note}"), path)
 
 

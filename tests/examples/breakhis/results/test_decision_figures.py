@@ -32,7 +32,7 @@ def test_every_class_has_its_channels_in_the_same_order(drawn, labels):
 
 def test_the_unit_of_gates_is_explained(drawn):
     figure = drawn(draw_gates, np.full((2, 16), 0.5), BINARY)
-    note = "share of the map's positions where a gate is open, mean over images, dotted: an untrained CFE on symmetric maps"
+    note = "share of a map's positions with an open gate, mean over images, dotted: an untrained CFE on symmetric maps"
     assert texts_above(figure)[1].endswith(f"; {note}")
 
 
