@@ -34,6 +34,7 @@ def test_a_bracket_stays_in_one_line():
         "image protocol (70/30, patients leak),",
         "fold 0",
     ]
+    assert wrap("one two three four, (five, six seven)", 30) == ["one two three four,", "(five, six seven)"]
 
 
 @pytest.mark.parametrize("width", [3, 5, 10])
