@@ -12,23 +12,35 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from breakhis.commands import one_line_errors, run_script
+from breakhis.data.images import open_rgb
+from breakhis.data.naming import full_names
 from breakhis.data.records import ImageDataset, Record
 from breakhis.files import write_csv
 from breakhis.names import file_name, printable
-from breakhis.results.explain import as_picture, by_class, cam_target, decisions, grad_cam, overlay
-from breakhis.results.explained_runs import PARTS, read_run, study_variants
-from breakhis.results.figures import CamCell, CamRow, draw_branch_weights, draw_cam_panels, draw_gates
+from breakhis.results.canvas import Heading
+from breakhis.results.decision_figures import BranchWeights, draw_branch_weights, draw_gates
+from breakhis.results.explain import by_class, cam_target, decisions, grad_cam, intervals_by_class
+from breakhis.results.explained_images import (
+    choose_images,
+    describe_rows,
+    group_name,
+    groups,
+    label_classes,
+    scored_images,
+    table_rows,
+)
+from breakhis.results.explained_runs import read_run, study_variants
+from breakhis.results.maps import MapPanel, MapRow, SeenMap, describe_maps, draw_map_panels, seen_part
 from breakhis.results.outputs import check_not_inputs, check_table
 from breakhis.results.report import describe_protocol
 from breakhis.results.study import group_runs
 from breakhis.training.argument_types import Parser, number, path, torch_device
 from breakhis.training.checkpoints import FILES, check_checkpoint, eval_transform, load_model
 from breakhis.training.flags import ABLATION
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -39,6 +51,7 @@ logger = logging.getLogger("breakhis")
 
 COLUMNS = ("variant", "magnification", "fold", "seed", "module", "kind", "class", "channel_or_branch", "mean", "sd")
 FIGURES = ("cam-*.png", "gates-*.png", "branches-*.png")
+FIELD_PX = 700  # long side of a drawn field
 FAILED = 2  # exit code, the same as argparse's
 
 
@@ -135,18 +148,25 @@ def load_images(run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, 
     return DataLoader(ImageDataset(records, run["task"], run["classes"], eval_transform(model)), batch_size=16)
 
 
-def explain_images(
-    run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, str]]
-) -> list[tuple[Image.Image, CamCell]]:
-    """Return each image as the model sees it, and its Grad-CAM of the true class."""
-    prediction_of = {row["file"]: row for row in run["predictions"]}
-    explained = []
+def explain_images(run: dict[str, Any], model: nn.Module, rows: Sequence[dict[str, str]]) -> list[MapPanel]:
+    """Return the Grad-CAM of each image's true class, and the prediction of the run."""
+    prediction_of, transform = {row["file"]: row for row in run["predictions"]}, eval_transform(model)
+    panels = []
     for images, targets, indices in load_images(run, model, rows):
-        for image, cam, index in zip(images, grad_cam(model, images, targets), indices, strict=True):
-            picture, row = as_picture(model, image), prediction_of[rows[index]["file"]]
-            probability = float(row[f"prob_{row['target']}"])
-            explained.append((picture, CamCell(overlay(picture, cam), printable(row["target"]), probability)))
-    return explained
+        for cells, index in zip(grad_cam(model, images, targets), indices, strict=True):
+            row = prediction_of[rows[index]["file"]]
+            scores = {name: float(row[f"prob_{name}"]) for name in run["classes"]}
+            target, answer = row["target"], max(scores, key=scores.__getitem__)
+            size = open_rgb(run["data_dir"] / row["file"]).size
+            panels.append(
+                MapPanel(
+                    SeenMap(cells, size, seen_part(transform, size)),
+                    f"{'right' if answer == target else 'WRONG'}: {printable(answer)}, p = {scores[answer]:.2f}",
+                    f"map of {printable(target)}, p = {scores[target]:.2f}",
+                    answer != target,
+                )
+            )
+    return panels
 
 
 def draw_cams(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, path: Path) -> bool:
@@ -161,12 +181,10 @@ def draw_cams(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, pat
         Whether any model has a feature map; without one there is no figure.
     """
     first, _ = pairs[0]
-    ranked = sorted(first["predictions"], key=lambda row: (PurePosixPath(row["file"]).name, row["file"]))
-    rows = [row for name in first["classes"] for row in [row for row in ranked if row["target"] == name][:count]]
-    columns = {}
+    rows, columns = choose_images(first, count), {}
     for run, model in pairs:
         try:
-            if _scored_images(run) != _scored_images(first):
+            if scored_images(run) != scored_images(first):
                 raise ValueError("it tests other images")
             cam_target(model)
         except ValueError as error:
@@ -175,22 +193,22 @@ def draw_cams(pairs: Sequence[tuple[dict[str, Any], nn.Module]], count: int, pat
             columns[printable(run["variant"])] = explain_images(run, model, rows)
     if not columns:
         return False
+    names = dict(zip(first["classes"], full_names(first["classes"]), strict=True))
     panels = []
     for row, *explained in zip(rows, *columns.values(), strict=True):
-        picture, _ = explained[0]
-        overlays = {variant: cell for variant, (_, cell) in zip(columns, explained, strict=True)}
-        label = f"{printable(row['target'])}\npatient {printable(row['patient'])}"
-        panels.append(CamRow(label, picture, overlays))
-    part = PARTS[first["scored_on"]]
-    which = f"first {part} image" if count == 1 else f"first {count} {part} images"
-    title = f"Grad-CAM of the true class, {which} of each class by file name; {describe_protocol(first)}"
-    draw_cam_panels(panels, f"{title}, seed {first['seed']}", path)
+        field = open_rgb(first["data_dir"] / row["file"])
+        field.thumbnail((FIELD_PX, FIELD_PX))  # one after the other: a field can have 100 million pixels
+        label = f"{names[row['target']]}\npatient {printable(row['patient'])}"
+        panels.append(MapRow(label, field, dict(zip(columns, explained, strict=True))))
+    maps = [panel.map for row in panels for panel in row.panels.values()]
+    which = f"first {'image' if count == 1 else f'{count} images'} of each class by file name"
+    said = (which, describe_protocol(first), f"seed {first['seed']}", describe_rows(rows, first), describe_maps(maps))
+    draw_map_panels(
+        panels,
+        Heading("Where the models look for the true class (Grad-CAM)", ", ".join([*said, "one scale for all maps"])),
+        path,
+    )
     return True
-
-
-def _scored_images(run: dict[str, Any]) -> set[tuple[str, str]]:
-    """Return file and target of each image that a run was scored on."""
-    return {(row["file"], row["target"]) for row in run["predictions"]}
 
 
 def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out: Path) -> list[dict[str, Any]]:
@@ -206,34 +224,28 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
         The numbers in the figures, as rows of `decisions.csv`; a class without images has none.
     """
     rows, name = run["predictions"], f"{run['variant']}-{run['magnification']}"
-    classes = [printable(name) for name in run["classes"]]
     shown = rows if limit is None else rows[:: math.ceil(len(rows) / limit)]
     recorded = decisions(model, tqdm(load_images(run, model, shown), printable(name), unit="batch"))
+    number, labels = len(run["classes"]), label_classes(run["classes"], rows, shown)
+    protocol = f"{describe_protocol(run)}, seed {run['seed']}, {describe_rows(shown, run)}"
     table = []
-    for kind, layers in (("gate", recorded.gates), ("branch", recorded.branches)):
-        for module, values in layers.items():
-            parts = list(range(values.shape[1]))
-            if kind == "branch":
-                parts, values = branch_names(model.get_submodule(module)), values.mean(axis=2)
-            means, deviations = by_class(values, recorded.targets, len(run["classes"]))
-            title = (
-                f"{run['variant']}, {module}, on {len(shown)} of {len(rows)} {PARTS[run['scored_on']]} images; "
-                f"{describe_protocol(run)}, seed {run['seed']}"
-            )
-            stem = name if len(layers) == 1 else f"{name}-{module}"
-            if kind == "gate":
-                draw_gates(means, classes, title, out / file_name(f"gates-{stem}", ".png"))
-            else:
-                figure = out / file_name(f"branches-{stem}", ".png")
-                draw_branch_weights(means, deviations, parts, classes, title, figure)
-            common = {key: run[key] for key in ("variant", "magnification", "fold", "seed")}
-            table += [
-                common
-                | {"module": module, "kind": kind, "class": run["classes"][index]}
-                | {"channel_or_branch": part, "mean": mean, "sd": deviation}
-                for index in sorted(set(recorded.targets.tolist()))
-                for part, mean, deviation in zip(parts, means[index], deviations[index], strict=True)
-            ]
+    for module, values in recorded.gates.items():
+        means, deviations = by_class(values, recorded.targets, number)
+        stem = name if len(recorded.gates) == 1 else f"{name}-{module}"
+        figure = out / file_name(f"gates-{stem}", ".png")
+        heading = Heading(f"Open gates of CFE by channel ({run['variant']}, {module})", protocol)
+        draw_gates(means, labels, heading, figure)
+        table += table_rows(run, module, "gate", list(range(values.shape[1])), means, deviations)
+    for module, values in recorded.branches.items():
+        parts, values = branch_names(model.get_submodule(module)), values.mean(axis=2)
+        means, deviations = by_class(values, recorded.targets, number)
+        bounds = intervals_by_class(values, recorded.targets, groups(shown), number)
+        weights = BranchWeights(means, *bounds, group_name(shown))
+        stem = name if len(recorded.branches) == 1 else f"{name}-{module}"
+        figure = out / file_name(f"branches-{stem}", ".png")
+        heading = Heading(f"Branch weights of MFDF ({run['variant']}, {module})", protocol)
+        draw_branch_weights(weights, parts, labels, heading, figure)
+        table += table_rows(run, module, "branch", parts, means, deviations)
     return table
 
 

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from breakhis.commands import one_line_errors, run_script
 from breakhis.data.images import IMAGE_SUFFIXES, find_faults, open_rgb
-from breakhis.data.naming import parse_name
+from breakhis.data.naming import full_names, parse_name
 from breakhis.data.search import Tree, search
-from breakhis.files import real_path, write_atomically, write_csv
+from breakhis.files import real_path, write_csv
 from breakhis.names import printable
-from breakhis.results.explain import as_picture, cam_target, grad_cam, overlay
+from breakhis.results.canvas import Heading
+from breakhis.results.explain import cam_target, grad_cam
+from breakhis.results.maps import SeenMap, draw_map, largest, seen_part
 from breakhis.results.outputs import check_not_inputs, check_outside, check_table, overlay_paths
 from breakhis.training.argument_types import MAX_WORKERS, Parser, number, torch_device
 from breakhis.training.argument_types import path as path_type
@@ -128,43 +130,63 @@ def choose_overlays(args: argparse.Namespace, tree: Tree) -> dict[Path, Path]:
 
 
 def predict(
-    model: nn.Module, loader: DataLoader, paths: Sequence[Path], checkpoint: Path, overlays: dict[Path, Path]
-) -> np.ndarray:
-    """Predict every image, and draw where the model looks.
+    model: nn.Module, loader: DataLoader, paths: Sequence[Path], checkpoint: Path, explain: bool
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Predict every image, and find where the model looks.
 
     Args:
         model: The model, in evaluation mode.
         loader: Batches of images, (N, 3, H, W), in order.
         paths: The image files, in the same order.
         checkpoint: Folder of the model, for the error.
-        overlays: For each image file, the PNG file for the Grad-CAM of its predicted class; empty: no Grad-CAM.
+        explain: Whether to compute Grad-CAM.
 
     Returns:
-        Probabilities, a row for each image and a column for each class.
+        Probabilities, a row for each image and a column for each class; and, if `explain`, the Grad-CAM of each image's
+        predicted class, (h, w).
 
     Raises:
         FloatingPointError: A logit is not finite. The message names the model and the image.
     """
-    device, rows = next(model.parameters()).device, []
+    device, rows, maps = next(model.parameters()).device, [], []
     for inputs in tqdm(loader, "predicting", unit="batch"):
         inputs, files = inputs.to(device), paths[len(rows) : len(rows) + len(inputs)]
         with torch.inference_mode():
             logits = model(inputs)
         check_scores(logits, files, checkpoint)
-        if overlays:
-            for image, cam, path in zip(inputs, grad_cam(model, inputs, logits.argmax(1).tolist()), files, strict=True):
-                draw_overlay(overlay(as_picture(model, image), cam), overlays[path])
+        if explain:
+            maps += list(grad_cam(model, inputs, logits.argmax(1).tolist()))
         rows += logits.softmax(1).tolist()
-    return np.array(rows)
+    return np.array(rows), maps
 
 
-def draw_overlay(picture: Image.Image, path: Path) -> None:
-    """Write a Grad-CAM. One that cannot be written is named in the log: it must not cost the predictions."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda part: picture.save(part, "PNG"))
-    except OSError as error:
-        logger.warning("WARNING: no Grad-CAM in %s: %s", printable(path), printable(error.strerror or error))
+def draw_maps(
+    directory: Path, overlays: dict[Path, Path], model: nn.Module, probabilities: np.ndarray, maps: Sequence[np.ndarray]
+) -> None:
+    """Draw the Grad-CAM of each image over its field, all on one scale. The log names one that cannot be written.
+
+    Args:
+        directory: Folder of the images.
+        overlays: The PNG file of each image file, in the order of the rows.
+        model: The model.
+        probabilities: A row for each image, a column for each class.
+        maps: Grad-CAM of each image's predicted class.
+    """
+    classes, transform = full_names(model.pretrained_cfg["label_names"]), eval_transform(model)
+    scale = largest(maps)
+    for (image, path), row, cells in zip(tqdm(overlays.items(), "drawing"), probabilities, maps, strict=True):
+        field = open_rgb(image)
+        shown = SeenMap(cells, field.size, seen_part(transform, field.size))
+        title = f"Prediction: {classes[row.argmax()]}, probability {row.max():.2f}"
+        heading = Heading(
+            title,
+            f"{image.relative_to(directory).as_posix()}, Grad-CAM of the predicted class, one scale for all images",
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_map(field, shown, scale, heading, path)
+        except OSError as error:
+            logger.warning("WARNING: no Grad-CAM in %s: %s", printable(path), printable(error.strerror or error))
 
 
 def patient_votes(
@@ -243,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     load = partial(_load, eval_transform(model))
     loader = DataLoader(paths, args.batch_size, num_workers=args.num_workers, collate_fn=load)
-    probabilities = predict(model, loader, paths, args.checkpoint, overlays)
+    probabilities, maps = predict(model, loader, paths, args.checkpoint, bool(overlays))
     classes, patient_ids = model.pretrained_cfg["label_names"], [_patient_id(path) for path in paths]
     rows = [
         {"file": path.relative_to(args.images).as_posix(), "patient": patient_id, **_prediction(row, classes)}
@@ -254,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if named:
         votes = patient_votes([patient_ids[index] for index in named], probabilities[named], classes)
         write_csv(patients_file(args.output), votes)
+    if overlays:  # last: no fault of a figure must cost the predictions
+        draw_maps(args.images, {path: overlays[path] for path in paths}, model, probabilities, maps)
     return 0
 
 

@@ -19,7 +19,7 @@ from breakhis.commands import one_line_errors, run_script
 from breakhis.files import real_path, write_atomically
 from breakhis.mappings import read_json
 from breakhis.names import in_markdown
-from breakhis.results.report import describe_protocol
+from breakhis.results.report import PARTS, describe_protocol
 from breakhis.results.runs import read_metrics
 from breakhis.training.argument_types import Parser, path
 from breakhis.training.checkpoints import check_checkpoint, load_model, save_model
@@ -34,7 +34,6 @@ HUB_ERRORS = (HfHubHTTPError, *HfHubHTTPError.__bases__)
 TEMPLATE = Path(__file__).with_name("model_card.md")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OWN_LICENCE = "apache-2.0"
-PARTS = {"train": "training", "val": "validation", "test": "test"}
 SCORES = {
     "image_accuracy": "image accuracy",
     "patient_recognition_rate": "patient recognition rate",

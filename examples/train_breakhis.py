@@ -35,9 +35,9 @@ from breakhis.data.splits import Split, absent_classes, fold_split, official_spl
 from breakhis.data.synthetic import draw_tree
 from breakhis.files import remove_parts, write_atomically, write_csv
 from breakhis.names import printable
-from breakhis.results.figures import draw_calibration, draw_confusion_matrix, draw_curves, draw_roc
 from breakhis.results.metrics import score
-from breakhis.results.report import describe_protocol, log_split, prediction_rows, split_rows, summarise
+from breakhis.results.report import log_split, prediction_rows, split_rows, summarise
+from breakhis.results.run_figures import draw_figures
 from breakhis.results.study import write_study
 from breakhis.training.checkpoints import PRETRAINED_NOTE, build_model, check_checkpoint, eval_transform, load_model
 from breakhis.training.engine import predict
@@ -209,17 +209,6 @@ def check_inputs(accelerator: Accelerator, hashes: Mapping[Path, str]) -> None:
         raise ValueError(
             f"the files that a run reads must not change during it, got {len(changed)} changed, such as {changed[0]}"
         )
-
-
-def draw_figures(
-    metrics: dict[str, Any], targets: Sequence[int], probabilities: Sequence[Sequence[float]], out: Path
-) -> None:
-    """Draw the confusion matrix, the curves of training, ROC curves and calibration."""
-    classes, title = metrics["classes"], describe_protocol(metrics)
-    draw_confusion_matrix(metrics["confusion_matrix"], classes, title, out / "confusion_matrix.png")
-    draw_curves(metrics["history"], metrics["best_epoch"], title, out / "curves.png")
-    draw_roc(targets, probabilities, classes, title, out / "roc.png")
-    draw_calibration(targets, probabilities, title, out / "calibration.png")
 
 
 @contextmanager

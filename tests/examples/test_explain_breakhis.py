@@ -1,12 +1,14 @@
 """The figures and the table of a study that was trained, against the equations and timm alone."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import train_breakhis
-from breakhis.results.explain import as_picture, grad_cam, overlay
+from breakhis.data.naming import full_names
+from breakhis.results.explain import grad_cam
 from PIL import Image
 from torch.nn import functional as F
 
@@ -14,9 +16,6 @@ from tests.support.explained import explain
 from tests.support.runs import SMALL, SUBTYPES, load_input, load_with_timm, read_rows
 
 pytestmark = pytest.mark.slow  # four models are trained first
-
-
-DPI = 150
 
 
 @pytest.fixture(scope="module")
@@ -46,45 +45,84 @@ def scored_images(study: Path) -> list[dict[str, str]]:
     return [row | {"target": row["file"].split("SOB_")[-1][2:].split("-")[0]} for row in rows if row["split"] == "test"]
 
 
+def first_images(study: Path) -> list[dict[str, str]]:
+    """Return the row of the first test image of each class by file name."""
+    rows = sorted(scored_images(study), key=lambda row: row["file"].rsplit("/")[-1])
+    return [
+        next(row for row in rows if row["target"] == name)
+        for name in SUBTYPES
+        if any(row["target"] == name for row in rows)
+    ]
+
+
 def test_the_figures_of_an_ablation(study, drawn):
-    present = {row["target"] for row in scored_images(study)}
-    sizes = {"cam-100X.png": (0.5 + 2.2 * 5, 1 + 2.4 * len(present))}
-    sizes |= {f"gates-{variant}-100X.png": (7.2, 4) for variant in ("CSFE", "KFDE")}
-    sizes |= {f"branches-{variant}-100X.png": (7.2, 4) for variant in ("MFDF", "KFDE")}
-    assert set(drawn) == set(sizes)
-    assert {path.name for path in (study / "explain").iterdir()} == {*sizes, "decisions.csv"}
-    for name, inches in sizes.items():
+    tested = scored_images(study)
+    names = {"cam-100X.png", *(f"gates-{variant}-100X.png" for variant in ("CSFE", "KFDE"))}
+    names |= {f"branches-{variant}-100X.png" for variant in ("MFDF", "KFDE")}
+    assert set(drawn) == names
+    assert {path.name for path in (study / "explain").iterdir()} == {*names, "decisions.csv"}
+    patients = len({row["patient"] for row in tested})
+    for name in names:
         with Image.open(study / "explain" / name) as picture:
-            assert picture.size == pytest.approx([DPI * side for side in inches], abs=1)
-        title = drawn[name][-1]
-        assert "patient protocol, fold 0 of 3, breakhis 100X, subtype, seed 0" in title
+            assert min(picture.size) > 400
+        subtitle = drawn[name][-1].subtitle
+        assert "patient protocol, fold 0 of 3, breakhis 100X, subtype, seed 0" in subtitle
+        if name != "cam-100X.png":
+            assert subtitle.endswith(f", {len(tested)} test images of {patients} patients")
+    assert drawn["gates-KFDE-100X.png"][-1].title == "Open gates of CFE by channel (KFDE, stages.3.kfde.csfe.cfe)"
+    assert drawn["branches-MFDF-100X.png"][-1].title == "Branch weights of MFDF (MFDF, stages.3.kfde.mfdf)"
 
 
 def test_the_panels_show_the_first_test_image_of_each_class(study, drawn, synthetic_tree):
-    panels, title = drawn["cam-100X.png"]
-    assert "first test image of each class by file name" in title
-    expected_rows = []
-    for name in SUBTYPES:
-        rows = [row for row in scored_images(study) if row["target"] == name]
-        expected_rows += sorted(rows, key=lambda row: row["file"].rsplit("/")[-1])[:1]
+    panels, heading = drawn["cam-100X.png"]
+    expected_rows = first_images(study)
     assert len(expected_rows) >= 6
-    assert [panel.label for panel in panels] == [f"{row['target']}\npatient {row['patient']}" for row in expected_rows]
-    assert all(list(panel.overlays) == ["baseline", "CSFE", "MFDF", "KFDE"] for panel in panels)
-    pictures = {cell.picture.tobytes() for panel in panels for cell in panel.overlays.values()}
-    assert len(pictures) > len(panels)  # otherwise swapped columns would not be noticed
-    for variant in panels[0].overlays:
+    count, patients = len(expected_rows), len({row["patient"] for row in expected_rows})
+    assert heading.title == "Where the models look for the true class (Grad-CAM)"
+    assert heading.subtitle == (
+        "first image of each class by file name, patient protocol, fold 0 of 3, breakhis 100X, subtype, seed 0, "
+        f"{count} test images of {patients} patients, taken from {len(scored_images(study))}, "
+        "map of 2 x 2 cells, frame: all that the network saw (66 % of the field), one scale for all maps"
+    )
+    names = dict(zip(SUBTYPES, full_names(SUBTYPES), strict=True))
+    assert [panel.label for panel in panels] == [
+        f"{names[row['target']]}\npatient {row['patient']}" for row in expected_rows
+    ]
+    for panel, row in zip(panels, expected_rows, strict=True):
+        with Image.open(synthetic_tree / row["file"]) as field:
+            assert panel.field.size == field.size  # the whole field
+            np.testing.assert_array_equal(np.asarray(panel.field), np.asarray(field.convert("RGB")))
+
+
+def test_the_panels_show_map_prediction_and_truth_of_each_model(study, drawn, synthetic_tree):
+    panels, _ = drawn["cam-100X.png"]
+    rows = first_images(study)
+    assert all(list(panel.panels) == ["baseline", "CSFE", "MFDF", "KFDE"] for panel in panels)
+    maps = {each.map.cells.tobytes() for panel in panels for each in panel.panels.values()}
+    assert len(maps) > len(panels)  # otherwise swapped columns would not be noticed
+    wrong = set()
+    for variant in panels[0].panels:
         model, transform = load_with_timm(checkpoint(study, variant))
-        for panel, row in zip(panels, expected_rows, strict=True):
+        for panel, row in zip(panels, rows, strict=True):
             inputs = load_input(transform, synthetic_tree / row["file"])
-            picture, name, probability = panel.overlays[variant]
-            target = SUBTYPES.index(row["target"])
+            shown, target = panel.panels[variant], SUBTYPES.index(row["target"])
             with torch.inference_mode():
-                assert probability == pytest.approx(model(inputs).softmax(1)[0, target].item(), abs=1e-5)
-            assert name == row["target"]
-            shown = as_picture(model, inputs[0])
-            np.testing.assert_array_equal(np.asarray(panel.picture), np.asarray(shown))
-            expected = overlay(shown, grad_cam(model, inputs, [target])[0])
-            assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).mean() < 0.5
+                scores = model(inputs).softmax(1)[0].tolist()
+            answer = scores.index(max(scores))
+            verdict = "right" if answer == target else "WRONG"
+            assert shown.answer == f"{verdict}: {SUBTYPES[answer]}, p = {scores[answer]:.2f}"
+            assert shown.explained == f"map of {row['target']}, p = {scores[target]:.2f}"
+            assert shown.wrong == (answer != target)
+            wrong.add(shown.wrong)
+            expected = grad_cam(model, inputs, [target])[0]
+            assert shown.map.cells.shape == (2, 2)
+            np.testing.assert_allclose(shown.map.cells, expected, atol=0.05 * expected.max())
+            width, height = panel.field.size
+            assert shown.map.size == panel.field.size == (175, 115)
+            side = min(width, height)
+            square = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+            assert shown.map.seen == pytest.approx(square, abs=side / 64)
+    assert True in wrong
 
 
 def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
@@ -126,16 +164,27 @@ def test_the_table_holds_what_the_layers_decide(study, drawn, synthetic_tree):
                 assert close.mean() > (0.98 if kind == "gate" else 0.999)
     assert len(written) == count  # no rows of absent classes
 
-    means, classes, _ = drawn["gates-KFDE-100X.png"]
-    assert classes == SUBTYPES
+    means, labels, _ = drawn["gates-KFDE-100X.png"]
+    tested = scored_images(study)
+    for name, label in zip(full_names(SUBTYPES), labels, strict=True):
+        images = [row for row in tested if row["target"] == name.split()[0]]
+        cases = len({row["patient"] for row in images})
+        count = f"n = {len(images)}, {cases} case{'s' * (cases != 1)}" if images else "no image"
+        assert label == f"{name}: {count}"
     for name, row in zip(SUBTYPES, means, strict=True):
         rows = [r for r in written if (r["kind"], r["class"]) == ("gate", name)]
         assert row[np.isfinite(row)].tolist() == pytest.approx([float(r["mean"]) for r in rows])
-    means, deviations, parts, _, _ = drawn["branches-KFDE-100X.png"]
+    weights, parts, branch_labels, _ = drawn["branches-KFDE-100X.png"]
     assert parts == names["branch"]
-    assert np.nanmax(np.abs(means.sum(axis=1) - 1)) < 1e-5
+    assert branch_labels == labels
     rows = [row for row in written if row["kind"] == "branch"]
-    assert deviations[np.isfinite(deviations)].tolist() == pytest.approx([float(row["sd"]) for row in rows])
+    shown = weights.means[np.isfinite(weights.means)].tolist()
+    assert shown == pytest.approx([float(row["mean"]) for row in rows])
+    assert np.nanmax(np.abs(weights.means.sum(axis=1) - 1)) < 1e-5
+    bounded = np.isfinite(weights.low)
+    assert (weights.low <= weights.means)[bounded].all()
+    assert (weights.means <= weights.high)[bounded].all()
+    assert weights.unit == "case"
 
 
 def test_flags_limit_the_images(study, tmp_path):
@@ -143,12 +192,17 @@ def test_flags_limit_the_images(study, tmp_path):
     code, drawn = explain(study, *flags)
     assert code == 0
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {*drawn, "decisions.csv"}
-    panels, title = drawn["cam-100X.png"]
+    panels, heading = drawn["cam-100X.png"]
     tested = [row["target"] for row in scored_images(study)]
-    assert [panel.label.split("\n")[0] for panel in panels] == [
+    assert [panel.label.split(" ")[0] for panel in panels] == [
         name for name in SUBTYPES for _ in range(min(2, tested.count(name)))
     ]
-    assert "first 2 test images of each class" in title
-    means, _, title = drawn["gates-KFDE-100X.png"]
-    assert f"on 6 of {len(tested)} test images" in title
+    assert heading.subtitle.startswith("first 2 images of each class by file name, ")
+    means, labels, heading = drawn["gates-KFDE-100X.png"]
+    assert re.search(rf", 6 test images of [1-6] patients, taken from {len(tested)}$", heading.subtitle)
+    for name, row, label in zip(SUBTYPES, means, labels, strict=True):
+        count = tested.count(name)
+        left_out = f"{count} image{'s' * (count != 1)}, none taken" if count else "no image"
+        assert np.isfinite(row).all() or label.endswith(f": {left_out}")
+    assert sum(label.endswith(", none taken") for label in labels) >= 1
     assert np.isfinite(means).all(axis=1).sum() >= 4  # of several classes: they are not the first six of the list

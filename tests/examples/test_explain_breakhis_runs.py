@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import explain_breakhis
 import pytest
 from breakhis.files import read_csv, write_csv
 from explain_breakhis import branch_names, find_runs
@@ -51,7 +52,18 @@ def test_the_images_are_chosen_by_name_and_not_by_row(make_run):
     assert code == 0
     panels, expected = drawn_again["cam-100X.png"][0], drawn["cam-100X.png"][0]
     assert [panel.label for panel in panels] == [panel.label for panel in expected]
-    assert [panel.picture.tobytes() for panel in panels] == [panel.picture.tobytes() for panel in expected]
+    assert [panel.field.tobytes() for panel in panels] == [panel.field.tobytes() for panel in expected]
+
+
+def test_large_fields_are_reduced_and_their_maps_stay_in_place(make_run, monkeypatch):
+    run = make_run("resnet10t", "resnet")
+    _, drawn = explain(run)
+    monkeypatch.setattr(explain_breakhis, "FIELD_PX", 70)
+    code, drawn_again = explain(run)
+    assert code == 0
+    for before, after in zip(drawn["cam-100X.png"][0], drawn_again["cam-100X.png"][0], strict=True):
+        assert (before.field.size, after.field.size) == ((175, 115), (70, 46))
+        assert after.panels["resnet"].map[1:] == before.panels["resnet"].map[1:]  # size of the field, and place in it
 
 
 def test_a_model_without_kfde_has_only_panels(make_run, caplog):
@@ -68,7 +80,7 @@ def test_a_model_without_maps_is_left_out_of_the_panels(make_run, caplog):
     out = make_run("resnet10t", "resnet").parents[1]
     code, drawn = explain(out)
     assert code == 0
-    assert list(drawn["cam-100X.png"][0][0].overlays) == ["resnet"]
+    assert list(drawn["cam-100X.png"][0][0].panels) == ["resnet"]
     assert any(
         message.startswith("a-mixer is left out of cam-100X.png: model must have") for message in caplog.messages
     )
@@ -88,7 +100,7 @@ def test_a_single_run_and_several_stages(make_run, tmp_path):
     expected = {f"gates-KFDE-100X-{stage}.kfde.csfe.cfe.png" for stage in stages}
     expected |= {f"branches-KFDE-100X-{stage}.kfde.mfdf.png" for stage in stages}
     assert written_files(run) == {"cam-100X.png", "decisions.csv", *expected}
-    assert drawn["branches-KFDE-100X-stages.3.kfde.mfdf.png"][2] == ["3 x 3 px", "3 x 3 px, dilation 2 px"]
+    assert drawn["branches-KFDE-100X-stages.3.kfde.mfdf.png"][1] == ["3 x 3 px", "3 x 3 px, dilation 2 px"]
     assert {row["module"] for row in read_rows(run / "explain/decisions.csv")} == {
         f"{stage}.kfde.{name}" for stage in stages for name in ("csfe.cfe", "mfdf")
     }
@@ -101,9 +113,9 @@ def test_a_variant_with_other_test_images_is_left_out(make_run, caplog):
     (run / "predictions.csv").write_text("\n".join([header, *rest]) + "\n")
     code, drawn = explain(run.parents[1])
     assert code == 0
-    assert list(drawn["cam-100X.png"][0][0].overlays) == ["baseline"]
+    assert list(drawn["cam-100X.png"][0][0].panels) == ["baseline"]
     assert "KFDE is left out of cam-100X.png: it tests other images" in caplog.messages
-    assert f"on {len(rest)} of {len(rest)} test images" in drawn["gates-KFDE-100X.png"][-1]
+    assert f", {len(rest)} test images of 8 patients" in drawn["gates-KFDE-100X.png"][-1].subtitle
 
 
 def test_the_first_fold_and_seed_represent_a_variant(make_run):
@@ -114,7 +126,7 @@ def test_the_first_fold_and_seed_represent_a_variant(make_run):
     assert order == [("baseline", 2, 0), ("resnet", 2, 0), ("resnet", 2, 1), ("resnet", 10, 0)]
     code, drawn = explain(out)  # it would fail on the runs without a model
     assert code == 0
-    assert list(drawn["cam-100X.png"][0][0].overlays) == ["baseline", "resnet"]
+    assert list(drawn["cam-100X.png"][0][0].panels) == ["baseline", "resnet"]
 
 
 def test_variants_are_in_the_order_of_the_study(make_run):

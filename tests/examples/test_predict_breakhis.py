@@ -1,13 +1,15 @@
 """Predictions, votes and overlays, against timm alone."""
 
 import numpy as np
+import predict_breakhis
 import pytest
 import torch
-from breakhis.results.explain import as_picture, grad_cam, overlay
+from breakhis.results.explain import grad_cam
+from breakhis.results.maps import draw_map
 from PIL import Image
 from predict_breakhis import main, patient_votes
 
-from tests.support.predictions import CLASSES, arguments, save_checkpoint
+from tests.support.predictions import CLASSES, arguments, save_checkpoint, write_images
 from tests.support.runs import load_input, load_with_timm, predict_with_timm, read_rows
 
 
@@ -96,18 +98,58 @@ def test_there_is_no_vote_without_a_patient(checkpoint, images, tmp_path):
     assert not (tmp_path / "none_patients.csv").exists()
 
 
+@pytest.fixture(scope="module")
+def explained(checkpoint, tmp_path_factory):
+    """Predict with maps; return the folder of the images, the rows, and what each file was drawn from."""
+    out = tmp_path_factory.mktemp("explained")
+    images, drawn = write_images(out / "images"), {}
+
+    def keep(field, shown, scale, heading, path):
+        drawn[path.relative_to(out / "cams").as_posix()] = (field, shown, scale, heading)
+        draw_map(field, shown, scale, heading, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict_breakhis, "draw_map", keep)
+        assert main(arguments(checkpoint, images, out / "out.csv", "--cam-dir", str(out / "cams"))) == 0
+    assert {path.relative_to(out / "cams").as_posix() for path in (out / "cams").rglob("*.*")} == set(drawn)
+    return images, read_rows(out / "out.csv"), drawn
+
+
+FILES = {
+    "SOB_B_A-14-1-100-001.png": "SOB_B_A-14-1-100-001.png",
+    "deep/er/SOB_B_A-14-1-400-002.png": "deep/er/SOB_B_A-14-1-400-002.png",
+    "deep/SOB_B_A-14-1-400-003.jpg": "deep/SOB_B_A-14-1-400-003.png",
+    "SOB_M_DC-14-2-40-001.png": "SOB_M_DC-14-2-40-001.png",
+    "SOB_M_DC-14-3AB-40-001.tif": "SOB_M_DC-14-3AB-40-001.png",
+    "deep/field one.png": "deep/field one-png.png",
+    "deep/field one.jpg": "deep/field one-jpg.png",
+}
+
+
 @pytest.mark.slow
-def test_each_image_has_its_overlay(checkpoint, images, tmp_path):
-    cams = tmp_path / "cams"
-    assert main(arguments(checkpoint, images, tmp_path / "out.csv", "--cam-dir", str(cams))) == 0
-    rows = read_rows(tmp_path / "out.csv")
-    files = {path.relative_to(cams).as_posix() for path in cams.rglob("*") if path.is_file()}
-    assert files == {f"{row['file']}.png" for row in rows}
+def test_each_image_has_a_map_over_the_whole_field(checkpoint, explained):
+    images, rows, drawn = explained
+    assert set(drawn) == {FILES[row["file"]] for row in rows}
     model, transform = load_with_timm(checkpoint)
     for row in rows:
+        field, shown, _, _ = drawn[FILES[row["file"]]]
+        with Image.open(images / row["file"]) as original:
+            np.testing.assert_array_equal(np.asarray(field), np.asarray(original.convert("RGB")))
+        assert shown.size == (70, 46)
+        assert shown.seen == pytest.approx((12, 0, 58, 46), abs=46 / 64)  # the centre square
         inputs = load_input(transform, images / row["file"])
-        (cam,) = grad_cam(model, inputs, [CLASSES.index(row["prediction"])])
-        with Image.open(cams / f"{row['file']}.png") as written:
-            assert written.size == (64, 64)
-            expected = np.asarray(overlay(as_picture(model, inputs[0]), cam)).astype(int)
-            assert np.abs(np.asarray(written) - expected).mean() < 0.5
+        (cells,) = grad_cam(model, inputs, [CLASSES.index(row["prediction"])])
+        assert shown.cells.shape == cells.shape == (2, 2)
+        np.testing.assert_allclose(shown.cells, cells, atol=1e-3 * cells.max())
+
+
+@pytest.mark.slow
+def test_each_map_names_the_prediction_and_all_have_one_scale(explained):
+    _, rows, drawn = explained
+    names = {"A": "A adenosis", "F": "F fibroadenoma", "DC": "DC ductal carcinoma"}
+    for row in rows:
+        _, _, scale, heading = drawn[FILES[row["file"]]]
+        probability = float(row[f"prob_{row['prediction']}"])
+        assert heading.title == f"Prediction: {names[row['prediction']]}, probability {probability:.2f}"
+        assert heading.subtitle == f"{row['file']}, Grad-CAM of the predicted class, one scale for all images"
+        assert scale == max(shown.cells.max() for _, shown, _, _ in drawn.values())

@@ -8,11 +8,11 @@ from pathlib import Path
 import predict_breakhis
 import pytest
 from breakhis.files import read_csv, write_csv
-from PIL import Image
+from matplotlib.figure import Figure
 from predict_breakhis import main
 
 from tests.support.predictions import arguments
-from tests.support.runs import contents, read_rows
+from tests.support.runs import read_rows
 
 
 def test_bad_files_are_named_skipped_and_counted(checkpoint, images, tmp_path, caplog):
@@ -51,7 +51,7 @@ def test_any_name_is_predicted_and_read_back(checkpoint, images, tmp_path, caplo
     assert len(rows) == 7 + len(NAMES)
     overlays = [os.fsencode(path.relative_to(cams)) for path in cams.rglob("*.png")]
     assert len(overlays) == len(rows)
-    assert b"deep/f\xe4rbung.png.png" in overlays
+    assert b"deep/f\xe4rbung.png" in overlays
     assert r"skipped \x1b[2J\udce4.png: it is not a BMP, JPEG, PNG or TIFF image" in caplog.messages
     assert all(message.isprintable() for message in caplog.messages)
 
@@ -94,25 +94,35 @@ def test_an_earlier_table_is_replaced(checkpoint, images, tmp_path):
 
 def test_an_overlay_that_cannot_be_written_costs_no_predictions(checkpoint, images, tmp_path, caplog):
     cams = tmp_path / "cams"
-    (cams / "SOB_M_DC-14-2-40-001.png.png/full").mkdir(parents=True)
+    (cams / "SOB_M_DC-14-2-40-001.png/full").mkdir(parents=True)
     assert main(arguments(checkpoint, images, tmp_path / "out.csv", "--cam-dir", str(cams))) == 0
     assert len(read_rows(tmp_path / "out.csv")) == 7
-    assert f"WARNING: no Grad-CAM in {cams}/SOB_M_DC-14-2-40-001.png.png: Is a directory" in caplog.messages
+    assert f"WARNING: no Grad-CAM in {cams}/SOB_M_DC-14-2-40-001.png: Is a directory" in caplog.messages
     assert len([path for path in cams.rglob("*") if path.is_file()]) == 6
 
 
-def test_an_overlay_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
-    path, picture = tmp_path / "cam.png", Image.new("RGB", (8, 8))
-    predict_breakhis.draw_overlay(picture, path)
-    before = contents(tmp_path)
-
-    def write_half(file: Path, kind: str) -> None:
+def test_a_full_disk_costs_maps_and_no_predictions(checkpoint, images, tmp_path, monkeypatch, caplog):
+    def write_half(figure, file: Path, **arguments) -> None:
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(picture, "save", write_half)
-    predict_breakhis.draw_overlay(picture, path)
-    assert contents(tmp_path) == before
+    monkeypatch.setattr(Figure, "savefig", write_half)
+    cams = tmp_path / "cams"
+    assert main(arguments(checkpoint, images, tmp_path / "out.csv", "--cam-dir", str(cams))) == 0
+    assert len(read_rows(tmp_path / "out.csv")) == 7
+    assert sum("No space left on device" in message for message in caplog.messages) == 7
+    assert not [path for path in cams.rglob("*") if path.is_file()]  # no half of a map either
+
+
+def test_predictions_are_written_before_the_maps_are_drawn(checkpoint, images, tmp_path, monkeypatch):
+    def stop(*args) -> None:
+        assert len(read_rows(tmp_path / "out.csv")) == 7
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(predict_breakhis, "draw_map", stop)
+    with pytest.raises(SystemExit, match="stopped"):
+        main(arguments(checkpoint, images, tmp_path / "out.csv", "--cam-dir", str(tmp_path / "cams")))
+    assert len(read_rows(tmp_path / "out.csv")) == 7
 
 
 def test_a_full_disk_leaves_nothing_behind(checkpoint, images, tmp_path, monkeypatch):

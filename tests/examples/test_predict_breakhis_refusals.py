@@ -125,7 +125,7 @@ def test_no_input_is_replaced_by_the_table(checkpoint, images, tmp_path, capsys,
 def test_no_input_is_replaced_by_an_overlay(checkpoint, images, tmp_path, caplog, link, target):
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     (tmp_path / "cams/deep").mkdir(parents=True)
-    link(tmp_path / target, tmp_path / "cams/deep/field one.png.png")
+    link(tmp_path / target, tmp_path / "cams/deep/field one-png.png")
     before = contents(tmp_path)
     flags = arguments(tmp_path / "checkpoint", images, tmp_path / "out.csv", "--cam-dir", str(tmp_path / "cams"))
     assert main(flags) == 2

@@ -14,7 +14,7 @@ from breakhis.training.checkpoints import hash_checkpoint, save_model
 
 from tests.support.runs import SUBTYPES
 
-DRAWINGS = {name: getattr(explain_breakhis, name) for name in ("draw_cam_panels", "draw_gates", "draw_branch_weights")}
+DRAWINGS = {name: getattr(explain_breakhis, name) for name in ("draw_map_panels", "draw_gates", "draw_branch_weights")}
 METRICS = {"dataset": "breakhis", "synthetic": False, "task": "subtype", "magnification": "100X", "scored_on": "test"}
 METRICS |= {"protocol_in_words": "patient protocol", "fold_in_words": "fold 0 of 3", "classes": SUBTYPES}
 

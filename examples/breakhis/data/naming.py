@@ -7,16 +7,28 @@ year 2014, at magnification 40X, image 10. Folders are ignored, so the data dire
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from breakhis.data.images import IMAGE_SUFFIXES, image_files
 from breakhis.data.records import Contents, Record, Source, report_copies
+from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
 
 BENIGN = ("A", "F", "PT", "TA")
 MALIGNANT = ("DC", "LC", "MC", "PC")
+DIAGNOSES = {
+    "A": "adenosis",
+    "F": "fibroadenoma",
+    "PT": "phyllodes tumor",
+    "TA": "tubular adenoma",
+    "DC": "ductal carcinoma",
+    "LC": "lobular carcinoma",
+    "MC": "mucinous carcinoma",
+    "PC": "papillary carcinoma",
+}
+"""What the abbreviations of the types mean."""
 
 _NAME = re.compile(
     rf"SOB_(?:B_(?P<benign>{'|'.join(BENIGN)})|M_(?P<malignant>{'|'.join(MALIGNANT)}))"
@@ -55,6 +67,13 @@ def parse_name(path: Path) -> Record:
         case_id=patient_id.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
         magnification=f"{match['magnification']}X",
     )
+
+
+def full_names(classes: Sequence[str]) -> list[str]:
+    """Return class names for a reader, such as "DC ductal carcinoma"; of other data sets, the names as they are."""
+    if set(classes) <= set(DIAGNOSES):
+        return [f"{name} {DIAGNOSES[name]}" for name in classes]
+    return [printable(name) for name in classes]
 
 
 def find_breakhis(data_dir: Path) -> Contents:

@@ -6,19 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from breakhis.data.field import draw_field
-from breakhis.data.naming import BENIGN, BREAKHIS
+from breakhis.data.naming import BENIGN, BREAKHIS, DIAGNOSES
 from breakhis.data.tissue import draw_stain
-
-_FOLDERS = {
-    "A": "adenosis",
-    "F": "fibroadenoma",
-    "PT": "phyllodes_tumor",
-    "TA": "tubular_adenoma",
-    "DC": "ductal_carcinoma",
-    "LC": "lobular_carcinoma",
-    "MC": "mucinous_carcinoma",
-    "PC": "papillary_carcinoma",
-}
 
 
 def draw_tree(
@@ -51,7 +40,8 @@ def draw_tree(
                 power = magnification.removesuffix("X")
                 slide = f"14-{1000 * (kind + 1) + patient + 1}"
                 letter, diagnosis = ("B", "benign") if subtype in BENIGN else ("M", "malignant")
-                folder = root / "BreaKHis_v1" / "histology_slides" / "breast" / diagnosis / "SOB" / _FOLDERS[subtype]
+                folder = root / "BreaKHis_v1" / "histology_slides" / "breast" / diagnosis / "SOB"
+                folder = folder / DIAGNOSES[subtype].replace(" ", "_")
                 folder = folder / f"SOB_{letter}_{subtype}_{slide}" / magnification
                 folder.mkdir(parents=True, exist_ok=True)
                 for sequence in range(1, images_per_patient + 1):

@@ -1,19 +1,15 @@
 """Explain the answers of a model: Grad-CAM, and the gates and branch weights of its KFDE layers."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 from kfde_layers import CFE, CSFE, MFDF, insertion_points
 
@@ -59,8 +55,10 @@ def grad_cam(model: nn.Module, inputs: Tensor, targets: Iterable[int]) -> np.nda
     \[ \mathrm{CAM}_{ij} = \max\Big(0, \sum_c w_c A_{cij}\Big), \qquad
        w_c = \frac{1}{HW} \sum_{ij} \frac{\partial s}{\partial A_{cij}} \]
 
-    with A the last feature map and s the logit of the class in `targets`; enlarged to the image and scaled to 0..1.
-    Source: Selvaraju et al. (2017), ICCV. Differs from the paper: nowhere; computed by the library `grad-cam`.
+    with A the last feature map and s the logit of the class in `targets`. The unit is that of the logit, so that maps
+    of different images and models can be compared.
+    Source: Selvaraju et al. (2017), ICCV. Differs from the paper: it is not enlarged to the image, which would feign a
+    precision that the map does not have; computed by the library `grad-cam`.
 
     Args:
         model: A timm classifier; it is not changed.
@@ -68,7 +66,8 @@ def grad_cam(model: nn.Module, inputs: Tensor, targets: Iterable[int]) -> np.nda
         targets: The class to explain for each image.
 
     Returns:
-        (N, H, W), float32, each image from 0 to 1; all 0 if no part raises the logit.
+        A value for each cell of the feature map, (N, h, w), at least 0; all 0 if no part raises the logit. The cells
+        divide the input evenly.
 
     Raises:
         ValueError: The model has no feature map.
@@ -79,7 +78,11 @@ def grad_cam(model: nn.Module, inputs: Tensor, targets: Iterable[int]) -> np.nda
     cam = GradCAM(model, [module], reshape_transform=partial(_channels_first, model, layout))
     module.register_forward_hook(lambda module, args, output: output.clone())  # later modules may overwrite the map
     inputs = inputs.detach().to(_device(model)).requires_grad_()  # with frozen weights, the inputs start the graph
-    return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets])
+    classes = [ClassifierOutputTarget(int(target)) for target in targets]
+    cam(inputs, classes)  # the maps that it returns are enlarged, and each is stretched to 0..1
+    kept = cam.activations_and_grads
+    activations, gradients = (tensors[0].cpu().numpy() for tensors in (kept.activations, kept.gradients))
+    return np.maximum(cam.get_cam_image(inputs, module, classes, activations, gradients), 0)
 
 
 def _channels_first(model: nn.Module, layout: str, x: Tensor) -> Tensor:
@@ -89,33 +92,6 @@ def _channels_first(model: nn.Module, layout: str, x: Tensor) -> Tensor:
     if layout == "NLC":
         x = x[:, model.num_prefix_tokens :].unflatten(1, model.patch_embed.grid_size)
     return x.permute(0, 3, 1, 2)
-
-
-def as_picture(model: nn.Module, image: Tensor) -> Image.Image:
-    """Turn a model's input, (3, H, W), into an image by reversing the model's normalisation."""
-    config = resolve_data_config(model=model)
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    return to_pil_image((image.cpu() * std + mean).clamp(0, 1))
-
-
-def overlay(picture: Image.Image, cam: np.ndarray) -> Image.Image:
-    """Lay a Grad-CAM over the model's input, blue where it is 0 and red where it is 1.
-
-    Args:
-        picture: The model's input as an image, see `as_picture`; the field itself may be wider.
-        cam: Grad-CAM, (H, W) as the picture, from 0 to 1.
-
-    Returns:
-        An RGB image of the same size.
-
-    Raises:
-        ValueError: The sizes differ.
-    """
-    if cam.shape != (picture.height, picture.width):
-        raise ValueError(
-            f"cam must have the picture's height and width in px, {(picture.height, picture.width)}, got {cam.shape}"
-        )
-    return Image.fromarray(show_cam_on_image(np.asarray(picture, np.float32) / 255, cam, use_rgb=True))
 
 
 class Decisions(NamedTuple):
@@ -179,6 +155,36 @@ def by_class(values: np.ndarray, targets: np.ndarray, num_classes: int) -> tuple
         rows = values[targets == target]
         means[target], deviations[target] = rows.mean(axis=0), rows.std(axis=0)
     return means, deviations
+
+
+def intervals_by_class(
+    values: np.ndarray, targets: np.ndarray, groups: Sequence[str], num_classes: int, resamples: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound the mean over the images of each class, with patients or cases drawn with replacement.
+
+    They are drawn instead of images, because the images of one patient are alike.
+
+    Args:
+        values: A row for each image, (N, K).
+        targets: Class of each image, (N,).
+        groups: Patient or case of each image.
+        num_classes: Number of classes.
+        resamples: Number of draws.
+
+    Returns:
+        Quantiles 2.5 % and 97.5 % of the mean, (num_classes, K); NaN for a class of fewer than two groups.
+    """
+    low, high = (np.full((num_classes, values.shape[1]), np.nan) for _ in range(2))
+    for target in np.unique(targets):
+        rows = values[targets == target]
+        _, group = np.unique(np.asarray(groups)[targets == target], return_inverse=True)
+        members = np.eye(group.max() + 1)[group]  # (images, groups)
+        count = members.shape[1]
+        if count > 1:
+            draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples)
+            means = draws @ members.T @ rows / (draws @ members.sum(axis=0))[:, None]
+            low[target], high[target] = np.quantile(means, [0.025, 0.975], axis=0)
+    return low, high
 
 
 def _record(module: nn.Module, rows: list[Tensor], decide: Callable[[nn.Module, Tensor], Tensor]) -> None:

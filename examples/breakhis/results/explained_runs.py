@@ -6,7 +6,6 @@ from typing import Any
 from breakhis.mappings import read_json
 from breakhis.results.runs import read_metrics, read_predictions
 
-PARTS = {"test": "test", "val": "validation"}
 KINDS = {
     **dict.fromkeys(("dataset", "protocol_in_words", "fold_in_words", "task", "scored_on", "variant"), str),
     **{"magnification": str, "fold": int, "seed": int, "classes": list, "flags": dict, "synthetic": bool},
@@ -25,7 +24,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     for key, kind in KINDS.items():
         if not isinstance(run[key], kind):
             raise ValueError(f"{folder / 'metrics.json'} must have {key} of type {kind.__name__}, got {run[key]!r:.60}")
-    if run["scored_on"] not in PARTS:
+    if run["scored_on"] not in ("test", "val"):
         raise ValueError(f"{folder / 'metrics.json'} must have scored_on test or val, got {run['scored_on']!r:.60}")
     if not (folder / "predictions.csv").is_file():
         raise ValueError(f"{folder} must be the folder of a finished run, with predictions.csv, got none")
@@ -37,7 +36,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 f"in line {line}"
             )
         try:
-            float(row[f"prob_{row['target']}"])
+            [float(row[f"prob_{name}"]) for name in run["classes"]]
         except ValueError as error:
             raise ValueError(f"{folder / 'predictions.csv'} must have numbers, got in line {line}: {error}") from error
     return run | {"folder": folder, "predictions": predictions}

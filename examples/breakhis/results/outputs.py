@@ -3,6 +3,7 @@
 import csv
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -62,24 +63,36 @@ def check_outside(folder: Path, searched: Collection[Path]) -> None:
 
 
 def overlay_paths(names: Sequence[str], folder: Path) -> list[Path]:
-    """Choose a PNG file for each image: the image's name with another suffix, so that a.png and a.jpg do not meet.
+    """Choose a PNG file for each image: the image's name with this suffix.
 
-    A name that would be too long, that another image's folder has, or that a file system which ignores case or the way
-    of writing accents would take for another one, gets a short hash.
+    If a.png and a.jpg lie in one folder, their files are a-png.png and a-jpg.png. A name that would be too long, that
+    another image's folder has, or that a file system which ignores case or the way of writing accents would take for
+    another one, gets a short hash.
 
     Args:
         names: Names of the images in POSIX notation, relative to their directory.
         folder: Folder for the files.
     """
     taken = {_alike(str(parent)) for name in names for parent in PurePosixPath(name).parents}
+    stems = Counter(_alike(_without_suffix(name)) for name in names)
     paths = []
     for name in names:
-        place, target = PurePosixPath(name).parent, PurePosixPath(name).name + ".png"
+        path = PurePosixPath(name)
+        place, stem = path.parent, path.stem
+        if stems[_alike(_without_suffix(name))] > 1:
+            stem += f"-{path.suffix.removeprefix('.')}"
+        target = f"{stem}.png"
         if len(os.fsencode(target)) > MAX_BYTES or _alike(str(place / target)) in taken:
-            target = with_hash(PurePosixPath(name).name, name, ".png")
+            target = with_hash(path.name, name, ".png")
         taken.add(_alike(str(place / target)))
         paths.append(folder / place / target)
     return paths
+
+
+def _without_suffix(name: str) -> str:
+    """Return the name of an image without its suffix; unlike `with_suffix`, for names of dots too."""
+    path = PurePosixPath(name)
+    return str(path.parent / path.stem)
 
 
 def _alike(name: str) -> str:

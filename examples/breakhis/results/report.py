@@ -10,6 +10,9 @@ from breakhis.data.splits import Split, absent_classes, shared_cases
 
 logger = logging.getLogger(__name__)
 
+PARTS = {"train": "training", "val": "validation", "test": "test"}
+"""What the parts of a split are called."""
+
 
 def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
     """Log the size of each part of a split, and the classes that it lacks."""
@@ -95,14 +98,32 @@ def describe_protocol(metrics: dict[str, Any]) -> str:
     return f"{metrics['protocol_in_words']}, {metrics['fold_in_words']}, {source}, {metrics['task']}"
 
 
+def describe_images(metrics: dict[str, Any], part: str) -> str:
+    """Count images, patients and cases of a part, such as "77 test images of 4 patients (3 cases)"."""
+    counts = [metrics[key][part] for key in ("n_images", "n_patients", "n_cases")]
+    return count_images(*counts, PARTS[part])
+
+
+def count_images(images: int, patients: int, cases: int | None, part: str) -> str:
+    """Say how many images a figure shows, and of how many patients.
+
+    Args:
+        images: Number of images.
+        patients: Number of patients.
+        cases: Number of cases, which is said if it differs; None: not known.
+        part: Name of the part of the data, such as "test".
+    """
+    text = f"{images} {part} image{'s' * (images != 1)} of {patients} patient{'s' * (patients != 1)}"
+    return text if cases in (None, patients) else f"{text} ({cases} case{'s' * (cases != 1)})"
+
+
 def summarise(metrics: dict[str, Any]) -> str:
     """Write one sentence with the protocol, the scores, and the numbers of images and patients."""
-    part, shared = metrics["scored_on"], metrics["n_shared"]
-    sizes = [f"{metrics[f'n_{name}'][part]} {name}" for name in ("images", "patients", "cases")]
+    shared = metrics["n_shared"]
     return (
         f"{describe_protocol(metrics)}: image accuracy {metrics['image_accuracy']:.3f}, "
         f"patient recognition rate {metrics['patient_recognition_rate']:.3f}, "
         f"balanced accuracy {metrics['balanced_accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f} "
-        f"on {sizes[0]} of {sizes[1]}, {sizes[2]}"
+        f"on {describe_images(metrics, metrics['scored_on'])}"
         + (f"; {shared} of the test images are of cases that training has too" if shared else "")
     )

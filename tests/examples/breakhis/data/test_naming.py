@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from breakhis.data.naming import BREAKHIS, find_breakhis, parse_name
+from breakhis.data.naming import BREAKHIS, find_breakhis, full_names, parse_name
 from breakhis.data.records import patients
 from PIL import Image
 
@@ -119,3 +119,16 @@ def test_classes_have_a_fixed_order():
         "binary": ("benign", "malignant"),
         "subtype": ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"),
     }
+
+
+def test_abbreviations_are_explained_to_readers():
+    assert full_names(BREAKHIS.classes["subtype"]) == [
+        *("A adenosis", "F fibroadenoma", "PT phyllodes tumor", "TA tubular adenoma"),
+        *("DC ductal carcinoma", "LC lobular carcinoma", "MC mucinous carcinoma", "PC papillary carcinoma"),
+    ]
+    assert full_names(["DC", "A"]) == ["DC ductal carcinoma", "A adenosis"]
+
+
+def test_classes_of_other_data_sets_stay_as_they_are():
+    assert full_names(["A", "B"]) == ["A", "B"]  # not adenosis
+    assert full_names(["benign", "\x1b[2J"]) == ["benign", r"\x1b[2J"]

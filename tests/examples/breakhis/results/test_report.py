@@ -1,9 +1,10 @@
 import logging
 from pathlib import Path
 
+import pytest
 from breakhis.data.naming import BREAKHIS, parse_name
 from breakhis.data.splits import fold_split
-from breakhis.results.report import log_split
+from breakhis.results.report import count_images, describe_images, log_split
 
 
 def test_absent_classes_are_named_in_the_log(caplog):
@@ -22,3 +23,23 @@ def test_absent_classes_are_named_in_the_log(caplog):
         "too few patients or images for a validation set, so best = last epoch",
     ):
         assert sentence in text
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ((77, 4, 3), "77 test images of 4 patients (3 cases)"),
+        ((77, 4, 1), "77 test images of 4 patients (1 case)"),
+        ((77, 4, 4), "77 test images of 4 patients"),
+        ((77, 4, None), "77 test images of 4 patients"),
+        ((1, 1, 1), "1 test image of 1 patient"),
+    ],
+)
+def test_images_are_counted_with_their_patients_and_cases(counts, text):
+    assert count_images(*counts, "test") == text
+
+
+def test_each_part_of_a_run_has_its_own_counts():
+    metrics = {"n_images": {"val": 5, "test": 9}, "n_patients": {"val": 2, "test": 3}, "n_cases": {"val": 1, "test": 3}}
+    assert describe_images(metrics, "val") == "5 validation images of 2 patients (1 case)"
+    assert describe_images(metrics, "test") == "9 test images of 3 patients"
