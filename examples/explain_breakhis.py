@@ -225,7 +225,7 @@ def draw_decisions(run: dict[str, Any], model: nn.Module, limit: int | None, out
     """
     rows, name = run["predictions"], f"{run['variant']}-{run['magnification']}"
     shown = rows if limit is None else rows[:: math.ceil(len(rows) / limit)]
-    recorded = decisions(model, tqdm(load_images(run, model, shown), printable(name), unit="batch"))
+    recorded = decisions(model, tqdm(load_images(run, model, shown), printable(name), unit="batch", disable=None))
     number, labels = len(run["classes"]), label_classes(run["classes"], rows, shown)
     protocol = f"{describe_protocol(run)}, seed {run['seed']}, {describe_rows(shown, run)}"
     table = []

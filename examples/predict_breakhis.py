@@ -20,8 +20,10 @@ import torch
 from breakhis.commands import one_line_errors, run_script
 from breakhis.data.images import IMAGE_SUFFIXES, find_faults, open_rgb
 from breakhis.data.naming import full_names, parse_name
+from breakhis.data.records import Record
 from breakhis.data.search import Tree, search
 from breakhis.files import real_path, write_csv
+from breakhis.mappings import read_json
 from breakhis.names import printable
 from breakhis.results.canvas import Heading
 from breakhis.results.explain import cam_target, grad_cam
@@ -31,6 +33,7 @@ from breakhis.training.argument_types import MAX_WORKERS, Parser, number, torch_
 from breakhis.training.argument_types import path as path_type
 from breakhis.training.checkpoints import eval_transform, load_model
 from breakhis.training.finite import check_scores
+from breakhis.training.trained_on import warn_of
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -149,7 +152,7 @@ def predict(
         FloatingPointError: A logit is not finite. The message names the model and the image.
     """
     device, rows, maps = next(model.parameters()).device, [], []
-    for inputs in tqdm(loader, "predicting", unit="batch"):
+    for inputs in tqdm(loader, "predicting", unit="batch", disable=None):
         inputs, files = inputs.to(device), paths[len(rows) : len(rows) + len(inputs)]
         with torch.inference_mode():
             logits = model(inputs)
@@ -174,7 +177,9 @@ def draw_maps(
     """
     classes, transform = full_names(model.pretrained_cfg["label_names"]), eval_transform(model)
     scale = largest(maps)
-    for (image, path), row, cells in zip(tqdm(overlays.items(), "drawing"), probabilities, maps, strict=True):
+    for (image, path), row, cells in zip(
+        tqdm(overlays.items(), "drawing", disable=None), probabilities, maps, strict=True
+    ):
         field = open_rgb(image)
         shown = SeenMap(cells, field.size, seen_part(transform, field.size))
         title = f"Prediction: {classes[row.argmax()]}, probability {row.max():.2f}"
@@ -225,12 +230,12 @@ def _prediction(probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, 
     return {"prediction": classes[probabilities.argmax()], **columns}  # 9 digits restore a float32
 
 
-def _patient_id(path: Path) -> str:
-    """Return the patient in a file's name, or "" if the name is not like BreakHis'."""
+def _record(path: Path) -> Record | None:
+    """Read a file's name, or return None if it is not like BreakHis'."""
     try:
-        return parse_name(path).patient_id
+        return parse_name(path)
     except ValueError:
-        return ""
+        return None
 
 
 def _load(transform: Callable[[Image.Image], Tensor], paths: Sequence[Path]) -> Tensor:
@@ -263,10 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.error("argument --cam-dir: %s", printable(error))
             return NOTHING_PREDICTED
 
+    records = [_record(path) for path in paths]
+    for message in warn_of(read_json(args.checkpoint / "config.json").get("trained_on"), list(filter(None, records))):
+        logger.warning("WARNING: %s", message)
     load = partial(_load, eval_transform(model))
     loader = DataLoader(paths, args.batch_size, num_workers=args.num_workers, collate_fn=load)
     probabilities, maps = predict(model, loader, paths, args.checkpoint, bool(overlays))
-    classes, patient_ids = model.pretrained_cfg["label_names"], [_patient_id(path) for path in paths]
+    classes = model.pretrained_cfg["label_names"]
+    patient_ids = [record.patient_id if record else "" for record in records]
     rows = [
         {"file": path.relative_to(args.images).as_posix(), "patient": patient_id, **_prediction(row, classes)}
         for path, patient_id, row in zip(paths, patient_ids, probabilities, strict=True)

@@ -36,7 +36,7 @@ from breakhis.data.synthetic import draw_tree
 from breakhis.files import remove_parts, write_atomically, write_csv
 from breakhis.names import printable
 from breakhis.results.metrics import score
-from breakhis.results.report import log_split, prediction_rows, split_rows, summarise
+from breakhis.results.report import log_crop, log_split, prediction_rows, split_rows, summarise
 from breakhis.results.run_figures import draw_figures
 from breakhis.results.study import write_study
 from breakhis.training.checkpoints import PRETRAINED_NOTE, build_model, check_checkpoint, eval_transform, load_model
@@ -164,6 +164,7 @@ def run_once(
     accelerator.wait_for_everyone()
 
     log_split(split, args.task, classes)
+    log_crop(args.crop_mode, split.train[0].path)
     progress = fit(args, accelerator, split, classes, identify(flags, rows, accelerator))
 
     # The test images are used here, for the first and only time. The model is the saved checkpoint, in float32 with any
@@ -188,6 +189,7 @@ def run_once(
         write_atomically(out / METRICS, lambda part: part.write_text(text, encoding="utf-8"))
         (out / STATE).unlink(missing_ok=True)
         print(summarise(metrics))
+        print(f"The files of the run are in {out}, its model in {out / 'best'}.")
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return metrics
@@ -271,8 +273,10 @@ def report_study(out: Path, folders: Sequence[Path]) -> None:
     left = sum(not (folder / METRICS).is_file() for folder in folders)
     if left:
         print(f"{len(folders) - left} of {len(folders)} runs are finished; the shard that ends last writes the tables")
-    else:
-        print(write_study(out, folders))
+        return
+    print(write_study(out, folders))
+    print(f"\nThe tables are in {out / 'results.md'}, each run in {out / 'runs'}.")
+    print(f"Next: python examples/explain_breakhis.py --runs {out}")
 
 
 @one_line_errors

@@ -39,10 +39,12 @@ def test_a_run_with_blocks_is_whole(run, synthetic_tree, leak_checker):
     assert [type(part) for part in block.block] == [CSFE, MFDF]
 
 
-def test_other_scripts_take_a_run_with_blocks(run, synthetic_tree, tmp_path):
+def test_other_scripts_take_a_run_with_blocks(run, synthetic_tree, tmp_path, caplog):
     table, card = tmp_path / "predictions.csv", tmp_path / "card"
     command = ["--checkpoint", str(run / "best"), "--images", str(synthetic_tree), "--output", str(table)]
     assert predict([*command, *QUIET]) == 0
+    known = sum(row["split"] != "test" for row in read_rows(run / "split.csv"))
+    assert f"WARNING: {known} images are of cases that the model was trained on" in caplog.text
     of_run = {row["file"]: float(row["prob_benign"]) for row in read_rows(run / "predictions.csv")}
     predicted = {row["file"]: float(row["prob_benign"]) for row in read_rows(table)}
     assert {file: predicted[file] for file in of_run} == pytest.approx(of_run, abs=1e-5)
@@ -70,7 +72,9 @@ def test_an_ablation_of_another_model_in_shards(synthetic_tree, tmp_path, capsys
     assert "2 of 4 runs are finished; the shard that ends last writes the tables" in capsys.readouterr().out
     assert not (tmp_path / "results.md").exists()
     train([*flags, "--shard", "1/2"])
-    assert "All folds together" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "All folds together" in printed
+    assert f"python examples/explain_breakhis.py --runs {tmp_path}" in printed
     results = json.loads((tmp_path / "results.json").read_text())
     assert [cell["variant"] for cell in results["cells"]] == ["baseline", "CSFE", "MFDF", "KFDE"]
     inserted = {

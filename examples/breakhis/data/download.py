@@ -142,7 +142,7 @@ def _fetch_rest(url: str, part: Path, stamp: Path) -> None:
         _check_space(part.parent, 2 * int(total) - start)  # images hardly shrink in an archive
         with (
             part.open("ab" if start else "wb") as file,
-            tqdm(total=int(total), initial=start, unit="B", unit_scale=True) as bar,
+            tqdm(total=int(total), initial=start, unit="B", unit_scale=True, disable=None) as bar,
         ):
             if not start:
                 stamp.write_text(f"{total} {version}", "utf-8")  # not earlier: the old bytes are gone only now
@@ -170,7 +170,7 @@ def _unpack(archive: Path, tree: Path) -> None:
             metered = MeteredFile(stream, MAX_HEADERS, refusal)
             with tarfile.open(fileobj=metered, mode="r:") as tar:
                 unpacked = 0
-                for member in tqdm(tar, "unpacking", unit="file"):
+                for member in tqdm(tar, "unpacking", unit="file", disable=None):
                     unpacked += tarfile.BLOCKSIZE + member.size  # one block each, so that empty files count too
                     if unpacked > MAX_BYTES:
                         raise ValueError(f"{archive} must unpack to at most {MAX_BYTES} bytes, got more")

@@ -87,7 +87,7 @@ def find_faults(paths: Sequence[Path]) -> dict[Path, str]:
     # Warning filters belong to the process: set them here, not in each thread.
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         warnings.simplefilter("ignore")
-        bar = tqdm(pool.map(_fault, paths), "checking images", len(paths), unit="image")
+        bar = tqdm(pool.map(_fault, paths), "checking images", len(paths), unit="image", disable=None)
         return {path: reason for path, reason in zip(paths, bar, strict=True) if reason}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from breakhis.data.images import open_rgb
 from breakhis.data.records import Record, cases, patients
 from breakhis.data.splits import Split, absent_classes, shared_cases
 
@@ -33,6 +34,18 @@ def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
         )
     if not split.val:
         logger.warning("WARNING: too few patients or images for a validation set, so best = last epoch")
+
+
+def log_crop(crop_mode: str, example: Path) -> None:
+    """Log which share of a field evaluation sees.
+
+    Args:
+        crop_mode: "center", "squash" or "border".
+        example: An image file.
+    """
+    width, height = open_rgb(example).size
+    share = min(width, height) / max(width, height) if crop_mode == "center" else 1
+    logger.info("evaluation sees %.0f %% of a field of %d x %d px: crop mode %s", 100 * share, width, height, crop_mode)
 
 
 def split_rows(split: Split, data_dir: Path, hashes: Mapping[Path, str]) -> list[dict[str, str]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from breakhis.data.naming import BREAKHIS, parse_name
 from breakhis.data.splits import fold_split
-from breakhis.results.report import count_images, describe_images, log_split
+from breakhis.results.report import count_images, describe_images, log_crop, log_split
+from PIL import Image
 
 
 def test_absent_classes_are_named_in_the_log(caplog):
@@ -43,3 +44,13 @@ def test_each_part_of_a_run_has_its_own_counts():
     metrics = {"n_images": {"val": 5, "test": 9}, "n_patients": {"val": 2, "test": 3}, "n_cases": {"val": 1, "test": 3}}
     assert describe_images(metrics, "val") == "5 validation images of 2 patients (1 case)"
     assert describe_images(metrics, "test") == "9 test images of 3 patients"
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "share"), [("center", (700, 460), 66), ("center", (50, 50), 100), ("squash", (700, 460), 100)]
+)
+def test_the_log_says_how_much_of_a_field_is_seen(mode, size, share, tmp_path, caplog):
+    Image.new("RGB", size).save(tmp_path / "field.png")
+    with caplog.at_level(logging.INFO):
+        log_crop(mode, tmp_path / "field.png")
+    assert caplog.messages == [f"evaluation sees {share} % of a field of {size[0]} x {size[1]} px: crop mode {mode}"]
