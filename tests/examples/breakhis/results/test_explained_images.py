@@ -27,9 +27,11 @@ WITHOUT_CASES = [{key: value for key, value in row.items() if key != "case"} for
 
 
 def test_images_are_chosen_by_class_and_then_by_file_name():
-    assert [row["file"] for row in choose_images(RUN, 1)] == ["w/a.png", "z/b.png"]
-    assert [row["file"] for row in choose_images(RUN, 2)] == ["w/a.png", "z/b.png", "y/c.png"]
-    assert len(choose_images(RUN, 9)) == 4
+    for rows in (ROWS, ROWS[::-1]):  # the order of the table does not matter
+        run = RUN | {"predictions": rows}
+        assert [row["file"] for row in choose_images(run, 1)] == ["w/a.png", "z/b.png"]
+        assert [row["file"] for row in choose_images(run, 2)] == ["w/a.png", "z/b.png", "y/c.png"]
+        assert len(choose_images(run, 9)) == 4
 
 
 def test_scored_images_are_told_by_file_and_target():
