@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,14 @@ def test_find_faults_gives_reasons(tmp_path):
     assert "truncated" in faults[cut]
 
 
-def test_find_faults_keeps_the_order_and_draws_a_bar(tmp_path, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_find_faults_keeps_the_order_and_draws_a_bar_on_a_terminal(terminal, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     paths = [tmp_path / f"{i}.png" for i in range(50)]
     for path in paths[::2]:
         noise().save(path)
     assert list(find_faults(paths)) == paths[1::2]
-    assert "50/50" in capsys.readouterr().err
+    assert ("50/50" in capsys.readouterr().err) == terminal
     assert find_faults([]) == {}
 
 
