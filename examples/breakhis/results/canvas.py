@@ -19,9 +19,9 @@ from breakhis.names import printable
 plt.rcParams["text.parse_math"] = False  # a name with two $ is no formula
 
 DPI = 150
-_TITLE = {"size": 11, "weight": "bold", "line": 0.2, "letters": 9.5}
-_SUBTITLE = {"size": 8.5, "weight": "normal", "line": 0.16, "letters": 13}
-"""Font in points, height of a line in inches, and letters that surely fit into an inch."""
+_TITLE = {"size": 11, "weight": "bold", "line": 0.2, "letters": 10.5}
+_SUBTITLE = {"size": 8.5, "weight": "normal", "line": 0.16, "letters": 14}
+"""Font in points, height of a line in inches, and letters that fit into an inch, with some to spare."""
 _MARGIN = 0.12  # inches around the heading
 _COLOURS = [f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # C7 is the grey of reference lines
 _MARKERS = "os^vDPX*p"

@@ -47,7 +47,7 @@ def test_the_plot_keeps_its_height_below_any_heading(tmp_path, width, heading):
     assert figure.get_figheight() == pytest.approx(3 + heading_height(heading, width))
     assert_inside(figure)
     assert {text.get_text() for text in figure.texts if "," in text.get_text()} == {
-        line for line in wrap(heading.subtitle, int(13 * (width - 0.24))) if "," in line
+        line for line in wrap(heading.subtitle, int(14 * (width - 0.24))) if "," in line
     }
 
 
