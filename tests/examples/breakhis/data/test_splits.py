@@ -5,7 +5,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from breakhis.data.naming import BREAKHIS, find_breakhis, parse_name
 from breakhis.data.records import Record, patients
-from breakhis.data.splits import LEAK_WARNING, Split, absent_classes, fold_split, leaks, official_split
+from breakhis.data.splits import LEAK_WARNING, Split, absent_classes, fold_split, leaks, official_split, shared_cases
+from breakhis.results.report import log_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
@@ -257,3 +258,30 @@ def test_a_malformed_list_is_refused(tmp_path, text, message):
     (tmp_path / "dsfold1.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         official_split(make_records("A", "1", 2), "binary", "patient", tmp_path / "dsfold1.txt", seed=0)
+
+
+def sisters() -> list[Record]:
+    """Make four slides of two cases, and two of others, with an image each of either class."""
+    slides = ("22549AB", "22549CD", "1AB", "1CD", "2", "3")
+    return [
+        parse_name(Path(f"SOB_{kind}-14-{slide}-100-00{number}.png"))
+        for number, slide in enumerate(slides, start=1)
+        for kind in ("B_A", "M_DC")
+    ]
+
+
+@pytest.mark.parametrize("group_by", ["patient", "case", "image"])
+def test_test_images_of_cases_in_training_are_counted(group_by, caplog):
+    shared = 0
+    for fold in range(3):
+        split = fold_split(sisters(), "binary", group_by, num_folds=3, fold=fold, seed=0)
+        seen = {record.case_id for record in [*split.train, *split.val]}
+        expected = [record for record in split.test if record.case_id in seen]
+        assert shared_cases(split) == expected
+        shared += len(expected)
+        caplog.clear()
+        log_split(split, "binary", BREAKHIS.classes["binary"])
+        warned = [message for message in caplog.messages if "are of cases that training has too" in message]
+        count = f"WARNING: {len(expected)} of {len(split.test)} test images"
+        assert [message.startswith(count) for message in warned] == [True] * bool(expected)
+    assert (shared > 0) == (group_by != "case")
