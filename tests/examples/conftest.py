@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import train_breakhis
+from breakhis import runner
 from breakhis.data.synthetic import draw_tree
 from breakhis.results import study
 from breakhis.results.intervals import bootstrap
@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.support.predictions import save_checkpoint, write_images
 
-DRAW_FIGURES = train_breakhis.draw_figures
+DRAW_FIGURES = runner.draw_figures
 
 
 def leaking_patients(rows: Iterable[tuple[str, str]]) -> set[str]:
@@ -95,11 +95,11 @@ def no_proxy(monkeypatch):
 def no_figures():
     """Train without drawing figures, which takes half of the time of a small run; see `with_figures`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_breakhis, "draw_figures", lambda *args: None)
+        patch.setattr(runner, "draw_figures", lambda *args: None)
         yield
 
 
 @pytest.fixture(scope="session")
 def with_figures() -> Callable[[], AbstractContextManager[object]]:
     """Return a context in which runs draw their figures."""
-    return lambda: mock.patch.object(train_breakhis, "draw_figures", DRAW_FIGURES)
+    return lambda: mock.patch.object(runner, "draw_figures", DRAW_FIGURES)

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from breakhis.data.idc import IDC
 from breakhis.data.images import find_faults, open_rgb
-from breakhis.data.naming import BREAKHIS, find_breakhis, parse_name
+from breakhis.data.naming import find_breakhis, parse_name
 from breakhis.data.records import ImageDataset, patients
+from breakhis.data.sources import BREAKHIS, IDC
 from breakhis.data.splits import fold_split, leaks, official_split
 from torchvision.transforms import PILToTensor
 from train_breakhis import main

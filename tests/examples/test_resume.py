@@ -189,14 +189,14 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
         save_file({key: value + 1 for key, value in weights.items()}, folder / "model.safetensors")
         return check_checkpoint(folder, hashes)
 
-    monkeypatch.setattr("train_breakhis.check_checkpoint", swap)
+    monkeypatch.setattr("breakhis.runner.check_checkpoint", swap)
     refused(rf"{out / 'best'} must be the checkpoint that its run wrote, got another model.safetensors")
     monkeypatch.undo()
     refused(rf"{out / 'best'} must be the checkpoint that its run wrote, got another model.safetensors")
     # The weights of the last epoch are those of the best one.
     shutil.copytree(out / "last", out / "best", dirs_exist_ok=True)
 
-    monkeypatch.setattr("train_breakhis.draw_figures", lambda *args: None)
+    monkeypatch.setattr("breakhis.runner.draw_figures", lambda *args: None)
     image = tree / next(row["file"] for row in read_rows(out / "split.csv") if row["split"] == "test")
     content = image.read_bytes()
 
@@ -205,7 +205,7 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
         image.write_bytes(content[:-1] + b"x")
         return scores
 
-    monkeypatch.setattr("train_breakhis.predict", replace_image)
+    monkeypatch.setattr("breakhis.runner.predict", replace_image)
     refused(rf"the files that a run reads must not change during it, got 1 changed, such as {image}$")
     monkeypatch.undo()
     image.write_bytes(content)
@@ -216,10 +216,10 @@ def test_what_changes_during_a_run_is_noticed_before_it_is_scored(synthetic_tree
             model.get_classifier().bias[1] = torch.nan
         return predict(accelerator, model, loader, checkpoint)
 
-    monkeypatch.setattr("train_breakhis.predict", nan_scores)
+    monkeypatch.setattr("breakhis.runner.predict", nan_scores)
     refused(rf"scores must be finite, got \[\S+, nan\] from {out / 'best'} for the image {tree}.*\.png$")
     monkeypatch.undo()
-    monkeypatch.setattr("train_breakhis.draw_figures", lambda *args: None)
+    monkeypatch.setattr("breakhis.runner.draw_figures", lambda *args: None)
     (metrics,) = main(arguments)
     assert metrics["best_sha256"].keys() == {"config.json", "model.safetensors"}
 
@@ -251,7 +251,7 @@ def test_a_run_does_not_go_on_from_another_file_of_weights(synthetic_tree, tmp_p
     refused(other + digests[1])
     save(0)
     with monkeypatch.context() as patch:  # replaced while the run trains
-        patch.setattr("train_breakhis.predict", lambda *arguments: (predict(*arguments), save(1))[0])
+        patch.setattr("breakhis.runner.predict", lambda *arguments: (predict(*arguments), save(1))[0])
         refused(rf"the files that a run reads must not change during it, got 1 changed, such as {weights}$")
     assert not (out / "metrics.json").exists()
     assert load_state(out / "state.pt")["identity"]["checkpoint_sha256"] == digests[0]

@@ -18,9 +18,10 @@ from tests.support.runs import ROOT, heed_interrupts
 SERVER = """
 import json, os, signal, sys
 import train_breakhis
+from breakhis import runner
 from breakhis.commands import run_script
 
-train_breakhis.draw_figures = lambda *args: None  # as in the tests that compare with these runs
+runner.draw_figures = lambda *args: None  # as in the tests that compare with these runs
 for line in sys.stdin:
     arguments, errors = json.loads(line)
     child = os.fork()

@@ -6,9 +6,10 @@ Janowczyk and Madabhushi (2016), from Cruz-Roa et al. (2014): patches of 50 x 50
 from pathlib import Path
 
 from breakhis.data.images import image_files
-from breakhis.data.records import Contents, Record, Source, report_copies
+from breakhis.data.records import Contents, Record, report_copies
+from breakhis.data.sources import IDC
 
-_CLASSES = {"0": "other", "1": "carcinoma"}
+_CLASSES = dict(zip("01", IDC.classes["binary"], strict=True))
 
 
 def find_idc(data_dir: Path) -> Contents:
@@ -41,6 +42,3 @@ def find_idc(data_dir: Path) -> Contents:
         raise ValueError(f"data_dir must hold patches in <patient>/<0 or 1>/, got none in {str(data_dir)!r}")
     report_copies(copies)
     return Contents(list(records.values()), misnamed)
-
-
-IDC = Source(classes={"binary": tuple(_CLASSES.values())}, magnifications=(), find=find_idc)

@@ -11,13 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from breakhis.data.images import IMAGE_SUFFIXES, image_files
-from breakhis.data.records import Contents, Record, Source, report_copies
+from breakhis.data.records import Contents, Record, report_copies
+from breakhis.data.sources import BENIGN, MALIGNANT
 from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
 
-BENIGN = ("A", "F", "PT", "TA")
-MALIGNANT = ("DC", "LC", "MC", "PC")
 DIAGNOSES = {
     "A": "adenosis",
     "F": "fibroadenoma",
@@ -122,10 +121,3 @@ def _report_conflicts(records: Iterable[Record]) -> None:
                 patient_id,
                 " and ".join(sorted(names)),
             )
-
-
-BREAKHIS = Source(
-    classes={"binary": ("benign", "malignant"), "subtype": BENIGN + MALIGNANT},
-    magnifications=("40X", "100X", "200X", "400X"),
-    find=find_breakhis,
-)

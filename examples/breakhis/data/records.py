@@ -48,17 +48,6 @@ class Contents(NamedTuple):
     """Images whose name does not follow the data set's rules, each with the reason."""
 
 
-class Source(NamedTuple):
-    """A data set that can be trained on."""
-
-    classes: dict[str, tuple[str, ...]]
-    """Class names by task, in the order of a model's outputs."""
-    magnifications: tuple[str, ...]
-    """All magnifications; empty if the records have none."""
-    find: Callable[[Path], Contents]
-    """Find the images in a directory; raise ValueError if there is none."""
-
-
 def report_copies(copies: Sequence[Path]) -> None:
     """Say in the log how many files were left out as copies of others."""
     if copies:

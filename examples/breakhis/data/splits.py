@@ -19,7 +19,6 @@ from breakhis.names import printable
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS = ("patient", "official", "image")
 VALIDATION_FOLDS = 5  # one fifth of the training patients is held out to choose the checkpoint
 LEAK_WARNING = (
     "WARNING: --protocol image leaks patients between training and test: images of one slide are on both sides, and "

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from breakhis.data.field import draw_field
-from breakhis.data.naming import BENIGN, BREAKHIS, DIAGNOSES
+from breakhis.data.naming import DIAGNOSES
+from breakhis.data.sources import BENIGN, BREAKHIS
 from breakhis.data.tissue import draw_stain
 
 

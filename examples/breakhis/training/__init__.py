@@ -5,8 +5,4 @@
 - Training: `recipe` and `stain` make its parts, `engine` trains for one epoch and predicts, `fit` trains for all.
 - Safety: `state` saves what a run needs to go on after it was killed, `resume` checks that it may, `lock` keeps a
   second run out of its folder, `finite` refuses numbers that are not finite.
-
-Importing this package registers the systems of `breakhis.baselines` with timm.
 """
-
-import breakhis.baselines  # noqa: F401 -- every script that makes a model imports a module of this package

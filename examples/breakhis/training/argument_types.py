@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 import yaml
 
 from breakhis.mappings import parse_yaml
@@ -16,6 +15,8 @@ from breakhis.names import printable
 
 LARGEST = 10**6
 """The largest number that a flag takes by default. Libraries fail on much larger ones without naming the flag."""
+SIDES = range(32, 4097)
+"""Sides of an input image in px, up to a size that memory can hold."""
 MAX_WORKERS = 256
 """The largest number of processes that load images, twice the cores of a large machine. Each one is started at once."""
 
@@ -124,8 +125,10 @@ def shard(text: str) -> Shard:
     return Shard(int(match[1]), int(match[2]))
 
 
-def torch_device(text: str) -> torch.device:
+def torch_device(text: str) -> Any:
     """Parse the name of a device of this machine; "auto" is its accelerator if it has one, else the CPU."""
+    import torch  # late: it takes seconds, and `--help` needs none of it
+
     if text == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:

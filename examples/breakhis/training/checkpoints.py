@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import breakhis.baselines  # noqa: F401 -- registers the compared systems with timm
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
 from breakhis.data.hashes import changed_files, hash_files
 from breakhis.files import write_atomically

@@ -4,14 +4,20 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
-from breakhis.data.idc import IDC
-from breakhis.data.naming import BREAKHIS
-from breakhis.data.splits import PROTOCOLS
-from breakhis.training.argument_types import MAX_WORKERS, Parser, fold, mapping, number, path, positive, sha256, shard
-from breakhis.training.model_config import SIDES
+from breakhis.data.sources import BREAKHIS, PROTOCOLS, SOURCES
+from breakhis.training.argument_types import (
+    MAX_WORKERS,
+    SIDES,
+    Parser,
+    fold,
+    mapping,
+    number,
+    path,
+    positive,
+    sha256,
+    shard,
+)
 
-SOURCES = {"breakhis": BREAKHIS, "idc": IDC}
 ABLATION: dict[str, dict[str, Any]] = {
     "baseline": {"csfe": False, "mfdf": False},
     "CSFE": {"mfdf": False},

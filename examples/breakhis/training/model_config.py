@@ -12,9 +12,9 @@ from typing import Any
 import timm
 
 from breakhis.mappings import read_json
+from breakhis.training.argument_types import SIDES
 from breakhis.training.blocks import check_inserted
 
-SIDES = range(32, 4097)  # px; from the smallest --img-size to a size that memory can hold
 SMALLEST_CROP = 0.5  # the image is enlarged to side / crop_pct, also in memory; the trainer saves 1.0
 WORDS = {
     "interpolation": ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"),

@@ -7,14 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from breakhis.data.hashes import hash_files
-from breakhis.data.naming import BREAKHIS
+from breakhis.data.sources import BREAKHIS, SOURCES
 from breakhis.files import real_path
 from breakhis.mappings import read_yaml
 from breakhis.training.argument_types import Parser, as_argv, path
-from breakhis.training.flags import SOURCES, make_parser
+from breakhis.training.flags import make_parser
 from breakhis.training.variants import resolve_variants
 
 # Flags that a resumed run may change: they affect no result. Its images are compared separately.
@@ -123,6 +121,12 @@ def _check_protocol(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Check the model of one variant."""
+    # Late: these take seconds, and most wrong flags are found without them.
+    import timm
+
+    import breakhis.baselines  # noqa: F401
+    import kfde_layers  # noqa: F401
+
     if not timm.is_model(args.model):
         meant = get_close_matches(args.model, timm.list_models(), n=1)
         hint = f"; did you mean {meant[0]}?" if meant else ""

@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 from breakhis.training.argument_types import as_argv
-from breakhis.training.blocks import ablate, kfde_at_the_end
 from breakhis.training.flags import ABLATION, make_variant_parser
 
 _NAME = re.compile(r"[\w.+-]+")  # a variant is the name of a folder
@@ -46,6 +45,8 @@ def resolve_variants(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 def _ablation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.model.startswith("kfde_") and not args.insert:
         return ABLATION
+    from breakhis.training.blocks import ablate, kfde_at_the_end  # late: it makes models
+
     try:
         return ablate(args.insert or kfde_at_the_end(args.model))
     except (RuntimeError, TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 import logging
 
 import pytest
-from breakhis.data.idc import IDC
+from breakhis.data.sources import IDC
 from PIL import Image
 
 

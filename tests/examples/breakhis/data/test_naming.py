@@ -3,8 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
-from breakhis.data.naming import BREAKHIS, find_breakhis, full_names, parse_name
+from breakhis.data.naming import find_breakhis, full_names, parse_name
 from breakhis.data.records import patients
+from breakhis.data.sources import BREAKHIS
 from PIL import Image
 
 

@@ -3,8 +3,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from breakhis.data.naming import BREAKHIS, find_breakhis, parse_name
+from breakhis.data.naming import find_breakhis, parse_name
 from breakhis.data.records import Record, patients
+from breakhis.data.sources import BREAKHIS
 from breakhis.data.splits import LEAK_WARNING, Split, absent_classes, fold_split, leaks, official_split, shared_cases
 from breakhis.results.report import log_split
 from hypothesis import given, settings

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from breakhis.data.field import FIELD_SIZE, draw_field
-from breakhis.data.naming import BENIGN, BREAKHIS, find_breakhis
+from breakhis.data.naming import find_breakhis
 from breakhis.data.records import patients
+from breakhis.data.sources import BENIGN, BREAKHIS
 from breakhis.data.synthetic import draw_tree
 from breakhis.data.tissue import Stain
 from PIL import Image

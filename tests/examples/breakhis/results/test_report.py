@@ -2,7 +2,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from breakhis.data.naming import BREAKHIS, parse_name
+from breakhis.data.naming import parse_name
+from breakhis.data.sources import BREAKHIS
 from breakhis.data.splits import fold_split
 from breakhis.results.report import count_images, describe_images, log_crop, log_split
 from PIL import Image

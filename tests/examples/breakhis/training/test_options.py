@@ -1,5 +1,7 @@
 import argparse
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +115,20 @@ def test_variants_change_flags_of_the_model_and_the_recipe(tmp_path):
 def test_an_ablation_leaves_out_blocks_of_any_model(model, insert, expected, tmp_path):
     runs = expand(parse(tmp_path, "--ablation", "--model", model, "--insert", insert))
     assert {run.variant: run.insert for run in runs} == expected
+
+
+def test_flags_are_read_without_the_libraries_that_take_seconds():
+    """In a process of its own, since this one has them all."""
+    script = (
+        "import sys\nimport train_breakhis\n"
+        "for flags in (['--help'], ['--epoch', '3'], ['--synthetic', '--output-dir', 'x', '--lr', '-1']):\n"
+        "    try:\n        train_breakhis.main(flags)\n"
+        "    except SystemExit:\n        pass\n"
+        "print(sorted({'torch', 'timm', 'numpy', 'sklearn', 'accelerate'} & sys.modules.keys()))"
+    )
+    examples = Path(__file__).parents[4] / "examples"
+    run = subprocess.run([sys.executable, "-c", script], cwd=examples, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("flags", [["--seed", "3", "--fold", "2"], ["--seeds", "3", "--folds", "2"]])
