@@ -86,6 +86,7 @@ BREAKHIS = {
         "breakhis.mappings",
         "breakhis.names",
     ),
+    "chosen.py": ("breakhis.data", "breakhis.names"),
     "runner.py": ("breakhis",),
     "commands.py": ("breakhis.names",),
     "files.py": (),

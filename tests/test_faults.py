@@ -22,9 +22,9 @@ def test_every_file_with_code_has_faults():
     assert without <= {f"kfde_layers/{name}" for name in declarations | sizes | {"fused/mfdf/cuda/strips.py"}}
     assert len(FAULTS) >= 120
     rooms = {fault.file.split("/")[2] for fault in FAULTS if fault.file.startswith("examples/breakhis")}
-    assert rooms == {"data", "results", "training", "files.py"}
+    assert rooms == {"baselines", "data", "results", "training", "files.py", "runner.py"}
 
 
-@pytest.mark.parametrize("script", ["train_breakhis", "predict_breakhis", "explain_breakhis", "push_to_hub"])
+@pytest.mark.parametrize("script", ["breakhis/runner", "predict_breakhis", "explain_breakhis", "push_to_hub"])
 def test_every_script_has_faults(script):
     assert sum(fault.file == f"examples/{script}.py" for fault in FAULTS) >= 2

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import train_breakhis
+from breakhis import runner
 from breakhis.data.naming import full_names
 from breakhis.results.explain import grad_cam
 from PIL import Image
@@ -23,7 +24,7 @@ def study(synthetic_tree, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study")
     flags = [*SMALL, "--task", "subtype", "--ablation", "--lr", "1e-3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_breakhis, "draw_figures", lambda *args: None)
+        patch.setattr(runner, "draw_figures", lambda *args: None)
         train_breakhis.main(["--data-dir", str(synthetic_tree), "--output-dir", str(out), *flags])
     return out
 

@@ -33,7 +33,7 @@ def test_the_image_protocol_warns_and_is_named_with_its_scores(
 
 def test_synthetic_draws_its_own_data_and_says_so(tmp_path, leak_checker, capsys, monkeypatch):
     draw_few = functools.partial(draw_tree, patients_per_subtype=2, images_per_patient=1)
-    monkeypatch.setattr("breakhis.runner.draw_tree", draw_few)
+    monkeypatch.setattr("breakhis.chosen.draw_tree", draw_few)
     main(["--synthetic", "--magnification", "400X", "--output-dir", str(tmp_path), *SMALL])
     metrics = assert_consistent(tmp_path, tmp_path / "synthetic", leak_checker)
     assert sum(metrics["n_images"].values()) == 16
@@ -50,7 +50,7 @@ def test_download_comes_before_everything(synthetic_tree, tmp_path, monkeypatch,
         shutil.copytree(synthetic_tree, tmp_path / os.fsdecode(b"f\xe4rbung"))
         (directory / os.fsdecode(b"l\xefnk")).symlink_to(tmp_path / os.fsdecode(b"f\xe4rbung"))
 
-    monkeypatch.setattr("breakhis.runner.download", download)
+    monkeypatch.setattr("breakhis.chosen.download", download)
     arguments = ["--download", "--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")]
     main([*arguments, *SMALL, "--archive-sha256", "AB" * 32])
     assert hashes == ["ab" * 32]
