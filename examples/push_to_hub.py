@@ -25,6 +25,7 @@ from breakhis.training.argument_types import Parser, path
 from breakhis.training.checkpoints import check_checkpoint, load_model, save_model
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from timm import list_models
 from torch import nn
 
 import kfde_layers  # noqa: F401 -- registers the kfde_* models with timm
@@ -34,6 +35,25 @@ HUB_ERRORS = (HfHubHTTPError, *HfHubHTTPError.__bases__)
 TEMPLATE = Path(__file__).with_name("model_card.md")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OWN_LICENCE = "apache-2.0"
+BASELINES = [path.stem for path in (Path(__file__).parent / "breakhis/baselines").glob("*.py")]
+"""Modules of the example's own systems."""
+LOAD_WITH_BLOCKS = """{register}
+import json
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import snapshot_download
+from kfde_layers import insert
+from PIL import Image
+from safetensors.torch import load_model
+
+folder = Path(snapshot_download("{repo_id}"))
+inserted = json.loads((folder / "config.json").read_text())["inserted"]
+model = timm.create_model(f"local-dir:{{folder}}", pretrained=False)
+insert(model, inserted["blocks"], identity_start=inserted["identity_start"])
+load_model(model, folder / "model.safetensors")
+model.eval()"""
 SCORES = {
     "image_accuracy": "image accuracy",
     "patient_recognition_rate": "patient recognition rate",
@@ -96,6 +116,8 @@ def write_card(repo_id: str, model: nn.Module, metrics: dict[str, Any]) -> str:
         version=metrics["versions"]["kfde_layers"],
         classes=in_markdown(", ".join(metrics["classes"])),
         input=f"RGB, {height} x {width} px",
+        load=_load_code(repo_id, metrics["model"], bool(flags["insert"])),
+        inserted=in_markdown(str(flags["insert"])) if flags["insert"] else "none",
         start=_start(flags),
         source=SYNTHETIC if metrics["synthetic"] else SOURCES[metrics["dataset"]],
         protocol=in_markdown(describe_protocol(metrics)),
@@ -118,6 +140,17 @@ def _licence_words(licence: str) -> str:
     return f"{licence}{noncommercial}"
 
 
+def _load_code(repo_id: str, model: str, has_blocks: bool) -> str:
+    """Write the lines that load the model. timm alone puts no blocks in, and does not know the example's systems."""
+    register = "import kfde_layers  # registers the model with timm"
+    if model in list_models(module=BASELINES):
+        register = "import breakhis.baselines  # of the folder examples/ of kfde-layers; registers the model with timm"
+    if not has_blocks:
+        create = f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()'
+        return f"{register}\nimport timm\nimport torch\nfrom PIL import Image\n\n{create}"
+    return LOAD_WITH_BLOCKS.format(register=register, repo_id=repo_id)
+
+
 def _start(flags: dict[str, Any]) -> str:
     """Name the weights that training started from."""
     if flags["checkpoint_path"] is not None:
@@ -135,12 +168,17 @@ def _limits(metrics: dict[str, Any]) -> list[str]:
     """List the limits of the scores."""
     scored = metrics["scored_on"]
     limits = [
-        f"The scores come from {metrics['n_patients'][scored]} patients, one division of them and one seed: scores on "
-        "other patients may be very different.",
+        f"The scores come from {metrics['n_patients'][scored]} patients, {metrics['n_cases'][scored]} cases, one "
+        "division of them and one seed: scores on other patients may be very different.",
         "All images are of one data set. Other laboratories, stains, scanners and magnifications were not tested.",
     ]
     if metrics["synthetic"]:
         limits.append("The images are drawn: the scores show that the program works, and nothing about medicine.")
+    if metrics["n_shared"]:
+        limits.append(
+            f"{metrics['n_shared']} of the {metrics['n_images']['test']} test images are of cases that training or "
+            "validation has too, which inflates every score."
+        )
     if metrics["protocol"] == "image":
         limits.append("Images of one patient are in both training and test, which inflates every score.")
     if scored == "val":

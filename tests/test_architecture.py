@@ -206,6 +206,7 @@ def test_examples_and_benchmarks_use_public_names_only(folder):
         "kfde_layers.insert",
         "kfde_layers.insertion_points",
         "kfde_layers.layers",
+        "kfde_layers.remove",
         "kfde_layers.testing",
     )
     public += tuple(f"kfde_layers.{layer}" for layer in ("CFE", "SFE", "CSFE", "MFDF", "__version__"))

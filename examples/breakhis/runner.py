@@ -27,6 +27,7 @@ from breakhis.data.records import ImageDataset, cases, patients
 from breakhis.data.sources import SOURCES
 from breakhis.data.splits import Split, absent_classes, shared_cases
 from breakhis.files import remove_parts, write_atomically, write_csv
+from breakhis.mappings import read_yaml
 from breakhis.results.metrics import score
 from breakhis.results.report import log_crop, log_split, prediction_rows, split_rows, summarise
 from breakhis.results.run_figures import draw_figures
@@ -35,8 +36,8 @@ from breakhis.training.checkpoints import PRETRAINED_NOTE, build_model, check_ch
 from breakhis.training.engine import predict
 from breakhis.training.fit import fit
 from breakhis.training.lock import lock_folder
-from breakhis.training.options import expand, recorded
-from breakhis.training.resume import METRICS, begin, find_finished, identify, make_way
+from breakhis.training.options import differences, expand, recorded
+from breakhis.training.resume import CONFIG, METRICS, begin, find_finished, identify, make_way
 from breakhis.training.state import STATE
 
 logger = logging.getLogger("breakhis")
@@ -187,6 +188,8 @@ def check_models(runs: Sequence[argparse.Namespace]) -> None:
 def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
     """Find the images, do each run that the flags ask for, and write the tables of a study that is complete."""
     scaler, study = copy.deepcopy(accelerator.scaler), expand(args)
+    if args.shard is not None and args.shard.count > len(study):
+        raise ValueError(f"--shard must divide the {len(study)} runs of the study, got {args.shard.count} shards")
     runs = study if args.shard is None else study[args.shard.index - 1 :: args.shard.count]
     if not args.resume:
         make_way([run.output_dir for run in runs], args.overwrite)
@@ -201,19 +204,27 @@ def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str
         accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
         if len(runs) > 1:
             logger.info("run %d of %d: %s", number, len(runs), run.output_dir.name)
-        with nullcontext() if len(study) == 1 else locked(run.output_dir, accelerator):
+        with nullcontext() if len(study) == 1 and args.shard is None else locked(run.output_dir, accelerator):
             results.append(run_once(run, accelerator, data_dir, split, hashes))
     if len(study) > 1 and accelerator.is_main_process:
-        report_study(args.output_dir, [run.output_dir for run in study])
+        report_study(args.output_dir, study)
     return results
 
 
-def report_study(out: Path, folders: Sequence[Path]) -> None:
-    """Write and print the tables of a study, or say how many runs are left for other shards."""
+def report_study(out: Path, study: Sequence[argparse.Namespace]) -> None:
+    """Write and print the tables of a study, or say how many runs are left for other shards.
+
+    Raises:
+        ValueError: Another shard has done a run with other flags.
+    """
+    folders = [run.output_dir for run in study]
     left = sum(not (folder / METRICS).is_file() for folder in folders)
     if left:
         print(f"{len(folders) - left} of {len(folders)} runs are finished; the shard that ends last writes the tables")
         return
+    for run in study:
+        if changed := differences(read_yaml(run.output_dir / CONFIG), recorded(run)):
+            raise ValueError(f"{run.output_dir} must be of the same study, but {'; '.join(changed)}")
     print(write_study(out, folders))
     print(f"\nThe tables are in {out / 'results.md'}, each run in {out / 'runs'}.")
     print(f"Next: python examples/explain_breakhis.py --runs {out}")

@@ -67,7 +67,7 @@ def test_the_figures_of_an_ablation(study, drawn):
         with Image.open(study / "explain" / name) as picture:
             assert min(picture.size) > 400
         subtitle = drawn[name][-1].subtitle
-        assert "patient protocol, fold 0 of 3, breakhis 100X, subtype, seed 0" in subtitle
+        assert "case protocol, fold 0 of 3, breakhis 100X, subtype, seed 0" in subtitle
         if name != "cam-100X.png":
             assert subtitle.endswith(f", {len(tested)} test images of {patients} patients")
     assert drawn["gates-KFDE-100X.png"][-1].title == "Open gates of CFE by channel (KFDE, stages.3.kfde.csfe.cfe)"
@@ -81,7 +81,7 @@ def test_the_panels_show_the_first_test_image_of_each_class(study, drawn, synthe
     count, patients = len(expected_rows), len({row["patient"] for row in expected_rows})
     assert heading.title == "Where the models look for the true class (Grad-CAM)"
     assert heading.subtitle == (
-        "first image of each class by file name, patient protocol, fold 0 of 3, breakhis 100X, subtype, seed 0, "
+        "first image of each class by file name, case protocol, fold 0 of 3, breakhis 100X, subtype, seed 0, "
         f"{count} test images of {patients} patients, taken from {len(scored_images(study))}, "
         "map of 2 x 2 cells, frame: all that the network saw (66 % of the field), one scale for all maps"
     )

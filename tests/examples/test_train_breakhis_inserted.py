@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from breakhis.training.checkpoints import load_model
@@ -39,7 +40,7 @@ def test_a_run_with_blocks_is_whole(run, synthetic_tree, leak_checker):
     assert [type(part) for part in block.block] == [CSFE, MFDF]
 
 
-def test_other_scripts_take_a_run_with_blocks(run, synthetic_tree, tmp_path, caplog):
+def test_other_scripts_take_a_run_with_blocks(run, synthetic_tree, tmp_path, caplog, monkeypatch):
     table, card = tmp_path / "predictions.csv", tmp_path / "card"
     command = ["--checkpoint", str(run / "best"), "--images", str(synthetic_tree), "--output", str(table)]
     assert predict([*command, *QUIET]) == 0
@@ -52,8 +53,11 @@ def test_other_scripts_take_a_run_with_blocks(run, synthetic_tree, tmp_path, cap
     assert code == 0
     assert {name.partition("-")[0] for name in drawn} == {"cam", "gates", "branches"}
     assert push(["--run", str(run), "--repo-id", "you/name", "--output-dir", str(card)]) == 0
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(load_model(card)(x), load_model(run / "best")(x))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: card)
+    row = read_rows(run / "predictions.csv")[0]
+    names = {"file": synthetic_tree / row["file"]}
+    run_block(python_blocks(card / "README.md")[0], card, names)
+    assert names["probabilities"][0].item() == pytest.approx(float(row["prob_benign"]), abs=1e-5)
 
 
 def test_the_function_of_the_readme_rebuilds_models_with_and_without_blocks(run, synthetic_tree, tmp_path):
@@ -83,6 +87,17 @@ def test_an_ablation_of_another_model_in_shards(synthetic_tree, tmp_path, capsys
     }
     assert inserted["baseline"] is None
     assert inserted["KFDE"]["blocks"] == {"blocks.4": ["csfe", "mfdf"]}
+
+
+def test_shards_with_other_flags_make_no_table(synthetic_tree, tmp_path):
+    flags = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL, *MODEL[:2]]
+    flags += ["--variants", "{a: {}, b: {smoothing: 0.1}}"]
+    train([*flags, "--shard", "1/2"])
+    with pytest.raises(SystemExit, match=r"a-100X-fold0-seed0 must be of the same study, but lr was 0.0001, now 0.02"):
+        train([*flags, "--shard", "2/2", "--lr", "0.02"])
+    assert not (tmp_path / "results.md").exists()
+    with pytest.raises(SystemExit, match=r"--shard must divide the 2 runs of the study, got 3 shards"):
+        train([*flags, "--shard", "1/3", "--resume"])
 
 
 def test_a_block_that_does_not_fit_is_refused_before_any_run(synthetic_tree, tmp_path):

@@ -11,7 +11,7 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from kfde_layers import CFE, CSFE, MFDF, insertion_points
+from kfde_layers import CFE, CSFE, MFDF, insertion_points, remove
 
 
 class CamTarget(NamedTuple):
@@ -33,13 +33,13 @@ def cam_target(model: nn.Module) -> CamTarget:
         ValueError: The model has no such map.
     """
     names = [info["module"] for info in getattr(model, "feature_info", [])]
-    modules, points = dict(model.named_modules()), insertion_points(model)
+    plain = remove(copy.deepcopy(model))  # a module with an inserted block is no point any more
+    modules, points = dict(plain.named_modules()), insertion_points(plain)
     for name in reversed(names):
         if name in points and points[name].layout != "NLC":  # tokens are handled below
             return CamTarget(name, points[name].layout)
-        # A module that already has a block is not an insertion point, but it has the map.
-        if hasattr(modules.get(name), "kfde"):
-            return CamTarget(name, getattr(model, "output_fmt", "NCHW"))
+        if hasattr(modules.get(name), "kfde"):  # a stage of a kfde_* model, which has the map
+            return CamTarget(name, "NCHW")
     if hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size"):
         return CamTarget(f"blocks.{len(model.blocks) - 1}.norm1", "NLC")
     raise ValueError(

@@ -28,7 +28,8 @@ def log_split(split: Split, task: str, classes: Sequence[str]) -> None:
             logger.warning("WARNING: %s has one class only: %s", name, only)
     if shared := len(shared_cases(split)):
         logger.warning(
-            "WARNING: %d of %d test images are of cases that training has too: the score is too good for new cases",
+            "WARNING: %d of %d test images are of cases that training or validation has too: the score is too good for "
+            "new cases",
             shared,
             len(split.test),
         )
@@ -138,5 +139,5 @@ def summarise(metrics: dict[str, Any]) -> str:
         f"patient recognition rate {metrics['patient_recognition_rate']:.3f}, "
         f"balanced accuracy {metrics['balanced_accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f} "
         f"on {describe_images(metrics, metrics['scored_on'])}"
-        + (f"; {shared} of the test images are of cases that training has too" if shared else "")
+        + (f"; {shared} of the test images are of cases that training or validation has too" if shared else "")
     )

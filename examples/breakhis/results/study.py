@@ -23,7 +23,7 @@ from breakhis.results.runs import read_metrics, read_predictions
 
 SCORES = ("image_accuracy", "patient_recognition_rate", "balanced_accuracy", "macro_f1", "auc", "ece")
 KEYS = ("dataset", "synthetic", "protocol_in_words", "task", "classes", "variant", "magnification", "fold", "seed")
-KEYS += ("scored_on", "n_images", "n_patients", "n_cases", "best_epoch", "flags", *SCORES)
+KEYS += ("scored_on", "n_images", "n_patients", "n_cases", "n_shared", "best_epoch", "flags", *SCORES)
 """Entries of `metrics.json` that a study uses."""
 
 
@@ -59,7 +59,7 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     runs = [read_metrics(folder, KEYS) for folder in folders]
     for run, folder in zip(runs, folders, strict=True):
         run["predictions"] = read_predictions(folder, run["classes"])
-    flags = runs[0]["flags"]
+    flags, first = runs[0]["flags"], next(iter(group_runs(runs, "variant", "magnification", "seed").values()))
     results = {
         "dataset": runs[0]["dataset"],
         "synthetic": runs[0]["synthetic"],
@@ -67,6 +67,8 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
         "task": runs[0]["task"],
         "classes": runs[0]["classes"],
         **{key: flags.get(key) for key in ("question", "primary_score", "margin")},
+        "n_shared": sum(run["n_shared"] for run in first),
+        "n_tested": sum(run["n_images"]["test"] for run in first),
         "cells": summarise_cells(runs),
         "intervals": compare_variants(runs),
     }
@@ -203,6 +205,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"All folds together, {source}, {results['task']}, {results['protocol']}; "
         "in brackets 95 % of the bootstrap over cases and seeds."
     )
+    if results["n_shared"]:
+        shared = f"{results['n_shared']} of {results['n_tested']}"
+        blocks[-1] += f" {shared} test images are of cases that training or validation has too."
     primary = results["primary_score"]
     if primary is not None:
         blocks[-1] += (
@@ -221,7 +226,7 @@ def _interval_row(row: dict[str, Any], primary: str | None, margin: float | None
         difference = _with_interval(interval, "+", row["too_few"])
         if row["score"] == primary and margin is not None:
             difference += f": {verdict(interval, margin)}"
-    over = f"{row['n_cases']} cases, {row['n_seeds']} seeds"
+    over = f"{row['n_cases']} cases, {row['n_seeds']} seed{'s' * (row['n_seeds'] != 1)}"
     if row["lacking"]:
         over += f"; {row['lacking']:.0%} of the resamples lack a class"
     value = _with_interval(Interval(row["value"], row["value_low"], row["value_high"]), "", row["too_few"])

@@ -1,5 +1,7 @@
 """Blocks that a run puts into a model of any kind: as flags, and in the files of the model."""
 
+import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import nn
 from kfde_layers import insert, insertion_points
 
 KFDE = ("csfe", "mfdf")
+NO_EFFECT = "the model's output does not depend on"  # the warning of `insert`
 
 
 def insert_blocks(model: nn.Module, inserted: Mapping[str, Any]) -> nn.Module:
@@ -20,9 +23,14 @@ def insert_blocks(model: nn.Module, inserted: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         TypeError: A block has another form.
-        ValueError: A block does not fit; the message names its point.
+        ValueError: A block does not fit, or cannot change the output; the message names its point.
     """
-    return insert(model, inserted["blocks"], identity_start=inserted["identity_start"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", NO_EFFECT)
+        try:
+            return insert(model, inserted["blocks"], identity_start=inserted["identity_start"])
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from None
 
 
 def check_inserted(inserted: Any) -> None:
@@ -60,16 +68,37 @@ def ablate(blocks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def kfde_at_the_end(model: str) -> dict[str, Any]:
-    """Return CSFE and MFDF at the last point of a timm model."""
-    *_, last = insertion_points(timm.create_model(model))
-    return {last: list(KFDE)}
+    """Return CSFE and MFDF at the last point of a timm model at which they can change its output.
+
+    Raises:
+        ValueError: There is none.
+    """
+    network = timm.create_model(model)
+    for point in reversed(insertion_points(network)):
+        blocks = {point: list(KFDE)}
+        try:
+            insert_blocks(copy.deepcopy(network), {"blocks": blocks, "identity_start": False})
+        except ValueError:
+            continue
+        return blocks
+    raise ValueError(f"needs --insert for {model}, which has no point at which CSFE and MFDF change its output")
 
 
 def listed(blocks: Any) -> list[Any]:
     """Return the blocks of a point as a list, also where it has one."""
-    return blocks if isinstance(blocks, list) else [blocks]
+    if not isinstance(blocks, list) or _is_pair(blocks):
+        return [blocks]
+    return blocks
+
+
+def _is_pair(blocks: list[Any]) -> bool:
+    """Return whether a list is a name and its options, as in [mfdf, {groups: 1}], and no list of two blocks."""
+    options = blocks[1] if len(blocks) == 2 else None
+    if not isinstance(options, dict):
+        return False
+    return len(options) != 1 or not all(isinstance(value, dict | None) for value in options.values())
 
 
 def name_of(block: Any) -> str:
-    """Return the name of a block in lower case: "mfdf" for "MFDF" and for {"MFDF": {"groups": 1}}."""
-    return str(next(iter(block), "") if isinstance(block, dict) else block).lower()
+    """Return the name of a block in lower case, whether it stands alone, in a dict or in a pair."""
+    return str(next(iter(block), "") if isinstance(block, dict | list) else block).lower()

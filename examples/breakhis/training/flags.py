@@ -240,7 +240,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
     group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
     group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW")
-    group.add_argument("--min-lr", type=rate, default=0, help="last learning rate, at the end of the cosine")
+    group.add_argument("--min-lr", type=rate, default=0, help="last learning rate")
     group.add_argument(
         "--gauss-error",
         nargs=2,

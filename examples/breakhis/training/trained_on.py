@@ -11,7 +11,8 @@ def describe_training(records: Iterable[Record], magnification: str) -> dict[str
     """Describe the images of training and validation.
 
     Returns:
-        `magnification`, and `cases`: a hash of each case, so that the file names no case but recognises it.
+        `magnification`, and `cases`: a hash of each case, so that the file recognises a case without its name. It
+        does not hide it: case numbers are few.
     """
     return {"magnification": magnification, "cases": sorted(map(_hash, cases(records)))}
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from difflib import get_close_matches
 from typing import Any
 
 from breakhis.training.argument_types import as_argv
@@ -35,11 +36,28 @@ def resolve_variants(parser: argparse.ArgumentParser, args: argparse.Namespace) 
                 "argument --variants: must map names of letters, digits and .+-_ to mappings of flags and model "
                 f"arguments, got {name!r}: {variant!r}"
             )
-        own = {key: value for key, value in (variant or {}).items() if key in names}
+        arguments = {str(key).replace("-", "_"): value for key, value in (variant or {}).items()}
+        own = {key: value for key, value in arguments.items() if key in names}
+        others = {key: value for key, value in arguments.items() if key not in names}
+        _check_names(parser, name, own, others, vars(flags.parse_args([])))
         changed = {key: value for key, value in vars(flags.parse_args(as_argv(own))).items() if key in own}
-        others = {key: value for key, value in (variant or {}).items() if key not in names}
         resolved[name] = changed | {"model_kwargs": args.model_kwargs | others}
     return resolved
+
+
+def _check_names(
+    parser: argparse.ArgumentParser, name: str, own: dict[str, Any], others: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    """Refuse flags that all variants share, and an empty value of a flag that needs one."""
+    shared = {action.dest for action in parser._actions} | {"seed", "fold"}  # pyright: ignore[reportPrivateUsage]
+    for key in others:
+        if key in shared:
+            parser.error(f"argument --variants: must have flags of the model and the recipe, got {key} in {name}")
+        if meant := get_close_matches(key, defaults, n=1, cutoff=0.85):
+            parser.error(f"argument --variants: must have known flags, got {key} in {name}; did you mean {meant[0]}?")
+    for key, value in own.items():
+        if value is None and defaults[key] is not None:
+            parser.error(f"argument --variants: must give a value to {key} in {name}, got none")
 
 
 def _ablation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -282,7 +282,7 @@ def test_test_images_of_cases_in_training_are_counted(group_by, caplog):
         shared += len(expected)
         caplog.clear()
         log_split(split, "binary", BREAKHIS.classes["binary"])
-        warned = [message for message in caplog.messages if "are of cases that training has too" in message]
+        warned = [message for message in caplog.messages if "that training or validation has too" in message]
         count = f"WARNING: {len(expected)} of {len(split.test)} test images"
         assert [message.startswith(count) for message in warned] == [True] * bool(expected)
     assert (shared > 0) == (group_by != "case")

@@ -246,3 +246,12 @@ def test_intervals_repeat_themselves():
     values, groups = np.random.default_rng(0).normal(size=(9, 3)), list("abcabcabc")
     first, second = (intervals_by_class(values, np.zeros(9, int), groups, 1) for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(("model", "point"), [("test_vit", "blocks.2"), ("test_resnet", "layer4")])
+def test_an_inserted_block_does_not_change_where_the_map_is(model, point):
+    plain = timm.create_model(model).eval()
+    inserted = insert(timm.create_model(model), {point: "CSFE"}).eval()
+    assert cam_target(inserted) == cam_target(plain)
+    x = torch.randn(1, *plain.pretrained_cfg["input_size"])
+    assert grad_cam(inserted, x, [0]).shape == grad_cam(plain, x, [0]).shape

@@ -35,7 +35,7 @@ def write_run(tmp_path):
         metrics |= {"variant": variant, "magnification": magnification, "fold": fold, "seed": seed}
         metrics |= {"classes": classes, "best_epoch": 3, **dict.fromkeys(SCORES, 0.5)}
         metrics |= {"n_images": {"test": len(images)}, "n_patients": {"test": len(set(images))}}
-        metrics |= {"n_cases": {"test": len(set(images))}, "flags": {}}
+        metrics |= {"n_cases": {"test": len(set(images))}, "n_shared": 0, "flags": {}}
         (folder / "metrics.json").write_text(json.dumps(metrics | changes))
         with (folder / "predictions.csv").open("w", newline="") as file:
             writer = csv.writer(file)

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
+from breakhis.training import blocks
 from breakhis.training.flags import make_parser
 from breakhis.training.options import differences, expand, parse_args, recorded
+
+from kfde_layers import insertion_points
 
 
 def parse(tmp_path, *argv):
@@ -91,6 +95,16 @@ def test_variants_change_flags_of_the_model_and_the_recipe(tmp_path):
             },
         ),
         (
+            "resnet18",
+            "{layer3: [mfdf, {kernel_sizes: [3, 5]}], layer4: csfe}",
+            {
+                "baseline": {},
+                "MFDF": {"layer3": [["mfdf", {"kernel_sizes": [3, 5]}]]},
+                "CSFE": {"layer4": ["csfe"]},
+                "MFDF+CSFE": {"layer3": ["mfdf", {"kernel_sizes": [3, 5]}], "layer4": "csfe"},
+            },
+        ),
+        (
             "kfde_convnextv2_atto",
             "{stages.0: se, stages.1: eca}",
             {
@@ -129,6 +143,17 @@ def test_flags_are_read_without_the_libraries_that_take_seconds():
     examples = Path(__file__).parents[4] / "examples"
     run = subprocess.run([sys.executable, "-c", script], cwd=examples, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_ablation_leaves_out_points_without_an_effect(tmp_path, monkeypatch, capsys):
+    """A vision transformer with a class token drops the map of its last block."""
+    points = insertion_points(timm.create_model("test_vit"))
+    runs = expand(parse(tmp_path, "--ablation", "--model", "test_vit"))
+    assert runs[-1].insert == {list(points)[-2]: ["csfe", "mfdf"]}
+    monkeypatch.setattr(blocks, "insertion_points", lambda model: {list(points)[-1]: None})
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--ablation", "--model", "test_vit")
+    assert "argument --ablation: needs --insert for test_vit, which has no point at which" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--seed", "3", "--fold", "2"], ["--seeds", "3", "--folds", "2"]])
@@ -282,6 +307,11 @@ def is_whole(parse: Callable[[str], object]) -> bool:
         ),
         (["--insert", "[layer1]"], "argument --insert: must be a mapping in YAML, got '[layer1]'"),
         (["--variants", "{a: {lr: -1}}"], "argument --lr: must be a positive number, got -1.0"),
+        (["--variants", "{a: {lr: }}"], "argument --variants: must give a value to lr in a, got none"),
+        (["--variants", "{a: {seed: 1}}"], "must have flags of the model and the recipe, got seed in a"),
+        (["--variants", "{a: {task: subtype}}"], "must have flags of the model and the recipe, got task in a"),
+        (["--variants", "{a: {epoch: 2}}"], "must have known flags, got epoch in a; did you mean epochs?"),
+        (["--variants", "{a: {weight-decay: -1}}"], "argument --weight-decay: must be from 0 to 1000000, got -1.0"),
         (["--variants", "{a: {model: nonesuch}}"], "a model that timm knows, got 'nonesuch'"),
         (["--variants", "{a: {insert: 3}}"], "argument --insert: must be a mapping in YAML, got '3'"),
         (["--variants", "{a: {checkpoint_path: none}}"], "argument --checkpoint-path: must be a file"),
