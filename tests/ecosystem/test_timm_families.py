@@ -195,7 +195,8 @@ def cell(column):
 
 
 def test_the_table_holds_nearly_every_family_of_this_timm():
-    families = {family for family in timm.list_modules() if timm.list_models(module=family)}
+    # other tests of this process may have registered models of their own
+    families = {name for name in timm.list_modules() if timm.list_models(module=name) and hasattr(timm.models, name)}
     assert len(families & FAMILIES.keys()) >= 0.95 * len(families)
     assert len(REFUSED) <= 0.05 * len(FAMILIES)
 
