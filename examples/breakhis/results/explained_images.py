@@ -1,4 +1,4 @@
-"""Which images a figure of explanations shows, what is said of them, and the table of what layers decide for them."""
+"""The images that figures of explanations show: their choice, their labels, and the rows of `decisions.csv`."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath

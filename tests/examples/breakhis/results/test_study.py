@@ -8,6 +8,7 @@ import pytest
 from breakhis.results import intervals, paper, study
 from breakhis.results.intervals import bootstrap
 from breakhis.results.study import COMPARED, SCORES, group_runs, write_study
+from breakhis.training.flags import PRIMARY_SCORES
 
 from tests.support.runs import BINARY, SUBTYPES, read_rows
 
@@ -359,3 +360,7 @@ def test_runs_are_grouped_in_the_order_of_first_occurrence():
     runs = [{"fold": fold, "seed": seed} for fold, seed in ((2, 0), (0, 1), (2, 1))]
     assert group_runs(runs, "fold") == {(2,): [runs[0], runs[2]], (0,): [runs[1]]}
     assert list(group_runs(runs, "fold", "seed")) == [(2, 0), (0, 1), (2, 1)]
+
+
+def test_the_scores_with_intervals_are_those_that_a_study_may_choose():
+    assert tuple(COMPARED) == PRIMARY_SCORES
