@@ -139,6 +139,8 @@ def _make_model(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.freeze_backbone:
         freeze_backbone(model)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # PyTorch's convolutions then return such maps
     return model, built
 
 

@@ -187,6 +187,12 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
     seed = number(int, 0, MAX_SEED)
     group.add_argument("--seeds", nargs="+", type=seed, default=[0], help="seeds of training, one run for each")
     group.add_argument("--seed", dest="seeds", nargs="+", type=seed, default=[0], help="the same as --seeds")
+    group.add_argument(
+        "--channels-last",
+        action=SWITCH,
+        default=False,
+        help="train with channels as the last dimension in memory, which many processors compute faster",
+    )
     group.add_argument("--grad-accum-steps", type=number(int, 1), default=1, help="batches per update")
 
 
@@ -239,7 +245,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
     group.add_argument("--epochs", type=count, default=10, help="passes over the training images")
     group.add_argument("--batch-size", type=count, default=8, help="images per step, over all processes")
-    group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate of AdamW")
+    group.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate")
     group.add_argument("--min-lr", type=rate, default=0, help="last learning rate")
     group.add_argument(
         "--gauss-error",
@@ -250,7 +256,10 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         help="lower the rate along this piece of the Gauss error function, such as -3 3, instead of a cosine",
     )
     group.add_argument("--warmup-epochs", type=rate, default=1, help="epochs of linear warm-up")
-    group.add_argument("--weight-decay", type=rate, default=0.05, help="weight decay of AdamW")
+    group.add_argument(
+        "--opt", choices=("adamw", "sgd"), default="adamw", help="optimiser; sgd: with Nesterov momentum 0.9"
+    )
+    group.add_argument("--weight-decay", type=rate, default=0.05, help="weight decay")
     group.add_argument(
         "--layer-decay",
         type=number(float, 0.01, 1),

@@ -36,10 +36,10 @@ def set_train(model: nn.Module) -> None:
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Make AdamW without decay on vectors, and with a lower rate in earlier layers if `layer_decay` is below 1."""
+    """Make timm's optimiser, without decay on vectors; if `layer_decay` is below 1, earlier layers get a lower rate."""
     return create_optimizer_v2(
         model,
-        opt="adamw",
+        opt=args.opt,
         lr=args.lr,
         weight_decay=args.weight_decay,
         layer_decay=args.layer_decay if args.layer_decay < 1 else None,
