@@ -18,9 +18,11 @@ from breakhis.training.options import parse_args
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the script; return the `metrics.json` of each run."""
     args = parse_args(argv)
-    from breakhis.runner import run  # late: PyTorch and timm take seconds, which `--help` need not wait for
+    from breakhis.runner import leave_processes, run  # late: PyTorch takes seconds, which `--help` need not wait for
 
-    return run(args)
+    results = run(args)
+    leave_processes()
+    return results
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import accelerate
 import sklearn
 import timm
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
 from torch.utils.data import DataLoader
 
@@ -39,6 +39,7 @@ from breakhis.training.lock import lock_folder
 from breakhis.training.options import differences, expand, recorded
 from breakhis.training.resume import CONFIG, METRICS, begin, find_finished, identify, make_way
 from breakhis.training.state import STATE
+from breakhis.training.time_left import TimeLeft
 
 logger = logging.getLogger("breakhis")
 
@@ -80,7 +81,12 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator, split: Spli
 
 
 def run_once(
-    args: argparse.Namespace, accelerator: Accelerator, data_dir: Path, split: Split, hashes: Mapping[Path, str]
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    data_dir: Path,
+    split: Split,
+    hashes: Mapping[Path, str],
+    time_left: TimeLeft,
 ) -> dict[str, Any]:
     """Train, test and write one run, or its missing part; return its `metrics.json`.
 
@@ -90,6 +96,7 @@ def run_once(
         data_dir: Directory of the images.
         split: The division of the images.
         hashes: SHA-256 of each image at the start.
+        time_left: Learns how long each epoch takes.
 
     Raises:
         ValueError: The run would go on with other flags or images than it was started with, or something changed what
@@ -106,7 +113,7 @@ def run_once(
 
     log_split(split, args.task, classes)
     log_crop(args.crop_mode, split.train[0].path)
-    progress = fit(args, accelerator, split, classes, identify(flags, rows, accelerator))
+    progress = fit(args, accelerator, split, classes, identify(flags, rows, accelerator), time_left)
 
     # The test images are used here, for the first and only time. The model is the saved checkpoint, in float32 with any
     # training precision, so that everybody who loads the checkpoint gets the same numbers.
@@ -185,12 +192,30 @@ def check_models(runs: Sequence[argparse.Namespace]) -> None:
         build_model(without_weights, len(SOURCES[run.dataset].classes[run.task]))
 
 
-def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Find the images, do each run that the flags ask for, and write the tables of a study that is complete."""
-    scaler, study = copy.deepcopy(accelerator.scaler), expand(args)
-    if args.shard is not None and args.shard.count > len(study):
+def own_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """List the runs that this process does: all of the study, or those of its shard.
+
+    Raises:
+        ValueError: There are more shards than runs.
+    """
+    study = expand(args)
+    if args.shard is None:
+        return study
+    if args.shard.count > len(study):
         raise ValueError(f"--shard must divide the {len(study)} runs of the study, got {args.shard.count} shards")
-    runs = study if args.shard is None else study[args.shard.index - 1 :: args.shard.count]
+    return study[args.shard.index - 1 :: args.shard.count]
+
+
+def unfinished(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """List the runs of `own_runs` that are to be done: with `--resume`, those that are not finished."""
+    return [run for run in own_runs(args) if not (args.resume and (run.output_dir / METRICS).is_file())]
+
+
+def run_all(args: argparse.Namespace, accelerator: Accelerator, time_left: TimeLeft | None) -> list[dict[str, Any]]:
+    """Find the images, do each run that the flags ask for, and write the tables of a study that is complete."""
+    scaler, study, runs = copy.deepcopy(accelerator.scaler), expand(args), own_runs(args)
+    if time_left is None:
+        time_left = TimeLeft(unfinished(args))
     if not args.resume:
         make_way([run.output_dir for run in runs], args.overwrite)
     check_models(runs)
@@ -203,9 +228,11 @@ def run_all(args: argparse.Namespace, accelerator: Accelerator) -> list[dict[str
     for number, (run, split) in enumerate(zip(runs, splits, strict=True), start=1):
         accelerator.scaler = copy.deepcopy(scaler)  # for fp16: a run must not depend on earlier runs
         if len(runs) > 1:
-            logger.info("run %d of %d: %s", number, len(runs), run.output_dir.name)
+            estimate = f", {time_left}" if time_left.timed else ""
+            logger.info("run %d of %d: %s%s", number, len(runs), run.output_dir.name, estimate)
         with nullcontext() if len(study) == 1 and args.shard is None else locked(run.output_dir, accelerator):
-            results.append(run_once(run, accelerator, data_dir, split, hashes))
+            results.append(run_once(run, accelerator, data_dir, split, hashes, time_left))
+        time_left.end_run(run)
     if len(study) > 1 and accelerator.is_main_process:
         report_study(args.output_dir, study)
     return results
@@ -230,11 +257,12 @@ def report_study(out: Path, study: Sequence[argparse.Namespace]) -> None:
     print(f"Next: python examples/explain_breakhis.py --runs {out}")
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace, time_left: TimeLeft | None = None) -> list[dict[str, Any]]:
     """Do every run that the flags ask for.
 
     Args:
         args: What `parse_args` returned.
+        time_left: Estimates the time of these runs and of those that come after them; None: of these alone.
 
     Returns:
         The `metrics.json` of each run.
@@ -261,10 +289,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         # Shards share the folder: each run has a lock of its own.
         with locked(args.output_dir, accelerator) if args.shard is None else nullcontext():
-            results = run_all(args, accelerator)
+            results = run_all(args, accelerator, time_left)
     except KeyboardInterrupt as stop:
         flag = "--resume instead of --overwrite" if args.overwrite else "--resume"
         stop.add_note(f"{args.output_dir} has every complete epoch; the same command with {flag} goes on from there")
         raise
-    accelerator.end_training()
     return results
+
+
+def leave_processes() -> None:
+    """End the work with other processes, if there are any; call it after the last `run`."""
+    PartialState().destroy_process_group()

@@ -1,6 +1,8 @@
 """The script that makes the evidence, and the results that it has kept."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import make_evidence
@@ -8,8 +10,12 @@ import numpy as np
 import pytest
 import yaml
 from breakhis.files import read_csv
+from breakhis.results import paper
 from breakhis.results.metrics import auc, balanced_accuracy, image_accuracy
 from breakhis.results.study import markdown
+from breakhis.training.options import expand, parse_args
+
+from tests.support.runs import ROOT, SMALL, launch
 
 STUDY_FOLDERS = sorted(path.parent for path in make_evidence.STUDIES.glob("*/results.json"))
 
@@ -83,7 +89,58 @@ def test_predictions_that_are_broken_are_not_kept(tmp_path):
 def test_the_kept_results_agree_with_each_other_and_with_the_flags(folder):
     assert_predictions_match_scores(folder)
     assert (folder / "results.md").read_text() == markdown(json.loads((folder / "results.json").read_text())) + "\n"
-    flags = yaml.safe_load(folder.with_suffix(".yaml").read_text())
+    study = "paper" if folder.name.startswith("paper-") else folder.name
+    _, config, *_ = make_evidence.list_studies(study)[folder.name]
+    flags = yaml.safe_load(Path(config).read_text())
     runs = read_csv(folder / "results.csv")
     assert {run["variant"] for run in runs} == set(flags["variants"])
     assert {int(run["seed"]) for run in runs} == set(flags.get("seeds", [0]))
+
+
+@pytest.mark.parametrize("table", make_evidence.TABLES)
+def test_each_row_of_a_table_of_the_paper_is_a_method(table, tmp_path):
+    """The paper writes BHCNET for both sizes, and "Hybrid" before CNN-LSTM."""
+    (tmp_path / "data").mkdir()
+    arguments = ["--config", str(make_evidence.STUDIES / f"{table}.yaml"), "--data-dir", str(tmp_path / "data")]
+    args = parse_args([*arguments, "--output-dir", str(tmp_path / "runs")])
+    names = {name.upper() for name in args.variants}
+    rows = paper.ABLATION if table == "paper-ablation" else paper.TABLES[args.task]
+    assert {re.sub(r"-[36]$", "", name) for name in names} == {row.upper().removeprefix("HYBRID ") for row in rows}
+    assert args.magnification == list(paper.MAGNIFICATIONS)
+    assert len(expand(args)) == len(rows) * 4 * 5
+
+
+@pytest.fixture
+def small_tables(tmp_path):
+    """Copy the script, with tables of two small methods and one fold."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__", "*.csv"))
+    for table in make_evidence.TABLES:
+        path = tmp_path / "examples/evidence" / f"{table}.yaml"
+        flags = yaml.safe_load(path.read_text()) | {"folds": [0], "magnification": ["100X"]}
+        flags |= {"model": "bhcnet_3", "variants": {"KFDE": {}, "sgd": {"opt": "sgd"}}}
+        path.write_text(yaml.safe_dump(flags))
+    return tmp_path / "examples"
+
+
+@pytest.mark.slow
+def test_the_papers_tables_are_divided_among_machines_and_processes(
+    small_tables, synthetic_tree, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(make_evidence, "STUDIES", small_tables / "evidence")
+    flags = ["paper", "--data-dir", str(synthetic_tree), *SMALL, "--img-size", "32", "--no-pretrained"]
+    make_evidence.main([*flags, "--output-dir", str(tmp_path / "runs"), "--shard", "1/2"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "paper-binary-image: 2 methods, 2 runs\npaper-binary-case: 2 methods, 2 runs\npaper-subtype-image: "
+    )
+    assert "left to this process: 6 runs, 6 epochs; the first one will be timed" in printed
+    folders = [f"{table}-{protocol}" for table in make_evidence.TABLES for protocol in ("image", "case")]
+    assert not any((small_tables / "evidence" / folder).exists() for folder in folders)
+    process = launch(tmp_path / "runs", 2, *flags, "--shard", "2/2", script=small_tables / "make_evidence.py")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("left to this process") == 1
+    for folder in folders:
+        assert_predictions_match_scores(small_tables / "evidence" / folder)
+        results = json.loads((small_tables / "evidence" / folder / "results.json").read_text())
+        assert {row["variant"] for row in results["intervals"]} == {"KFDE", "sgd"}
+        assert results["protocol"].startswith("image protocol" if folder.endswith("image") else "case protocol")

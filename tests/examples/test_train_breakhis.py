@@ -76,9 +76,16 @@ def test_a_run_repeats_itself(run, synthetic_tree, tmp_path):
         assert float(before["prob_A"]) == pytest.approx(float(after["prob_A"]), abs=1e-4)
 
 
-@pytest.mark.parametrize("model", ["resnet18", "densenet121", "vit_tiny_patch16_224"])
-def test_any_timm_model_trains_and_loads_again(model, synthetic_tree, tmp_path, leak_checker):
-    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL]
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("resnet18", ["--channels-last", "--opt", "sgd", "--ema-decay", "0.9"]),
+        ("densenet121", []),
+        ("vit_tiny_patch16_224", []),
+    ],
+)
+def test_any_timm_model_trains_and_loads_again(model, flags, synthetic_tree, tmp_path, leak_checker):
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL, *flags]
     main([*arguments, "--model", model])
     assert_consistent(tmp_path, synthetic_tree, leak_checker)
 

@@ -57,11 +57,13 @@ def predict_with_timm(folder: Path, path: Path) -> Tensor:
         return model(load_input(transform, path)).softmax(1)[0]
 
 
-def launch(out: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script that trains with `accelerate launch`, on the CPU."""
+def launch(
+    out: Path, processes: int, *arguments: str, script: Path = ROOT / "examples/train_breakhis.py"
+) -> subprocess.CompletedProcess[str]:
+    """Run a script, by default the one that trains, with `accelerate launch`, on the CPU."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # several processes need this flag on any device
-    command += [str(ROOT / "examples" / "train_breakhis.py"), "--output-dir", str(out), *arguments]
+    command += [str(script), "--output-dir", str(out), *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from breakhis.training.engine import Trainer, predict, train_one_epoch, updates_
 from breakhis.training.options import differences
 from breakhis.training.recipe import Loss, freeze_backbone, make_mixup, make_optimizer, make_scheduler
 from breakhis.training.state import STATE, load_state, save_state
+from breakhis.training.time_left import TimeLeft
 from breakhis.training.trained_on import describe_training
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def fit(
     split: Split,
     classes: Sequence[str],
     identity: dict[str, Any],
+    time_left: TimeLeft,
 ) -> Progress:
     """Train, and write `last` after each epoch and `best` after each epoch that is the best so far on validation.
 
@@ -67,6 +70,7 @@ def fit(
         split: The images to train on, and those to choose the checkpoint on.
         classes: Class names in the order of the outputs.
         identity: Everything that the weights depend on. A state on disk with another identity is refused.
+        time_left: Learns how long each epoch takes.
 
     Returns:
         The progress after the last epoch, the same on each process.
@@ -86,6 +90,7 @@ def fit(
     progress = state.restore()
 
     for epoch in range(len(progress.history), args.epochs):
+        start = time.monotonic()
         data.train.epoch = epoch
         data.order.manual_seed(mix_seeds(args.seed, epoch))
         set_seed(mix_seeds(args.seed, epoch), device_specific=True)  # other drop path and mixup in each process
@@ -111,6 +116,9 @@ def fit(
             if is_best:
                 progress.best_files = hash_checkpoint(args.output_dir / "best")
             state.save(progress)
+        time_left.add_epoch(args, epoch + 1, time.monotonic() - start)
+        if time_left.timed == 1:
+            logger.info("at the speed of this epoch %s", time_left)
     (progress,) = broadcast_object_list([progress])
     return progress
 

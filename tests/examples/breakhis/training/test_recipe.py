@@ -67,7 +67,16 @@ def test_frozen_batch_norms_keep_their_statistics():
 def make_flags(**changes) -> Namespace:
     """Make the flags of a run that concern the recipe."""
     defaults = {"lr": 1.0, "weight_decay": 0.1, "layer_decay": 1, "epochs": 4, "warmup_epochs": 1, "smoothing": 0.1}
-    return Namespace(**defaults | {"mixup": 0, "cutmix": 0, "min_lr": 0, "gauss_error": None} | changes)
+    defaults |= {"opt": "adamw", "mixup": 0, "cutmix": 0, "min_lr": 0, "gauss_error": None}
+    return Namespace(**defaults | changes)
+
+
+def test_the_optimiser_is_the_one_that_the_flag_names():
+    model = timm.create_model("resnet18", num_classes=2)
+    assert isinstance(make_optimizer(make_flags(), model), torch.optim.AdamW)
+    sgd = make_optimizer(make_flags(opt="sgd"), model)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.9, True)
 
 
 def test_layer_decay_does_not_change_kfde_and_the_head():
