@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from breakhis.data.download import download
 from breakhis.data.images import find_faults
+from breakhis.data.leak import halve_tested_cases, leak_tested_cases
 from breakhis.data.records import Record
 from breakhis.data.sources import BREAKHIS, SOURCES
 from breakhis.data.splits import Split, fold_split, official_split
@@ -62,6 +63,10 @@ def make_split(args: argparse.Namespace, records: Sequence[Record]) -> Split:
     else:
         group_by = "image" if args.protocol == "image" else args.group_by
         split = fold_split(chosen, args.task, group_by, args.num_folds, args.fold, args.split_seed)
+    if args.tested_cases != "whole":
+        split, others = halve_tested_cases(split)
+        if args.tested_cases == "leaked":
+            split = leak_tested_cases(split, others, args.task, args.split_seed)
     if not split.parts()[args.score_on]:
         raise ValueError(f"--score-on must name a part with images, got {args.score_on!r}, which has none")
     return split

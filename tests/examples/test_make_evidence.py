@@ -143,4 +143,6 @@ def test_the_papers_tables_are_divided_among_machines_and_processes(
         assert_predictions_match_scores(small_tables / "evidence" / folder)
         results = json.loads((small_tables / "evidence" / folder / "results.json").read_text())
         assert {row["variant"] for row in results["intervals"]} == {"KFDE", "sgd"}
-        assert results["protocol"].startswith("image protocol" if folder.endswith("image") else "case protocol")
+        assert results["cells"][0]["protocol"].startswith(
+            "image protocol" if folder.endswith("image") else "case protocol"
+        )

@@ -107,6 +107,19 @@ def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, caps
         main([*arguments, "--lr", "0.5"])
 
 
+def test_a_leak_is_measured_on_the_same_images(synthetic_tree, tmp_path):
+    arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL, "--img-size", "32", *NARROW]
+    apart, leaked = main([*arguments, "--variants", "{apart: {tested_cases: halved}, leaked: {tested_cases: leaked}}"])
+    assert apart["n_images"] == leaked["n_images"]
+    assert apart["n_shared"] == 0 < leaked["n_shared"]
+    folders = [tmp_path / f"runs/{name}-100X-fold0-seed0/predictions.csv" for name in ("apart", "leaked")]
+    files, same = ([row["file"] for row in read_rows(folder)] for folder in folders)
+    assert files == same
+    tables = (tmp_path / "results.md").read_text()
+    assert "| leaked | case protocol, half of each tested case, the other half in training (cases leak) |" in tables
+    assert "| apart | case protocol, half of each tested case |" in tables
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_train(recipe, synthetic_tree, tmp_path):
     """Train without the weights, which would be downloaded."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 BENIGN = ("A", "F", "PT", "TA")
 MALIGNANT = ("DC", "LC", "MC", "PC")
 PROTOCOLS = ("patient", "official", "image")
+TESTED_CASES = ("whole", "halved", "leaked")
 
 
 class Source(NamedTuple):

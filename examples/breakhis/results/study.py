@@ -63,7 +63,6 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     results = {
         "dataset": runs[0]["dataset"],
         "synthetic": runs[0]["synthetic"],
-        "protocol": runs[0]["protocol_in_words"],
         "task": runs[0]["task"],
         "classes": runs[0]["classes"],
         **{key: flags.get(key) for key in ("question", "primary_score", "margin")},
@@ -91,13 +90,14 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compute mean and standard deviation of each score over folds and seeds, by variant and magnification.
 
     Returns:
-        A cell for each: `variant`, `magnification`, `n_runs`, `n_cases` (distinct scored cases), and for each
-        score `mean` and `sd`. `sd` is None for a single run; both are None if no run has the score.
+        A cell for each: `variant`, `protocol`, `magnification`, `n_runs`, `n_cases` (distinct scored cases), and for
+        each score `mean` and `sd`. `sd` is None for a single run; both are None if no run has the score.
     """
     cells = []
     for (variant, magnification), group in group_runs(runs, "variant", "magnification").items():
         tested = {row["case"] for run in group for row in run["predictions"]}
-        cell: dict[str, Any] = {"variant": variant, "magnification": magnification}
+        cell: dict[str, Any] = {"variant": variant, "protocol": group[0]["protocol_in_words"]}
+        cell["magnification"] = magnification
         cell |= {"n_runs": len(group), "n_cases": len(tested)}
         for score in SCORES:
             values = [run[score] for run in group if run[score] is not None]
@@ -190,7 +190,11 @@ def markdown(results: dict[str, Any]) -> str:
     blocks = []
     for score in SCORES:
         rows = [
-            [variant, results["protocol"], *(_cell(cell_of[variant, power], score) for power in magnifications)]
+            [
+                variant,
+                cell_of[variant, magnifications[0]]["protocol"],
+                *(_cell(cell_of[variant, power], score) for power in magnifications),
+            ]
             for variant in variants
         ]
         if score == "image_accuracy" and results["dataset"] == "breakhis" and not results["synthetic"]:
@@ -201,8 +205,9 @@ def markdown(results: dict[str, Any]) -> str:
             "mean ± sd over folds and seeds, n cases that are scored."
         )
         blocks.append(_table(["method", "protocol", *magnifications], rows))
+    protocols = "; ".join(dict.fromkeys(cell["protocol"] for cell in cells))
     blocks.append(
-        f"All folds together, {source}, {results['task']}, {results['protocol']}; "
+        f"All folds together, {source}, {results['task']}, {protocols}; "
         "in brackets 95 % of the bootstrap over cases and seeds."
     )
     if results["n_shared"]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from breakhis.data.sources import BREAKHIS, PROTOCOLS, SOURCES
+from breakhis.data.sources import BREAKHIS, PROTOCOLS, SOURCES, TESTED_CASES
 from breakhis.training.argument_types import (
     MAX_WORKERS,
     SIDES,
@@ -283,5 +283,12 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--stain-jitter", type=share, default=0, help="random change of the amounts of haematoxylin and eosin"
+    )
+    group.add_argument(
+        "--tested-cases",
+        choices=TESTED_CASES,
+        default="whole",
+        help="to measure a leak on the same images, halved: test half of each case's images and leave out the others; "
+        "leaked: train on these others, in place of as many images",
     )
     group.add_argument("--class-weights", action=SWITCH, default=False, help="weigh classes by their inverse frequency")

@@ -147,6 +147,10 @@ def _check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"argument --min-lr: must be at most --lr {args.lr}, got {args.min_lr}")
     if args.gauss_error is not None and not args.gauss_error[0] < 0 < args.gauss_error[1]:
         parser.error(f"argument --gauss-error: must be a number below 0 and one above it, got {args.gauss_error}")
+    if args.tested_cases != "whole" and (args.protocol, args.group_by) != ("patient", "case"):
+        parser.error(
+            f"argument --tested-cases: must be whole unless --protocol patient divides cases, got {args.tested_cases!r}"
+        )
 
 
 def _check_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

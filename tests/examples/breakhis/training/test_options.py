@@ -191,6 +191,14 @@ def is_whole(parse: Callable[[str], object]) -> bool:
         (["--min-lr", "0.1"], "argument --min-lr: must be at most --lr 0.0001, got 0.1"),
         (["--gauss-error", "0", "3"], "argument --gauss-error: must be a number below 0 and one above it, got [0.0, 3"),
         (["--gauss-error", "-3", "11"], "argument --gauss-error: must be from -10 to 10, got 11.0"),
+        (
+            ["--tested-cases", "halved", "--protocol", "image"],
+            "argument --tested-cases: must be whole unless --protocol",
+        ),
+        (
+            ["--tested-cases", "leaked", "--group-by", "patient"],
+            "argument --tested-cases: must be whole unless --proto",
+        ),
         (["--smoothing", "2"], "argument --smoothing: must be from 0 to 1, got 2.0"),
         (["--mixup", "nan"], "argument --mixup: must be from 0 to 1000000, got nan"),
         (["--model", "nonesuch"], "a model that timm knows, got 'nonesuch'"),
