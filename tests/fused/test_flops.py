@@ -62,9 +62,12 @@ def test_the_formulas_are_those_of_the_steps_on_cpu():
     convolution, merging = 2 * x.numel() * 25, 2 * alpha.numel() * 25
     assert count(cpu.merged_convolution, x, alpha, kernels, bias, 1) in (convolution, convolution + merging)
     assert count(torch.ops.kfde.merged_convolution, x, alpha, kernels, bias, 1) == convolution + merging
-    steps = count(cpu.merged_convolution_backward, dy, x, alpha, kernels, 1)
+    steps = count(cpu.merged_convolution_backward, dy, x, alpha, kernels, 1, True, True)
     assert 2 * convolution <= steps <= 2 * convolution + merging
-    assert count(torch.ops.kfde.merged_convolution_backward, dy, x, alpha, kernels, 1) == 2 * convolution + 3 * merging
+    backward = torch.ops.kfde.merged_convolution_backward
+    assert count(backward, dy, x, alpha, kernels, 1, True, True) == 2 * convolution + 3 * merging
+    assert count(backward, dy, x, alpha, kernels, 1, True, False) == convolution + merging
+    assert count(backward, dy, x, alpha, kernels, 1, False, True) == convolution + 2 * merging
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -54,7 +54,7 @@ def run_kernels(
     affine = (None, None) if operator == "sfe" else (weight, bias)
     options = CsfeOptions(num_groups, threshold, LAMBD, BETA, correction, EPS, operator != "cfe", scale)
     y, mean, m2 = launch.launch_forward(x, *affine, options)
-    gradients = launch.launch_backward(dy, x, *affine, mean, m2, options)
+    gradients = launch.launch_backward(dy, x, *affine, mean, m2, options, True, True)
     return [y, *(gradient for gradient in gradients if gradient is not None)]
 
 

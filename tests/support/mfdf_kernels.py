@@ -43,14 +43,17 @@ def run_merged_reference(
 
 
 def run_mean(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> list[Tensor]:
-    return [launch.launch_mean(x, kernel, tap_spacing), *launch.launch_mean_backward(dp, x, kernel, tap_spacing)]
+    return [
+        launch.launch_mean(x, kernel, tap_spacing),
+        *launch.launch_mean_backward(dp, x, kernel, tap_spacing, True, True),
+    ]
 
 
 def run_merged(
     dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, bias: Tensor, tap_spacing: int
 ) -> list[Tensor]:
     y = launch.launch_merged(x, alpha, stacked_kernels, bias, tap_spacing)
-    return [y, *launch.launch_merged_backward(dy, x, alpha, stacked_kernels, tap_spacing)]
+    return [y, *launch.launch_merged_backward(dy, x, alpha, stacked_kernels, tap_spacing, True, True)]
 
 
 def assert_within_budget(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfde_layers.fused.csfe.moments import Moments, channel_gate, moments_from_sums, spatial_root
+from kfde_layers.fused.csfe.moments import ChannelGate, Moments, channel_gate, moments_from_sums, spatial_root
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.ops.formats import upcast
 from kfde_layers.ops.gate import away_from_zero, logit
@@ -53,30 +53,39 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, options: CsfeOptions
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of `x`, `weight` and `bias`; `dy` has the strides of the dense `x`.
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Moments,
+    options: CsfeOptions,
+    with_x: bool,
+    with_parameters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of `x`, and of `weight` and `bias`, that are asked for, and None for the others.
 
-    Pass 1 writes the direct gradient of each element and sums the gradients of the moments. Pass 2 adds the gradient
-    that returns through the moments: `u_slope * u + constant`, per channel. `de` is the gradient of eq. (8) times the
-    factor of u squared there: without it, a sum could overflow.
+    `dy` has the strides of the dense `x`. Pass 1 writes the direct gradient of each element and sums the gradients of
+    the moments. Pass 2 adds the gradient that returns through the moments: `u_slope * u + constant`, per channel. `de`
+    is the gradient of eq. (8) times the factor of u squared there: without it, a sum could overflow. The gradients of
+    the parameters need only the sums of `dz` and `dz u`.
     """
-    dx = torch.empty_like(x, dtype=moments.mean.dtype)
+    dx = torch.empty_like(x, dtype=moments.mean.dtype) if with_x else None
     parts = 1 if weight is None else 2
-    values, upstreams, gradients = (_parted(tensor, parts) for tensor in (x, dy, dx))
+    values, upstreams = _parted(x, parts), _parted(dy, parts)
+    gradients = None if dx is None else _parted(dx, parts)
     gates = _Gates(moments, weight, bias, options)
     blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
-    dz, dzu, deu, deuu = dx.new_zeros((4, *gates.mean.shape))  # sums of dz, dz u, de u, de u^2
+    dz, dzu, deu, deuu = moments.mean.new_zeros((4, *gates.mean.shape))  # sums of dz, dz u, de u, de u^2
     for block, (u, keep, weak, is_open, upstream, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)
         x_block = _upcast(values[block], x_buffer)
         dy_block = _upcast(upstreams[block], dy_buffer)
         if options.scale != 1:
             dy_block = torch.mul(dy_block, options.scale, out=dy_buffer)
-        dx_block = gradients[block].zero_()
+        dx_block = None if gradients is None else gradients[block].zero_()
         gates.deviations(x_block, block, out=u)
         keep.zero_()
-        if options.with_sfe:
+        if dx_block is not None and options.with_sfe:
             gates.spatial(u, block, out=keep)
             torch.mul(x_block, dy_block, out=upstream)
             _sigmoid_backward(upstream, keep, grad_input=upstream).mul_(gates.root[channels].square()).mul_(u)  # de u
@@ -85,21 +94,28 @@ def backward(
             deuu[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
         if weight is not None:
             gates.channel(u, block, is_open, out=weak)
-            keep.add_(weak).add_(is_open)
             dy_sum = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
             torch.mul(x_block, dy_sum[:, None], out=upstream)
             _sigmoid_backward(
                 upstream, weak, grad_input=upstream
             )  # dz; where the gate is open, weak is 0, and so is dz
             dz[channels] += upstream.sum(dim=3, keepdim=True)
-            dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
+            if dx_block is not None:
+                keep.add_(weak).add_(is_open)
+                dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
+                dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
+                dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
             dzu[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
-            dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
-            dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
-        dx_block.addcmul_(dy_block, keep)
+        if dx_block is not None:
+            dx_block.addcmul_(dy_block, keep)
 
-    u_slope, constant, dweight, dbias = _through_moments(dz, dzu, deu, deuu, moments, weight, bias, options)
-    u_slope, constant = gates.parted(u_slope), gates.parted(constant)
+    dz, dzu, deu, deuu = (total.view_as(moments.mean) for total in (dz, dzu, deu, deuu))
+    dweight = dbias = None
+    if weight is not None and bias is not None and with_parameters:
+        dweight, dbias = _parameter_gradients(dz, dzu, moments, weight, bias, options)
+    if dx is None or gradients is None:
+        return None, dweight, dbias
+    u_slope, constant = map(gates.parted, _through_moments(dz, dzu, deu, deuu, moments, weight, bias, options))
     for block, (u, x_buffer, *_) in blocks:
         channels = _channels(block)
         gates.deviations(_upcast(values[block], x_buffer), block, out=u)
@@ -116,35 +132,46 @@ def _through_moments(
     weight: Tensor | None,
     bias: Tensor | None,
     options: CsfeOptions,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return slope and constant of the second pass, and the parameters' gradients, from the sums over each channel."""
+) -> tuple[Tensor, Tensor]:
+    """Return slope and constant of the second pass from the sums over each channel."""
     n = moments.n
-    dz, dzu, deu, deuu = (total.view_as(moments.mean) for total in (dz, dzu, deu, deuu))
-    u_slope, constant, dweight, dbias = torch.zeros_like(dz), torch.zeros_like(dz), None, None
+    u_slope, constant = torch.zeros_like(dz), torch.zeros_like(dz)
     if options.with_sfe:
         u_slope -= 8 * spatial_root(moments, options).square() * deuu / max(n - options.correction, 1)
         constant -= 2 * deu / n
     if weight is not None and bias is not None:
-        gamma, beta = weight.to(dz.dtype), bias.to(dz.dtype)
-        gate = channel_gate(moments, gamma, beta, options)
-        dzx = gate.inverse_std * (dzu + gate.mean_offset * dz)  # sum of dz x_hat
+        gamma = weight.to(dz.dtype)
+        gate = channel_gate(moments, gamma, bias.to(dz.dtype), options)
 
         def group_mean(total: Tensor) -> Tensor:
             """Return the mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
             grouped = (gamma * gate.w_gamma * total).unflatten(1, (options.num_groups, -1))
             return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1) / n
 
-        moment_slope = gate.inverse_std.square() * group_mean(dzx)
+        moment_slope = gate.inverse_std.square() * group_mean(_times_normalized(dz, dzu, gate))
         u_slope -= moment_slope
         constant -= gate.inverse_std * group_mean(dz) + moment_slope * gate.mean_offset
-        dzx_total, dz_total = dzx.sum(dim=0), dz.sum(dim=0)
-        dw_gamma = gamma * dzx_total + beta * dz_total
-        gamma_sum = gamma.sum()
-        divisor = away_from_zero(gamma_sum)
-        dgamma_sum = torch.where(divisor == gamma_sum, -(dw_gamma * gamma).sum() / divisor.square(), 0.0)
-        dweight = (gate.w_gamma * dzx_total + dw_gamma / divisor + dgamma_sum).to(weight.dtype)
-        dbias = (gate.w_gamma * dz_total).to(bias.dtype)
-    return u_slope, constant, dweight, dbias
+    return u_slope, constant
+
+
+def _parameter_gradients(
+    dz: Tensor, dzu: Tensor, moments: Moments, weight: Tensor, bias: Tensor, options: CsfeOptions
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gamma and beta from the sums over each channel."""
+    gamma, beta = weight.to(dz.dtype), bias.to(dz.dtype)
+    gate = channel_gate(moments, gamma, beta, options)
+    dzx_total, dz_total = _times_normalized(dz, dzu, gate).sum(dim=0), dz.sum(dim=0)
+    dw_gamma = gamma * dzx_total + beta * dz_total
+    gamma_sum = gamma.sum()
+    divisor = away_from_zero(gamma_sum)
+    dgamma_sum = torch.where(divisor == gamma_sum, -(dw_gamma * gamma).sum() / divisor.square(), 0.0)
+    dweight = (gate.w_gamma * dzx_total + dw_gamma / divisor + dgamma_sum).to(weight.dtype)
+    return dweight, (gate.w_gamma * dz_total).to(bias.dtype)
+
+
+def _times_normalized(dz: Tensor, dzu: Tensor, gate: ChannelGate) -> Tensor:
+    """Return the sum of dz times the normalised map."""
+    return gate.inverse_std * (dzu + gate.mean_offset * dz)
 
 
 class _Gates:

@@ -15,9 +15,12 @@ from kfde_layers.fused.batching import batch_one_by_one, batch_over_samples
 from kfde_layers.fused.csfe import cpu
 from kfde_layers.fused.csfe.moments import Moments, csfe_from_moments
 from kfde_layers.fused.csfe.options import OPTIONS_SCHEMA, CsfeOptions
+from kfde_layers.fused.needed import drop, fill
 from kfde_layers.fused.second_order import differentiable_gradients
 from kfde_layers.fused.transforms import Rules, apply_transformed
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast
+
+_ALL = (True, True)  # gradients: those of x and of the parameters
 
 
 def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> Tensor:
@@ -47,7 +50,7 @@ def _rules(options: CsfeOptions, with_cfe: bool) -> Rules:
 
     def backward(dy: Tensor, x: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
         *parameters, mean, m2 = saved
-        gradients = torch.ops.kfde.csfe_fused_backward(dy, x, *parameters, *absent, mean, m2, *options)
+        gradients = torch.ops.kfde.csfe_fused_backward(dy, x, *parameters, *absent, mean, m2, *options, *_ALL)
         return gradients[: 1 + len(parameters)]
 
     return Rules(forward, backward, partial(_equations, options))
@@ -88,43 +91,41 @@ def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     "kfde::csfe_fused_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor m2, {OPTIONS_SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor m2, {OPTIONS_SCHEMA}, "
+    "bool with_x, bool with_parameters) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, m2: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, m2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, with_x, with_parameters = rest
     x = dense(x)
     dy = dy.contiguous(memory_format=memory_format(x))
     if x.numel() == 0:
         parameters = (tensor if tensor is None else torch.zeros_like(tensor) for tensor in (weight, bias))
-        return _all_three(x, torch.zeros_like(x), *parameters)
+        return fill(x, (torch.zeros_like(x), *parameters))
     moments = Moments(mean[:, 0], mean[:, 1], m2, x.shape[2] * x.shape[3])
-    return _all_three(x, *cpu.backward(dy, x, weight, bias, moments, CsfeOptions(*options)))
-
-
-def _all_three(x: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all three gradients, those of absent parameters empty: PyTorch batches no operator that returns a list."""
-    return dx, x.new_empty(0) if dweight is None else dweight, x.new_empty(0) if dbias is None else dbias
+    return fill(x, cpu.backward(dy, x, weight, bias, moments, CsfeOptions(*options), with_x, with_parameters))
 
 
 def _backward_on_cuda(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, m2: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, m2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     from kfde_layers.fused.csfe.cuda.launch import launch_backward
 
-    return _all_three(x, *launch_backward(dy, dense(x), weight, bias, mean, m2, CsfeOptions(*options)))
+    *options, with_x, with_parameters = rest
+    gradients = launch_backward(dy, dense(x), weight, bias, mean, m2, CsfeOptions(*options), with_x, with_parameters)
+    return fill(x, gradients)
 
 
 torch.library.register_kernel(_backward, "cuda", _backward_on_cuda)
 
 
 @_backward.register_fake
-def _fake_backward(
-    _: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *__: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=memory_format(x))
-    return _all_three(x, dx, *(tensor if tensor is None else torch.empty_like(tensor) for tensor in (weight, bias)))
+def _fake_backward(_: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    with_x, with_parameters = rest[-2:]
+    dx = torch.empty_like(x, memory_format=memory_format(x)) if with_x else None
+    parameters = (weight, bias) if with_parameters else (None, None)
+    return fill(x, (dx, *(tensor if tensor is None else torch.empty_like(tensor) for tensor in parameters)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -138,8 +139,10 @@ def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
         gradients = differentiable_gradients(partial(_equations, ctx.options), (x, weight, bias), dy)
     else:
-        dx, dweight, dbias = torch.ops.kfde.csfe_fused_backward(dy, x, weight, bias, mean, m2, *ctx.options)
-        gradients = (dx, None, None) if weight is None else (dx, dweight, dbias)
+        with_x, with_weight, with_bias = ctx.needs_input_grad[:3]
+        asked = with_x, with_weight or with_bias
+        found = torch.ops.kfde.csfe_fused_backward(dy, x, weight, bias, mean, m2, *ctx.options, *asked)
+        gradients = drop(ctx, found)
     return *gradients, *(None for _ in ctx.options)
 
 

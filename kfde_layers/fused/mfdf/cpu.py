@@ -22,16 +22,25 @@ def mean_of_convolution(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
     return torch.cat(means)
 
 
-def mean_of_convolution_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `x` and `kernel`."""
+def mean_of_convolution_backward(
+    dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int, with_x: bool, with_kernel: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `x` and `kernel` that are asked for, and None for the others."""
     height, width = x.shape[2:]
+    dmeans = dp[:, :, None, None] / max(height * width, 1)
+    dx = dkernel = None
     with without_autocast(x):
-        coverage = _in_layout_of(x, tap_coverage(kernel, tap_spacing, height, width))
-        dx, dcoverage = torch.empty_like(x, memory_format=memory_format(x)), torch.zeros_like(coverage)
-        for n, dmean in enumerate(dp[:, :, None, None] / max(height * width, 1)):
-            torch.mul(coverage, dmean, out=dx[n])
-            dcoverage += x[n] * dmean
-        return dx, tap_coverage_backward(dcoverage, tap_spacing, kernel.shape[-1]).contiguous()
+        if with_x:
+            coverage = _in_layout_of(x, tap_coverage(kernel, tap_spacing, height, width))
+            dx = torch.empty_like(x, memory_format=memory_format(x))
+            for n, dmean in enumerate(dmeans):
+                torch.mul(coverage, dmean, out=dx[n])
+        if with_kernel:
+            dcoverage = _in_layout_of(x, dp.new_zeros(x.shape[1:]))
+            for n, dmean in enumerate(dmeans):
+                dcoverage += x[n] * dmean
+            dkernel = tap_coverage_backward(dcoverage, tap_spacing, kernel.shape[-1]).contiguous()
+    return dx, dkernel
 
 
 def merged_convolution(
@@ -46,16 +55,20 @@ def merged_convolution(
 
 
 def merged_convolution_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `x`, `alpha`, `stacked_kernels` and `merged_bias`."""
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of `x`, and of `alpha`, `stacked_kernels` and `merged_bias`; None if not asked for."""
     h, dh = upcast(x), upcast(dy.contiguous(memory_format=memory_format(x)))
+    dx = dalpha = dstacked = dbias = None
     with without_autocast(x):
-        dx = _convolve(dh, merge_kernels(alpha, stacked_kernels).flip(-2, -1), None, tap_spacing)
-        dmerged = _correlate(h, dh, stacked_kernels.shape[-1], tap_spacing)
-        dalpha = torch.stack([(dmerged * kernel).sum(dim=(2, 3)) for kernel in stacked_kernels], dim=1)
-        dstacked = torch.stack([(dmerged * weight[..., None, None]).sum(dim=0) for weight in alpha.unbind(1)])
-    return as_input(dx, x), dalpha, dstacked, dh.sum(dim=(2, 3))
+        if with_x:
+            dx = as_input(_convolve(dh, merge_kernels(alpha, stacked_kernels).flip(-2, -1), None, tap_spacing), x)
+        if with_kernels:
+            dmerged = _correlate(h, dh, stacked_kernels.shape[-1], tap_spacing)
+            dalpha = torch.stack([(dmerged * kernel).sum(dim=(2, 3)) for kernel in stacked_kernels], dim=1)
+            dstacked = torch.stack([(dmerged * weight[..., None, None]).sum(dim=0) for weight in alpha.unbind(1)])
+            dbias = dh.sum(dim=(2, 3))
+    return dx, dalpha, dstacked, dbias
 
 
 def _convolve(x: Tensor, merged_kernels: Tensor, merged_bias: Tensor | None, tap_spacing: int) -> Tensor:

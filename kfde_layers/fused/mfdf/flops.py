@@ -15,9 +15,11 @@ def mean_of_convolution(x: Shape, kernel: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(x)
 
 
-def mean_of_convolution_backward(dp: Shape, x: Shape, kernel: Shape, *_: Any, **__: Any) -> int:
+def mean_of_convolution_backward(
+    dp: Shape, x: Shape, kernel: Shape, tap_spacing: int, with_x: bool, with_kernel: bool, **__: Any
+) -> int:
     """Count the gradients of `x` and of the taps."""
-    return 4 * prod(x)
+    return 2 * prod(x) * (with_x + with_kernel)
 
 
 def merged_convolution(x: Shape, alpha: Shape, stacked_kernels: Shape, *_: Any, **__: Any) -> int:
@@ -25,9 +27,19 @@ def merged_convolution(x: Shape, alpha: Shape, stacked_kernels: Shape, *_: Any, 
     return _convolution(x, stacked_kernels) + _merging(alpha, stacked_kernels)
 
 
-def merged_convolution_backward(dy: Shape, x: Shape, alpha: Shape, stacked_kernels: Shape, *_: Any, **__: Any) -> int:
-    """Count the gradients of `x`, of the merged kernels, of `alpha` and of `stacked_kernels`; they are merged again."""
-    return 2 * _convolution(x, stacked_kernels) + 3 * _merging(alpha, stacked_kernels)
+def merged_convolution_backward(
+    dy: Shape,
+    x: Shape,
+    alpha: Shape,
+    stacked_kernels: Shape,
+    tap_spacing: int,
+    with_x: bool,
+    with_kernels: bool,
+    **__: Any,
+) -> int:
+    """Count the gradient of `x`, for which kernels are merged again; and those of merged kernels and their parts."""
+    convolution, merging = _convolution(x, stacked_kernels), _merging(alpha, stacked_kernels)
+    return with_x * (convolution + merging) + with_kernels * (convolution + 2 * merging)
 
 
 def _convolution(x: Shape, stacked_kernels: Shape) -> int:

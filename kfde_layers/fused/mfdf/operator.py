@@ -18,6 +18,7 @@ from kfde_layers._impl import transforming
 from kfde_layers.fused.batching import batch_one_by_one, batch_over_samples
 from kfde_layers.fused.mfdf import cpu, flops
 from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels, stack_kernels
+from kfde_layers.fused.needed import drop, fill
 from kfde_layers.fused.second_order import differentiable_gradients
 from kfde_layers.fused.transforms import Rules, apply_transformed
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast, without_autocast
@@ -62,9 +63,16 @@ def mean_of_convolution(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
     return cpu.mean_of_convolution(x, kernel, tap_spacing)
 
 
-@torch.library.custom_op("kfde::mean_of_convolution_backward", mutates_args=(), device_types="cpu")
-def _mean_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
-    return cpu.mean_of_convolution_backward(dp, x, kernel, tap_spacing)
+@torch.library.custom_op(
+    "kfde::mean_of_convolution_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dp, Tensor x, Tensor kernel, int tap_spacing, bool with_x, bool with_kernel) -> (Tensor, Tensor)",
+)
+def _mean_backward(
+    dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int, with_x: bool, with_kernel: bool
+) -> tuple[Tensor, ...]:
+    return fill(x, cpu.mean_of_convolution_backward(dp, x, kernel, tap_spacing, with_x, with_kernel))
 
 
 @torch.library.custom_op("kfde::merged_convolution", mutates_args=(), device_types="cpu")
@@ -75,11 +83,18 @@ def merged_convolution(
     return cpu.merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
 
 
-@torch.library.custom_op("kfde::merged_convolution_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "kfde::merged_convolution_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dy, Tensor x, Tensor alpha, Tensor stacked_kernels, int tap_spacing, bool with_x, "
+    "bool with_kernels) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _merged_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return cpu.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing)
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+) -> tuple[Tensor, ...]:
+    gradients = cpu.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing, with_x, with_kernels)
+    return fill(x, gradients)
 
 
 def _mean_on_cuda(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
@@ -88,10 +103,12 @@ def _mean_on_cuda(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
     return launch_mean(dense(x), kernel, tap_spacing)
 
 
-def _mean_backward_on_cuda(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
+def _mean_backward_on_cuda(
+    dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int, with_x: bool, with_kernel: bool
+) -> tuple[Tensor, ...]:
     from kfde_layers.fused.mfdf.cuda.launch import launch_mean_backward
 
-    return launch_mean_backward(dp, dense(x), kernel, tap_spacing)
+    return fill(x, launch_mean_backward(dp, dense(x), kernel, tap_spacing, with_x, with_kernel))
 
 
 def _merged_on_cuda(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int) -> Tensor:
@@ -101,12 +118,12 @@ def _merged_on_cuda(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bi
 
 
 def _merged_backward_on_cuda(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+) -> tuple[Tensor, ...]:
     from kfde_layers.fused.mfdf.cuda.launch import launch_merged_backward
 
     dy = dy.contiguous(memory_format=memory_format(x))
-    return launch_merged_backward(dy, dense(x), alpha, stacked_kernels, tap_spacing)
+    return fill(x, launch_merged_backward(dy, dense(x), alpha, stacked_kernels, tap_spacing, with_x, with_kernels))
 
 
 torch.library.register_kernel(mean_of_convolution, "cuda", _mean_on_cuda)
@@ -125,8 +142,10 @@ def _fake_mean(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
 
 
 @_mean_backward.register_fake
-def _fake_mean_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
-    return _fake_map(x), kernel.new_empty(kernel.shape)
+def _fake_mean_backward(
+    dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int, with_x: bool, with_kernel: bool
+) -> tuple[Tensor, ...]:
+    return fill(x, (_fake_map(x) if with_x else None, kernel.new_empty(kernel.shape) if with_kernel else None))
 
 
 @merged_convolution.register_fake
@@ -136,10 +155,13 @@ def _fake_merged(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias:
 
 @_merged_backward.register_fake
 def _fake_merged_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+) -> tuple[Tensor, ...]:
+    dx = _fake_map(x) if with_x else None
+    if not with_kernels:
+        return fill(x, (dx, None, None, None))
     dalpha, dstacked = alpha.new_empty(alpha.shape), stacked_kernels.new_empty(stacked_kernels.shape)
-    return _fake_map(x), dalpha, dstacked, alpha.new_empty(x.shape[:2])
+    return fill(x, (dx, dalpha, dstacked, alpha.new_empty(x.shape[:2])))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,14 +188,18 @@ def _mean_gradients(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
         return *differentiable_gradients(partial(_mean_equations, ctx.tap_spacing), tensors, dp), None
-    return *torch.ops.kfde.mean_of_convolution_backward(dp, *tensors, ctx.tap_spacing), None
+    with_x, with_kernel, _ = ctx.needs_input_grad
+    found = torch.ops.kfde.mean_of_convolution_backward(dp, *tensors, ctx.tap_spacing, with_x, with_kernel)
+    return *drop(ctx, found), None
 
 
 def _merged_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
         return *differentiable_gradients(partial(_merged_equations, ctx.tap_spacing), tensors, dy), None
-    return *torch.ops.kfde.merged_convolution_backward(dy, *tensors[:3], ctx.tap_spacing), None
+    with_x, *with_others = ctx.needs_input_grad
+    found = torch.ops.kfde.merged_convolution_backward(dy, *tensors[:3], ctx.tap_spacing, with_x, any(with_others))
+    return *drop(ctx, found), None
 
 
 def _mean_rules(tap_spacing: int) -> Rules:
@@ -181,7 +207,7 @@ def _mean_rules(tap_spacing: int) -> Rules:
         return (torch.ops.kfde.mean_of_convolution(x, kernel, tap_spacing),)
 
     def backward(dp: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
-        return torch.ops.kfde.mean_of_convolution_backward(dp, x, kernel, tap_spacing)
+        return torch.ops.kfde.mean_of_convolution_backward(dp, x, kernel, tap_spacing, True, True)
 
     return Rules(forward, backward, partial(_mean_equations, tap_spacing))
 
@@ -191,7 +217,7 @@ def _merged_rules(tap_spacing: int) -> Rules:
         return (torch.ops.kfde.merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing),)
 
     def backward(dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-        return torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing)
+        return torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing, True, True)
 
     return Rules(forward, backward, partial(_merged_equations, tap_spacing))
 

@@ -69,19 +69,21 @@ def launch_backward(
     mean: Tensor,
     m2: Tensor,
     options: CsfeOptions,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    with_x: bool,
+    with_parameters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Find the gradients of what `launch_forward` computes, from its arguments and its moments.
 
     Returns:
-        The gradients of `x`, `weight` and `bias` in their dtypes, that of `x` also in its memory format; None without
-        `weight` and `bias`.
+        The gradients of `x`, and of `weight` and `bias`, that are asked for, in their dtypes, that of `x` also in its
+        memory format; None for the others.
     """
     channels_last = x.stride(1) == 1
     x, dy = _as_map(x, channels_last), _as_map(dy, channels_last)
     weight, bias = _as_vector(weight), _as_vector(bias)
     batch, channels, height, width = x.shape
     hw = height * width
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if with_x else None
     if x.numel() == 0:
         dweight, dbias = (None if parameter is None else torch.zeros_like(parameter) for parameter in (weight, bias))
         return dx, dweight, dbias
@@ -91,24 +93,26 @@ def launch_backward(
         cfe_sums = sfe_sums = None
         if weight is not None:
             cfe_sums = x.new_empty((2, batch, sums.chunks, channels), dtype=torch.float32)
-        if options.with_sfe:
+        with_sfe = options.with_sfe and with_x  # the parameters' gradients need the sums of CFE alone
+        if with_sfe:
             sfe_sums = x.new_empty((2, batch, sums.chunks, channels), dtype=torch.float32)
         csfe_sums_kernel[sums.grid(batch, (channels + 1) // 2)](
             dy, x, weight, bias, mean, m2, *_pair(cfe_sums), *_pair(sfe_sums),
             hw // constants["HW_UNIT"], sums.chunk, *_numbers(options, hw),
-            **constants, WITH_SFE=options.with_sfe,
+            **constants, WITH_SFE=with_sfe,
             **group_sizes(channels, options.num_groups, sums.block_c), **sums.options(),
         )  # fmt: skip
         if sums.chunks > 1:
             cfe_sums = None if cfe_sums is None else cfe_sums.sum(2, keepdim=True)
             sfe_sums = None if sfe_sums is None else sfe_sums.sum(2, keepdim=True)
-        csfe_backward_kernel[backward.grid(batch, (channels + 1) // 2)](
-            dy, x, dx, weight, bias, mean, m2, *_pair(cfe_sums), *_pair(sfe_sums),
-            hw // constants["HW_UNIT"], backward.chunk, *_numbers(options, hw),
-            **constants, WITH_SFE=options.with_sfe,
-            **group_sizes(channels, options.num_groups, backward.block_c), **backward.options(),
-        )  # fmt: skip
-        if weight is None or bias is None or cfe_sums is None:
+        if dx is not None:
+            csfe_backward_kernel[backward.grid(batch, (channels + 1) // 2)](
+                dy, x, dx, weight, bias, mean, m2, *_pair(cfe_sums), *_pair(sfe_sums),
+                hw // constants["HW_UNIT"], backward.chunk, *_numbers(options, hw),
+                **constants, WITH_SFE=options.with_sfe,
+                **group_sizes(channels, options.num_groups, backward.block_c), **backward.options(),
+            )  # fmt: skip
+        if weight is None or bias is None or cfe_sums is None or not with_parameters:
             return dx, None, None
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         dz, dzx = cfe_sums.sum((1, 2)).unbind()

@@ -40,11 +40,13 @@ def launch_mean(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
         return p.sum(1) if tiling.chunks > 1 else p[:, 0]
 
 
-def launch_mean_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `x`, in its dtype and memory format, and of `kernel`."""
+def launch_mean_backward(
+    dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int, with_x: bool, with_kernel: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `x`, in its dtype and memory format, and of `kernel` that are asked for, else None."""
     channels_last = x.stride(1) == 1
     batch, channels, height, width = x.shape
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if with_x else None
     if x.numel() == 0:
         return dx, kernel.new_zeros(kernel.shape)
     constants = sizes(channels, height * width, channels_last)
@@ -55,7 +57,7 @@ def launch_mean_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int
     parts = max(min(FILL // tiles, batch // SAMPLES), 1)
     samples = triton.cdiv(batch, parts)
     parts = triton.cdiv(batch, samples)
-    dcoverage = kernel.new_empty((parts, channels * hw))
+    dcoverage = kernel.new_empty((parts, channels * hw)) if with_kernel else None
     with torch.cuda.device_of(x):
         table, columns = _coverage(kernel, tap_spacing, height, width)
         mfdf_mean_backward_kernel[(tiles, parts)](
@@ -63,6 +65,8 @@ def launch_mean_backward(dp: Tensor, x: Tensor, kernel: Tensor, tap_spacing: int
             hw // constants["HW_UNIT"], columns, samples,
             **constants, SIZE=size, SPACING=tap_spacing, **tiling.options(),
         )  # fmt: skip
+        if dcoverage is None:
+            return dx, None
         block_c = min(triton.next_power_of_2(channels), 32)
         blocks = triton.cdiv(channels, block_c)
         window = {"C": channels, "SIZE": size, "SPACING": tap_spacing, "BLOCK_C": block_c, "num_warps": WARPS}
@@ -102,9 +106,11 @@ def launch_merged(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias
 
 
 def launch_merged_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of `x` (in its dtype and memory format), `alpha`, `stacked_kernels` and `merged_bias`.
+
+    That of `x` and the others are None if they are not asked for.
 
     The gradient of the merged taps is written to memory for some samples at a time. The gradient of `alpha` sums it
     over the taps and that of `stacked_kernels` over the samples; no program has both.
@@ -112,11 +118,17 @@ def launch_merged_backward(
     channels_last = x.stride(1) == 1
     batch, channels, height, width = x.shape
     branches, size = stacked_kernels.shape[0], stacked_kernels.shape[-1]
-    dx, dalpha = torch.empty_like(x), alpha.new_empty(alpha.shape)
-    dstacked, dbias = stacked_kernels.new_zeros(stacked_kernels.shape), alpha.new_empty((batch, channels))
+    dx = torch.empty_like(x) if with_x else None
+    alpha, taps = alpha.contiguous(), _taps_first(stacked_kernels)
+    if dx is not None and x.numel():
+        with torch.cuda.device_of(x):
+            _convolve(dy, alpha, taps.flip(1), None, dx, tap_spacing)
+    if not with_kernels:
+        return dx, None, None, None
+    dalpha, dbias = alpha.new_empty(alpha.shape), alpha.new_empty((batch, channels))
+    dstacked = stacked_kernels.new_zeros(stacked_kernels.shape)
     if x.numel() == 0:
         return dx, dalpha, dstacked, dbias
-    alpha, taps = alpha.contiguous(), _taps_first(stacked_kernels)
     squares = triton.cdiv(size, UNROLLED)
     side = triton.cdiv(size, squares)
     cut = cut_into_strips(
@@ -130,7 +142,6 @@ def launch_merged_backward(
     blocks = triton.cdiv(channels, block_c)
     options = {"C": channels, "BLOCK_C": block_c, "num_warps": WARPS}
     with torch.cuda.device_of(x):
-        _convolve(dy, alpha, taps.flip(1), None, dx, tap_spacing)
         for start in range(0, batch, samples):
             chunk = slice(start, start + samples)
             count = len(alpha[chunk])

@@ -145,7 +145,10 @@ def mfdf_mean_backward_kernel(
     BLOCK_HW: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Find the gradient of x on one tile of the positions, and the sum of dp times x over `samples` samples."""
+    """Find the gradient of x on one tile of the positions, and the sum of dp times x over `samples` samples.
+
+    A pointer that is None leaves out what it would get.
+    """
     hw = hw_units * HW_UNIT  # a product, so that the compiler knows what divides it
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     start = tl.program_id(0) // BLOCKS * BLOCK_HW
@@ -153,18 +156,23 @@ def mfdf_mean_backward_kernel(
     p = start + tl.arange(0, BLOCK_HW)
     c = first + tl.arange(0, BLOCK_C)
     mask = (p < hw)[:, None] & (c < C)[None, :]
-    coverage = _coverage_of(table_ptr, p, c, mask, height, width, columns, C, SIZE, SPACING)
     offsets = tile(hw, C, CHANNELS_LAST, BLOCK_HW, BLOCK_C)
+    coverage = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    if dx_ptr is not None:
+        coverage = _coverage_of(table_ptr, p, c, mask, height, width, columns, C, SIZE, SPACING)
     dcoverage = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     part = tl.program_id(1)
     for s in tl.range(0, tl.minimum(batch - part * samples, samples), num_stages=STAGES):
         n = part * samples + s
         at = address(n, first, 0, start, 1, hw, C, CHANNELS_LAST) + offsets
         dp = tl.load(dp_ptr + n * C + c, mask=c < C, other=0.0)[None, :]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dp * coverage, mask=mask)
-        dcoverage += dp * x
-    tl.store(dcoverage_ptr + address(part, first, 0, start, 1, hw, C, CHANNELS_LAST) + offsets, dcoverage, mask=mask)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + at, dp * coverage, mask=mask)
+        if dcoverage_ptr is not None:
+            dcoverage += dp * tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if dcoverage_ptr is not None:
+        out = address(part, first, 0, start, 1, hw, C, CHANNELS_LAST)
+        tl.store(dcoverage_ptr + out + offsets, dcoverage, mask=mask)
 
 
 @triton.jit

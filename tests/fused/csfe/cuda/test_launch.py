@@ -219,3 +219,22 @@ def test_an_unwritten_element_is_seen(monkeypatch):
     monkeypatch.setattr(tiling, "cut_into_tiles", one_chunk_less)
     with pytest.raises(AssertionError, match="error nan"):
         check("cfe", random_tensor(1, 2, 23, 29), 1)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("with_x", "with_parameters"), [(False, True), (True, False)])
+def test_only_the_gradients_that_are_asked_for(operator, with_x, with_parameters):
+    x = random_tensor(2, 10, 5, 7, device=DEVICE)
+    weight, bias = (parameter.to(DEVICE) for parameter in random_affine(10, seed=1))
+    parameters = (None, None) if operator == "sfe" else (weight, bias)
+    options = CsfeOptions(2, with_sfe=operator != "cfe")
+    dy = random_tensor(2, 10, 5, 7, seed=2, device=DEVICE)
+    _, mean, m2 = launch.launch_forward(x, *parameters, options)
+    everything = launch.launch_backward(dy, x, *parameters, mean, m2, options, True, True)
+    some = launch.launch_backward(dy, x, *parameters, mean, m2, options, with_x, with_parameters)
+    wanted = (with_x, *[with_parameters and operator != "sfe"] * 2)
+    for asked, gradient, expected in zip(wanted, some, everything, strict=True):
+        if asked:
+            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+        else:
+            assert gradient is None

@@ -40,9 +40,9 @@ def launch_mfdf(shape, layout, dtype, branches=4, size=7, tap_spacing=1):
     stacked_kernels = torch.empty((branches, channels, size, size), device="meta")
     alpha, p = torch.empty((batch, branches, channels), device="meta"), torch.empty((batch, channels), device="meta")
     launch.launch_mean(x, stacked_kernels[0], tap_spacing)
-    launch.launch_mean_backward(p, x, stacked_kernels[0], tap_spacing)
+    launch.launch_mean_backward(p, x, stacked_kernels[0], tap_spacing, True, True)
     launch.launch_merged(x, alpha, stacked_kernels, p, tap_spacing)
-    launch.launch_merged_backward(x, x, alpha, stacked_kernels, tap_spacing)
+    launch.launch_merged_backward(x, x, alpha, stacked_kernels, tap_spacing, True, True)
 
 
 def loop_bodies(code):

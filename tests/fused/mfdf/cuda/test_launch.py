@@ -97,3 +97,19 @@ def test_strips_waste_little_and_occupy_the_machine(shape, layout):
     assert cut.across * cut.block_p * cut.segment <= width * 8 / 7
     warps = batch * triton.cdiv(channels, cut.block_c) * cut.parts() * cut.block_p * cut.block_c / 32
     assert warps >= (2000 if batch > 1 else 200)
+
+
+@pytest.mark.parametrize(("with_x", "with_kernels"), [(False, True), (True, False)])
+def test_only_the_gradients_that_are_asked_for(with_x, with_kernels):
+    dy, x, dp = (draw(*shape, seed=seed) for seed, shape in enumerate([(2, 6, 5, 7), (2, 6, 5, 7), (2, 6)]))
+    alpha, kernels = draw(2, 3, 6, seed=3), draw(3, 6, 5, 5, seed=4)
+    for launcher, arguments, count in (
+        (launch.launch_mean_backward, (dp, x, kernels[0], 1), 2),
+        (launch.launch_merged_backward, (dy, x, alpha, kernels, 1), 4),
+    ):
+        everything, some = launcher(*arguments, True, True), launcher(*arguments, with_x, with_kernels)
+        for asked, gradient, expected in zip((with_x, *[with_kernels] * (count - 1)), some, everything, strict=True):
+            if asked:
+                torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+            else:
+                assert gradient is None
