@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # What the two families of fused implementations may import: never an operation, and never each other.
 _SHARED = (
     "kfde_layers.fused.batching",
+    "kfde_layers.fused.needed",
     "kfde_layers.fused.second_order",
     "kfde_layers.fused.transforms",
     "kfde_layers.ops.gate",

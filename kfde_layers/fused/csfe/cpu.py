@@ -7,6 +7,7 @@ variance is computed in two steps. `sigmoid_backward` is the whole gradient of a
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,9 +66,8 @@ def backward(
     """Return the gradients of `x`, and of `weight` and `bias`, that are asked for, and None for the others.
 
     `dy` has the strides of the dense `x`. Pass 1 writes the direct gradient of each element and sums the gradients of
-    the moments. Pass 2 adds the gradient that returns through the moments: `u_slope * u + constant`, per channel. `de`
-    is the gradient of eq. (8) times the factor of u squared there: without it, a sum could overflow. The gradients of
-    the parameters need only the sums of `dz` and `dz u`.
+    the moments. Pass 2 adds the gradient that returns through the moments: `u_slope * u + constant`, per channel. The
+    gradients of the parameters need the sums alone.
     """
     dx = torch.empty_like(x, dtype=moments.mean.dtype) if with_x else None
     parts = 1 if weight is None else 2
@@ -75,7 +75,47 @@ def backward(
     gradients = None if dx is None else _parted(dx, parts)
     gates = _Gates(moments, weight, bias, options)
     blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
-    dz, dzu, deu, deuu = moments.mean.new_zeros((4, *gates.mean.shape))  # sums of dz, dz u, de u, de u^2
+    sums = _first_pass(values, upstreams, gradients, blocks, gates, options)
+    sums = _Sums(*(total.view_as(moments.mean) for total in sums))
+    dweight = dbias = None
+    if weight is not None and bias is not None and with_parameters:
+        dweight, dbias = _parameter_gradients(sums, moments, weight, bias, options)
+    if dx is None or gradients is None:
+        return None, dweight, dbias
+    u_slope, constant = map(gates.parted, _through_moments(sums, moments, weight, bias, options))
+    for block, (u, x_buffer, *_) in blocks:
+        channels = _channels(block)
+        gates.deviations(_upcast(values[block], x_buffer), block, out=u)
+        gradients[block].add_(u.mul_(u_slope[channels]).add_(constant[channels]))
+    return dx.to(x.dtype), dweight, dbias
+
+
+class _Sums(NamedTuple):
+    """Sums over the positions of each channel. dz is the gradient of z, the logit of eq. (2), times the upstream.
+
+    de is the gradient of eq. (8) times the factor of u squared there: without it, a sum could overflow.
+    """
+
+    dz: Tensor
+    """Sum of dz."""
+    dzu: Tensor
+    """Sum of dz u."""
+    deu: Tensor
+    """Sum of de u."""
+    deuu: Tensor
+    """Sum of de u squared."""
+
+
+def _first_pass(
+    values: Tensor,
+    upstreams: Tensor,
+    gradients: Tensor | None,
+    blocks: "_Blocks",
+    gates: "_Gates",
+    options: CsfeOptions,
+) -> _Sums:
+    """Write the direct gradient of each element to `gradients`, unless that is None, and return the sums."""
+    sums = _Sums(*gates.mean.new_zeros((4, *gates.mean.shape)))
     for block, (u, keep, weak, is_open, upstream, scratch, x_buffer, dy_buffer, _) in blocks:
         channels = _channels(block)
         x_block = _upcast(values[block], x_buffer)
@@ -85,82 +125,62 @@ def backward(
         dx_block = None if gradients is None else gradients[block].zero_()
         gates.deviations(x_block, block, out=u)
         keep.zero_()
-        if dx_block is not None and options.with_sfe:
+        if options.with_sfe and dx_block is not None:
             gates.spatial(u, block, out=keep)
             torch.mul(x_block, dy_block, out=upstream)
             _sigmoid_backward(upstream, keep, grad_input=upstream).mul_(gates.root[channels].square()).mul_(u)  # de u
-            deu[channels] += upstream.sum(dim=3, keepdim=True)
+            sums.deu[channels].add_(upstream.sum(dim=3, keepdim=True))
             dx_block.add_(upstream, alpha=2)
-            deuu[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
-        if weight is not None:
+            sums.deuu[channels].add_(upstream.mul_(u).sum(dim=3, keepdim=True))
+        if gates.with_cfe:
             gates.channel(u, block, is_open, out=weak)
             dy_sum = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
             torch.mul(x_block, dy_sum[:, None], out=upstream)
-            _sigmoid_backward(
-                upstream, weak, grad_input=upstream
-            )  # dz; where the gate is open, weak is 0, and so is dz
-            dz[channels] += upstream.sum(dim=3, keepdim=True)
+            # dz; where the gate is open, weak is 0, and so is dz.
+            _sigmoid_backward(upstream, weak, grad_input=upstream)
+            sums.dz[channels].add_(upstream.sum(dim=3, keepdim=True))
             if dx_block is not None:
                 keep.add_(weak).add_(is_open)
                 dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
                 dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
                 dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
-            dzu[channels] += upstream.mul_(u).sum(dim=3, keepdim=True)
+            sums.dzu[channels].add_(upstream.mul_(u).sum(dim=3, keepdim=True))
         if dx_block is not None:
             dx_block.addcmul_(dy_block, keep)
-
-    dz, dzu, deu, deuu = (total.view_as(moments.mean) for total in (dz, dzu, deu, deuu))
-    dweight = dbias = None
-    if weight is not None and bias is not None and with_parameters:
-        dweight, dbias = _parameter_gradients(dz, dzu, moments, weight, bias, options)
-    if dx is None or gradients is None:
-        return None, dweight, dbias
-    u_slope, constant = map(gates.parted, _through_moments(dz, dzu, deu, deuu, moments, weight, bias, options))
-    for block, (u, x_buffer, *_) in blocks:
-        channels = _channels(block)
-        gates.deviations(_upcast(values[block], x_buffer), block, out=u)
-        gradients[block].add_(u.mul_(u_slope[channels]).add_(constant[channels]))
-    return dx.to(x.dtype), dweight, dbias
+    return sums
 
 
 def _through_moments(
-    dz: Tensor,
-    dzu: Tensor,
-    deu: Tensor,
-    deuu: Tensor,
-    moments: Moments,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    options: CsfeOptions,
+    sums: _Sums, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return slope and constant of the second pass from the sums over each channel."""
-    n = moments.n
-    u_slope, constant = torch.zeros_like(dz), torch.zeros_like(dz)
+    """Return slope and constant of the second pass."""
+    n, dtype = moments.n, moments.mean.dtype
+    u_slope, constant = torch.zeros_like(moments.mean), torch.zeros_like(moments.mean)
     if options.with_sfe:
-        u_slope -= 8 * spatial_root(moments, options).square() * deuu / max(n - options.correction, 1)
-        constant -= 2 * deu / n
+        u_slope -= 8 * spatial_root(moments, options).square() * sums.deuu / max(n - options.correction, 1)
+        constant -= 2 * sums.deu / n
     if weight is not None and bias is not None:
-        gamma = weight.to(dz.dtype)
-        gate = channel_gate(moments, gamma, bias.to(dz.dtype), options)
+        gamma = weight.to(dtype)
+        gate = channel_gate(moments, gamma, bias.to(dtype), options)
 
         def group_mean(total: Tensor) -> Tensor:
             """Return the mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
             grouped = (gamma * gate.w_gamma * total).unflatten(1, (options.num_groups, -1))
             return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1) / n
 
-        moment_slope = gate.inverse_std.square() * group_mean(_times_normalized(dz, dzu, gate))
+        moment_slope = gate.inverse_std.square() * group_mean(_times_normalized(sums, gate))
         u_slope -= moment_slope
-        constant -= gate.inverse_std * group_mean(dz) + moment_slope * gate.mean_offset
+        constant -= gate.inverse_std * group_mean(sums.dz) + moment_slope * gate.mean_offset
     return u_slope, constant
 
 
 def _parameter_gradients(
-    dz: Tensor, dzu: Tensor, moments: Moments, weight: Tensor, bias: Tensor, options: CsfeOptions
+    sums: _Sums, moments: Moments, weight: Tensor, bias: Tensor, options: CsfeOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gamma and beta from the sums over each channel."""
-    gamma, beta = weight.to(dz.dtype), bias.to(dz.dtype)
+    """Return the gradients of gamma and beta."""
+    gamma, beta = weight.to(moments.mean.dtype), bias.to(moments.mean.dtype)
     gate = channel_gate(moments, gamma, beta, options)
-    dzx_total, dz_total = _times_normalized(dz, dzu, gate).sum(dim=0), dz.sum(dim=0)
+    dzx_total, dz_total = _times_normalized(sums, gate).sum(dim=0), sums.dz.sum(dim=0)
     dw_gamma = gamma * dzx_total + beta * dz_total
     gamma_sum = gamma.sum()
     divisor = away_from_zero(gamma_sum)
@@ -169,16 +189,17 @@ def _parameter_gradients(
     return dweight, (gate.w_gamma * dz_total).to(bias.dtype)
 
 
-def _times_normalized(dz: Tensor, dzu: Tensor, gate: ChannelGate) -> Tensor:
+def _times_normalized(sums: _Sums, gate: ChannelGate) -> Tensor:
     """Return the sum of dz times the normalised map."""
-    return gate.inverse_std * (dzu + gate.mean_offset * dz)
+    return gate.inverse_std * (sums.dzu + gate.mean_offset * sums.dz)
 
 
 class _Gates:
     """Both gates on blocks of deviations u from the channels' means."""
 
     def __init__(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> None:
-        self._parts = 1 if weight is None else 2
+        self.with_cfe = weight is not None
+        self._parts = 2 if self.with_cfe else 1
         self.mean, self.mean_low = self.parted(moments.mean), self.parted(moments.mean_low)
         self.beta = self.mean.new_tensor(options.beta)
         self.logit_threshold = logit(options.threshold)
