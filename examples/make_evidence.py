@@ -6,8 +6,8 @@
 
 `paper` is the three tables of the paper, `paper-*.yaml`, each with the images divided by image and by case. It first
 prints how many runs that is, and after the first epoch how long they will take. The same command goes on after an
-interruption. `--shard 1/3`, `2/3` and `3/3` divide the runs among processes or machines that share the output folder;
-the one that ends last writes the tables.
+interruption. `--shard 1/3`, `2/3` and `3/3` divide the runs among machines that share the output folder. The one that
+ends last writes the tables, and keeps the results in its own checkout.
 
 A study whose name has "lite" in it starts from ImageNet weights: first run `examples/lite_weights.py 0
 weights/lite0.safetensors`, and the same for 1, in the folder where the study is started.
@@ -54,17 +54,17 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
     write_csv(path, list(table.values()))
 
 
-def keep_results(out: Path, folder: Path) -> None:
+def keep_results(args: argparse.Namespace, folder: Path) -> None:
     """Copy the results of a finished study, and keep its predictions.
 
     Args:
-        out: Folder of the study.
+        args: Flags of the study.
         folder: Folder that keeps the results.
     """
     folder.mkdir(exist_ok=True)
+    keep_predictions([run.output_dir for run in expand(args)], folder / "predictions.csv")
     for name in ("results.json", "results.csv", "results.md"):
-        write_atomically(folder / name, partial(shutil.copyfile, out / name))
-    keep_predictions(sorted((out / "runs").iterdir()), folder / "predictions.csv")
+        write_atomically(folder / name, partial(shutil.copyfile, args.output_dir / name))
 
 
 def list_studies(study: str) -> dict[str, list[str]]:
@@ -82,38 +82,47 @@ def describe_plan(studies: dict[str, argparse.Namespace], left: Sequence[argpars
     """Say how many runs there are in all, and how many of them are left to this process."""
     lines = [f"{name}: {len(args.variants)} methods, {len(expand(args))} runs" for name, args in studies.items()]
     epochs = sum(run.epochs for run in left)
-    return "\n".join([*lines, f"left to this process: {len(left)} runs, {epochs} epochs; the first one will be timed"])
+    timed = "; the first epoch will be timed" if left else ""
+    return "\n".join([*lines, f"left to this process: {len(left)} runs, {epochs} epochs{timed}"])
+
+
+def is_main_process() -> bool:
+    """Return whether this process prints. `accelerate launch` sets both variables, other launchers `RANK` alone."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; a study that was interrupted goes on."""
-    parser = Parser(
-        description="Run a study of examples/evidence, or the paper's tables, and keep the results. Further flags are "
-        "those of train_breakhis.py."
-    )
-    parser.add_argument("study", choices=sorted([*(path.stem for path in STUDIES.glob("*.yaml")), "paper"]))
+    parser = Parser(description="Run a study of examples/evidence, or the paper's tables, and keep the results.")
+    single = {path.stem for path in STUDIES.glob("*.yaml")} - set(TABLES)
+    parser.add_argument("study", choices=sorted({*single, "paper"}))
     parser.add_argument("--data-dir", required=True, help="directory with the study's images")
     parser.add_argument("--output-dir", type=file_path, required=True, help="directory for the runs, in STUDY/")
-    known, further = parser.parse_known_args(argv)
-    common = ["--data-dir", known.data_dir, "--resume", *further]
+    parser.add_argument("--shard", default=None, help="I/N: do every N-th run only, from the I-th")
+    parser.add_argument("--num-workers", default=None, help="processes that load images")
+    parser.add_argument("--mixed-precision", default=None, help="precision of the forward pass: no, bf16 or fp16")
+    chosen = parser.parse_args(argv)
+    common = ["--data-dir", chosen.data_dir, "--resume"]
+    for flag in ("shard", "num_workers", "mixed_precision"):
+        if (value := getattr(chosen, flag)) is not None:
+            common += [f"--{flag.replace('_', '-')}", value]
     studies = {
-        name: parse_args([*flags, *common, "--output-dir", str(known.output_dir / name)])
-        for name, flags in list_studies(known.study).items()
+        name: parse_args([*flags, *common, "--output-dir", str(chosen.output_dir / name)])
+        for name, flags in list_studies(chosen.study).items()
     }
     from breakhis.runner import leave_processes, run, unfinished  # late, as in train_breakhis.py
+    from breakhis.training.resume import METRICS
     from breakhis.training.time_left import TimeLeft
 
-    main_process = os.environ.get("RANK", "0") == "0"
-    left = [run for args in studies.values() for run in unfinished(args)]
+    left = [left_run for args in studies.values() for left_run in unfinished(args)]
     time_left = TimeLeft(left)
-    if main_process:
+    if is_main_process():
         print(describe_plan(studies, left))
     for name, args in studies.items():
         run(args, time_left)
-        # Without the tables, other shards are not finished.
-        if main_process and (args.output_dir / "results.md").is_file():
-            keep_results(args.output_dir, STUDIES / name)
+        if is_main_process() and all((done.output_dir / METRICS).is_file() for done in expand(args)):
+            keep_results(args, STUDIES / name)
     leave_processes()
 
 

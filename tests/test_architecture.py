@@ -61,7 +61,12 @@ ALLOWED = {
         "kfde_layers.fused.maps",
         "triton",
     ),
-    "kfde_layers/fused/mfdf/cuda": ("kfde_layers.fused.mfdf.cuda", "kfde_layers.fused.maps", "triton"),
+    "kfde_layers/fused/mfdf/cuda": (
+        "kfde_layers.fused.mfdf.cuda",
+        "kfde_layers.fused.mfdf.asked",
+        "kfde_layers.fused.maps",
+        "triton",
+    ),
     "kfde_layers/fused/csfe": ("kfde_layers.fused.csfe", *_SHARED),
     "kfde_layers/fused/mfdf": ("kfde_layers.fused.mfdf", *_SHARED),
     "kfde_layers/fused/maps.py": ("triton",),

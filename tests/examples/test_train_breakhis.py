@@ -2,7 +2,9 @@
 
 import ast
 import json
+import logging
 import math
+import re
 
 import pytest
 from train_breakhis import main
@@ -91,10 +93,15 @@ def test_any_timm_model_trains_and_loads_again(model, flags, synthetic_tree, tmp
 
 
 def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, capsys):
+    caplog.set_level(logging.INFO, "breakhis")
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *TWO_EPOCHS, "--img-size", "32"]
     arguments += [*NARROW, "--ablation", "--folds", "0", "1", "--epochs", "1", "--resume"]
     runs = main(arguments)
     assert len(runs) == 8
+    assert [message for message in caplog.messages if message.startswith("at the speed of this epoch about ")]
+    started = [message for message in caplog.messages if message.startswith("run ")]
+    assert started[0] == "run 1 of 8: baseline-100X-fold0-seed0"
+    assert re.fullmatch(r"run 2 of 8: baseline-100X-fold1-seed0, about [\d:]+ left", started[1])
     tables = (tmp_path / "results.md").read_text()
     assert tables.strip() in capsys.readouterr().out
     caplog.clear()

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
 from kfde_layers.fused.mfdf import cpu
+from kfde_layers.fused.mfdf.asked import Asked
 from tests.support.inputs import draw
 
 SHAPES = [(1, 64, 56, 56), (3, 6, 7, 5), (2, 8, 1, 1)]
@@ -62,12 +63,17 @@ def test_the_formulas_are_those_of_the_steps_on_cpu():
     convolution, merging = 2 * x.numel() * 25, 2 * alpha.numel() * 25
     assert count(cpu.merged_convolution, x, alpha, kernels, bias, 1) in (convolution, convolution + merging)
     assert count(torch.ops.kfde.merged_convolution, x, alpha, kernels, bias, 1) == convolution + merging
-    steps = count(cpu.merged_convolution_backward, dy, x, alpha, kernels, 1, True, True)
+    steps = count(cpu.merged_convolution_backward, dy, x, alpha, kernels, 1, Asked())
     assert 2 * convolution <= steps <= 2 * convolution + merging
     backward = torch.ops.kfde.merged_convolution_backward
-    assert count(backward, dy, x, alpha, kernels, 1, True, True) == 2 * convolution + 3 * merging
-    assert count(backward, dy, x, alpha, kernels, 1, True, False) == convolution + merging
-    assert count(backward, dy, x, alpha, kernels, 1, False, True) == convolution + 2 * merging
+    for asked, expected in (
+        (Asked(), 2 * convolution + 3 * merging),
+        (Asked(alpha=False, kernels=False, bias=False), convolution + merging),
+        (Asked(x=False), convolution + 2 * merging),
+        (Asked(x=False, kernels=False), convolution + merging),
+        (Asked(x=False, alpha=False, kernels=False), 0),
+    ):
+        assert count(backward, dy, x, alpha, kernels, 1, *asked) == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -5,6 +5,8 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfde_layers import CFE, CSFE, MFDF, SFE
@@ -17,7 +19,7 @@ LAYERS = {
     "CSFE": lambda: CSFE(8, 2, impl="fused"),
     "CSFE, sfe_cfe": lambda: CSFE(8, 2, arrangement="sfe_cfe", impl="fused"),
     "MFDF": lambda: MFDF(8, impl="fused"),
-    "MFDF, biases": lambda: MFDF(8, bias=True, impl="fused"),
+    "MFDF, no biases": lambda: MFDF(8, bias=False, impl="fused"),
 }
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
@@ -27,12 +29,13 @@ class Asked(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: dict[str, tuple[bool, bool]] = {}
+        self.of: dict[str, tuple[bool, ...]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
         if name.startswith("kfde::") and name.endswith("_backward"):
-            self.of[name.removeprefix("kfde::")] = args[-2:]
+            flags = [argument.name for argument in func._schema.arguments].index("with_x")
+            self.of[name.removeprefix("kfde::")] = args[flags:]
         return func(*args, **(kwargs or {}))
 
 
@@ -78,22 +81,54 @@ def test_gates_ask_for_the_map_or_for_the_parameters(name):
 def test_branches_ask_for_the_map_or_for_the_kernels():
     make, layout = LAYERS["MFDF"], torch.contiguous_format
     mean, merged = "mean_of_convolution_backward", "merged_convolution_backward"
-    assert gradients(make, layout, True)[1] == {mean: (True, True), merged: (True, True)}
-    assert gradients(make, layout, False)[1] == {mean: (False, True), merged: (False, True)}
-    # The weights of the branches depend on the map, and so does the gradient of the map on that of these weights.
-    assert gradients(make, layout, True, ("",))[1] == {mean: (True, False), merged: (True, True)}
+    assert gradients(make, layout, True)[1] == {mean: (True, True), merged: (True, True, True, True)}
+    assert gradients(make, layout, False)[1] == {mean: (False, True), merged: (False, True, True, True)}
+    # The gradient of the map needs that of the branches' weights alpha, which depend on the map.
+    assert gradients(make, layout, True, ("",))[1] == {mean: (True, False), merged: (True, True, False, True)}
     # Only the fully connected layers are trained, on a frozen map by frozen branches.
-    assert gradients(make, layout, False, ("branches",))[1] == {merged: (False, True)}
+    assert gradients(make, layout, False, ("branches",))[1] == {merged: (False, True, False, True)}
+    without_biases = gradients(LAYERS["MFDF, no biases"], layout, True)[1]
+    assert without_biases == {mean: (True, True), merged: (True, True, True, False)}
 
 
-def test_gradients_that_nobody_asked_for_take_no_memory():
-    x, weight = draw(2, 8, 5, 7), draw(8)
-    options = CsfeOptions(2, with_sfe=True)
+def backward_calls():
+    """Return the arguments of each operator for a backward pass, and which of its flags each gradient depends on."""
+    x, dp, weight, options = draw(2, 8, 5, 7), draw(2, 8), draw(8), CsfeOptions(2, with_sfe=True)
     y, mean, m2 = torch.ops.kfde.csfe_fused(x, weight, weight, *options)
-    backward = torch.ops.kfde.csfe_fused_backward
-    for with_x, with_parameters in product((True, False), repeat=2):
-        found = backward(y, x, weight, weight, mean, m2, *options, with_x, with_parameters)
-        assert [gradient.numel() for gradient in found] == [560 * with_x, 8 * with_parameters, 8 * with_parameters]
+    alpha, kernels = draw(2, 3, 8), draw(3, 8, 5, 5)
+    return {
+        "csfe_fused_backward": ((y, x, weight, weight, mean, m2, *options), (0, 1, 1)),
+        "mean_of_convolution_backward": ((dp, x, kernels[0], 1), (0, 1)),
+        "merged_convolution_backward": ((x, x, alpha, kernels, 1), (0, 1, 2, 3)),
+    }
+
+
+@pytest.mark.parametrize("name", backward_calls())
+def test_gradients_that_nobody_asked_for_are_empty(name):
+    """So they are in the operator's fake form, which a compiler sees."""
+    arguments, flag_of = backward_calls()[name]
+    operator = getattr(torch.ops.kfde, name)
+    for flags in product((True, False), repeat=1 + max(flag_of)):
+        found = operator(*arguments, *flags)
+        assert [gradient.numel() > 0 for gradient in found] == [flags[flag] for flag in flag_of]
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            assert [fake.shape for fake in operator(*fakes, *flags)] == [gradient.shape for gradient in found]
+
+
+@pytest.mark.parametrize("name", backward_calls())
+def test_gradients_that_nobody_asked_for_take_no_steps(name):
+    arguments, flag_of = backward_calls()[name]
+    operator, count = getattr(torch.ops.kfde, name), 1 + max(flag_of)
+
+    def steps(*flags: bool) -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            operator(*arguments, *flags)
+        return sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::"))
+
+    everything = steps(*[True] * count)
+    for left_out in range(count):
+        assert steps(*(flag != left_out for flag in range(count))) < everything
 
 
 @each_layer

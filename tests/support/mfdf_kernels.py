@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfde_layers.fused.mfdf.asked import Asked
 from kfde_layers.fused.mfdf.cuda import launch
 from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels
 from kfde_layers.ops.formats import as_input, upcast
@@ -53,7 +54,7 @@ def run_merged(
     dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, bias: Tensor, tap_spacing: int
 ) -> list[Tensor]:
     y = launch.launch_merged(x, alpha, stacked_kernels, bias, tap_spacing)
-    return [y, *launch.launch_merged_backward(dy, x, alpha, stacked_kernels, tap_spacing, True, True)]
+    return [y, *launch.launch_merged_backward(dy, x, alpha, stacked_kernels, tap_spacing, Asked())]
 
 
 def assert_within_budget(

@@ -10,7 +10,10 @@ from breakhis.data.splits import Split
 
 
 def halve_tested_cases(split: Split) -> tuple[Split, list[Record]]:
-    """Test every second image of each case, by file name, from the first one on.
+    """Test every second image of each case, by its number at the end of the file name, from the first one on.
+
+    Images with the same number stay together: they can be the same field at two magnifications, or the same file under
+    two types, as the data set has them of slide 14-13412.
 
     Args:
         split: A split that has each case on one side.
@@ -18,14 +21,17 @@ def halve_tested_cases(split: Split) -> tuple[Split, list[Record]]:
     Returns:
         The split with half of its test images, and the other half.
     """
-    images: dict[str, list[Record]] = defaultdict(list)
+    numbers: dict[str, set[str]] = defaultdict(set)
     for record in split.test:
-        images[record.case_id].append(record)
-    ordered = [sorted(case, key=lambda record: record.path.name) for case in images.values()]
-    tested = {record.path for case in ordered for record in case[::2]}
-    kept = [record for record in split.test if record.path in tested]
-    others = [record for record in split.test if record.path not in tested]
+        numbers[record.case_id].add(_number(record))
+    tested = {case: set(sorted(found)[::2]) for case, found in numbers.items()}
+    kept = [record for record in split.test if _number(record) in tested[record.case_id]]
+    others = [record for record in split.test if _number(record) not in tested[record.case_id]]
     return replace(split, test=kept, protocol=f"{split.protocol}, half of each tested case"), others
+
+
+def _number(record: Record) -> str:
+    return record.path.stem.rpartition("-")[2]
 
 
 def leak_tested_cases(split: Split, others: Sequence[Record], task: str, seed: int) -> Split:

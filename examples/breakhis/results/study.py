@@ -59,15 +59,15 @@ def write_study(out: Path, folders: Sequence[Path]) -> str:
     runs = [read_metrics(folder, KEYS) for folder in folders]
     for run, folder in zip(runs, folders, strict=True):
         run["predictions"] = read_predictions(folder, run["classes"])
-    flags, first = runs[0]["flags"], next(iter(group_runs(runs, "variant", "magnification", "seed").values()))
+    flags = runs[0]["flags"]
+    if runs[0]["scored_on"] == "val":  # a choice of settings is no test, so its primary score gets no verdict
+        flags = flags | {"primary_score": None, "margin": None}
     results = {
         "dataset": runs[0]["dataset"],
         "synthetic": runs[0]["synthetic"],
         "task": runs[0]["task"],
         "classes": runs[0]["classes"],
         **{key: flags.get(key) for key in ("question", "primary_score", "margin")},
-        "n_shared": sum(run["n_shared"] for run in first),
-        "n_tested": sum(run["n_images"]["test"] for run in first),
         "cells": summarise_cells(runs),
         "intervals": compare_variants(runs),
     }
@@ -90,8 +90,9 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compute mean and standard deviation of each score over folds and seeds, by variant and magnification.
 
     Returns:
-        A cell for each: `variant`, `protocol`, `magnification`, `n_runs`, `n_cases` (distinct scored cases), and for
-        each score `mean` and `sd`. `sd` is None for a single run; both are None if no run has the score.
+        A cell for each: `variant`, `protocol`, `magnification`, `n_runs`, `n_cases` (distinct scored cases), `n_tested`
+        (test images of all folds) and `n_shared` (those of cases that training or validation has too), and for each
+        score `mean` and `sd`. `sd` is None for a single run; both are None if no run has the score.
     """
     cells = []
     for (variant, magnification), group in group_runs(runs, "variant", "magnification").items():
@@ -99,6 +100,9 @@ def summarise_cells(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         cell: dict[str, Any] = {"variant": variant, "protocol": group[0]["protocol_in_words"]}
         cell["magnification"] = magnification
         cell |= {"n_runs": len(group), "n_cases": len(tested)}
+        folds = next(iter(group_runs(group, "seed").values()))
+        cell["n_tested"] = sum(run["n_images"]["test"] for run in folds)
+        cell["n_shared"] = sum(run["n_shared"] for run in folds)
         for score in SCORES:
             values = [run[score] for run in group if run[score] is not None]
             cell[score] = {
@@ -210,9 +214,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"All folds together, {source}, {results['task']}, {protocols}; "
         "in brackets 95 % of the bootstrap over cases and seeds."
     )
-    if results["n_shared"]:
-        shared = f"{results['n_shared']} of {results['n_tested']}"
-        blocks[-1] += f" {shared} test images are of cases that training or validation has too."
+    blocks[-1] += _shared(cells)
     primary = results["primary_score"]
     if primary is not None:
         blocks[-1] += (
@@ -221,6 +223,19 @@ def markdown(results: dict[str, Any]) -> str:
     header = ["method", "score", "magnification", "value", f"less {variants[0]}", "over"]
     blocks.append(_table(header, [_interval_row(row, primary, results["margin"]) for row in intervals]))
     return "\n\n".join(blocks)
+
+
+def _shared(cells: Sequence[dict[str, Any]]) -> str:
+    """Say for each protocol how many test images are of cases that training or validation has too, if any are."""
+    arms = {cell["protocol"]: cell["variant"] for cell in reversed(cells)}  # the first variant of each protocol
+    sentences = []
+    for protocol, variant in reversed(arms.items()):
+        mine = [cell for cell in cells if cell["variant"] == variant]
+        shared, tested = (sum(cell[key] for cell in mine) for key in ("n_shared", "n_tested"))
+        if shared:
+            images = f"test images of the {protocol}" if len(arms) > 1 else "test images"
+            sentences.append(f" {shared} of {tested} {images} are of cases that training or validation has too.")
+    return "".join(sentences)
 
 
 def _interval_row(row: dict[str, Any], primary: str | None, margin: float | None) -> list[str]:

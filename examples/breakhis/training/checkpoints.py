@@ -175,11 +175,12 @@ def save_model(model: nn.Module, folder: Path, classes: Sequence[str], built: di
     part = folder / "part"
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
     config = {"label_names": list(classes)} | {key: built[key] for key in OWN_ENTRIES if key in built}
-    # safetensors takes contiguous tensors alone, and the weights of convolutions may be in channels_last.
-    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    if not all(tensor.is_contiguous() for tensor in model.state_dict().values()):
+        # safetensors takes contiguous tensors alone, and the weights of convolutions may be in channels_last.
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     try:
         save_for_hf(
-            contiguous, str(part), model_config=config, model_args=built.get("model_args", {}), safe_serialization=True
+            model, str(part), model_config=config, model_args=built.get("model_args", {}), safe_serialization=True
         )
         _name_classes_once(part / "config.json")
         # safetensors gives its file mode 0600. The other one was made with the mode that the user's umask gives.

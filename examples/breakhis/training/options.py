@@ -55,6 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _check_model(parser, model)
         _check_recipe(parser, model)
         args.variants[name]["checkpoint_sha256"] = model.checkpoint_sha256
+    _check_same_images(parser, models)
     if args.identity_start is not None and not any(m.insert or m.model.startswith("kfde_") for m in models.values()):
         parser.error("argument --identity-start: not allowed without blocks, by --insert or in a kfde_* model")
     if args.magnification is None:
@@ -150,6 +151,20 @@ def _check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.tested_cases != "whole" and (args.protocol, args.group_by) != ("patient", "case"):
         parser.error(
             f"argument --tested-cases: must be whole unless --protocol patient divides cases, got {args.tested_cases!r}"
+        )
+    if args.tested_cases != "whole" and args.score_on == "val":
+        parser.error(f"argument --tested-cases: must be whole with --score-on val, got {args.tested_cases!r}")
+
+
+def _check_same_images(parser: argparse.ArgumentParser, models: dict[str, argparse.Namespace]) -> None:
+    """Refuse variants that would be tested on other images than the first, with which they are compared."""
+    whole = {name: model.tested_cases == "whole" for name, model in models.items()}
+    if len(set(whole.values())) > 1:
+        first = next(iter(whole))
+        other = next(name for name in whole if whole[name] != whole[first])
+        parser.error(
+            "argument --tested-cases: must be whole for all variants or for none, so that they test the same images, "
+            f"got {models[first].tested_cases!r} for {first} and {models[other].tested_cases!r} for {other}"
         )
 
 

@@ -101,8 +101,8 @@ def _backward(
     x = dense(x)
     dy = dy.contiguous(memory_format=memory_format(x))
     if x.numel() == 0:
-        parameters = (tensor if tensor is None else torch.zeros_like(tensor) for tensor in (weight, bias))
-        return fill(x, (torch.zeros_like(x), *parameters))
+        asked = (x if with_x else None, *((weight, bias) if with_parameters else (None, None)))
+        return fill(x, (tensor if tensor is None else torch.zeros_like(tensor) for tensor in asked))
     moments = Moments(mean[:, 0], mean[:, 1], m2, x.shape[2] * x.shape[3])
     return fill(x, cpu.backward(dy, x, weight, bias, moments, CsfeOptions(*options), with_x, with_parameters))
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfde_layers.fused.mfdf.asked import Asked
 from kfde_layers.fused.mfdf.merging import convolve_each, merge_kernels, tap_coverage, tap_coverage_backward
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast, without_autocast
 
@@ -55,18 +56,21 @@ def merged_convolution(
 
 
 def merged_convolution_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, asked: Asked
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of `x`, and of `alpha`, `stacked_kernels` and `merged_bias`; None if not asked for."""
+    """Return the gradients of `x`, `alpha`, `stacked_kernels` and `merged_bias`; None for those not asked for."""
     h, dh = upcast(x), upcast(dy.contiguous(memory_format=memory_format(x)))
     dx = dalpha = dstacked = dbias = None
     with without_autocast(x):
-        if with_x:
+        if asked.x:
             dx = as_input(_convolve(dh, merge_kernels(alpha, stacked_kernels).flip(-2, -1), None, tap_spacing), x)
-        if with_kernels:
+        if asked.alpha or asked.kernels:
             dmerged = _correlate(h, dh, stacked_kernels.shape[-1], tap_spacing)
-            dalpha = torch.stack([(dmerged * kernel).sum(dim=(2, 3)) for kernel in stacked_kernels], dim=1)
-            dstacked = torch.stack([(dmerged * weight[..., None, None]).sum(dim=0) for weight in alpha.unbind(1)])
+            if asked.alpha:
+                dalpha = torch.stack([(dmerged * kernel).sum(dim=(2, 3)) for kernel in stacked_kernels], dim=1)
+            if asked.kernels:
+                dstacked = torch.stack([(dmerged * weight[..., None, None]).sum(dim=0) for weight in alpha.unbind(1)])
+        if asked.bias:
             dbias = dh.sum(dim=(2, 3))
     return dx, dalpha, dstacked, dbias
 

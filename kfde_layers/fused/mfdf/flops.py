@@ -33,13 +33,14 @@ def merged_convolution_backward(
     alpha: Shape,
     stacked_kernels: Shape,
     tap_spacing: int,
-    with_x: bool,
-    with_kernels: bool,
+    *asked: bool,
     **__: Any,
 ) -> int:
     """Count the gradient of `x`, for which kernels are merged again; and those of merged kernels and their parts."""
+    with_x, with_alpha, with_kernels, _ = asked
     convolution, merging = _convolution(x, stacked_kernels), _merging(alpha, stacked_kernels)
-    return with_x * (convolution + merging) + with_kernels * (convolution + 2 * merging)
+    of_kernels = convolution * (with_alpha or with_kernels) + merging * (with_alpha + with_kernels)
+    return with_x * (convolution + merging) + of_kernels
 
 
 def _convolution(x: Shape, stacked_kernels: Shape) -> int:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kfde_layers._impl import transforming
 from kfde_layers.fused.batching import batch_one_by_one, batch_over_samples
 from kfde_layers.fused.mfdf import cpu, flops
+from kfde_layers.fused.mfdf.asked import Asked
 from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels, stack_kernels
 from kfde_layers.fused.needed import drop, fill
 from kfde_layers.fused.second_order import differentiable_gradients
@@ -88,13 +89,12 @@ def merged_convolution(
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor dy, Tensor x, Tensor alpha, Tensor stacked_kernels, int tap_spacing, bool with_x, "
-    "bool with_kernels) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool with_alpha, bool with_kernels, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _merged_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, *asked: bool
 ) -> tuple[Tensor, ...]:
-    gradients = cpu.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing, with_x, with_kernels)
-    return fill(x, gradients)
+    return fill(x, cpu.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing, Asked(*asked)))
 
 
 def _mean_on_cuda(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
@@ -118,12 +118,12 @@ def _merged_on_cuda(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bi
 
 
 def _merged_backward_on_cuda(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, *asked: bool
 ) -> tuple[Tensor, ...]:
     from kfde_layers.fused.mfdf.cuda.launch import launch_merged_backward
 
     dy = dy.contiguous(memory_format=memory_format(x))
-    return fill(x, launch_merged_backward(dy, dense(x), alpha, stacked_kernels, tap_spacing, with_x, with_kernels))
+    return fill(x, launch_merged_backward(dy, dense(x), alpha, stacked_kernels, tap_spacing, Asked(*asked)))
 
 
 torch.library.register_kernel(mean_of_convolution, "cuda", _mean_on_cuda)
@@ -155,13 +155,11 @@ def _fake_merged(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias:
 
 @_merged_backward.register_fake
 def _fake_merged_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, *asked: bool
 ) -> tuple[Tensor, ...]:
-    dx = _fake_map(x) if with_x else None
-    if not with_kernels:
-        return fill(x, (dx, None, None, None))
     dalpha, dstacked = alpha.new_empty(alpha.shape), stacked_kernels.new_empty(stacked_kernels.shape)
-    return fill(x, (dx, dalpha, dstacked, alpha.new_empty(x.shape[:2])))
+    gradients = _fake_map(x), dalpha, dstacked, alpha.new_empty(x.shape[:2])
+    return fill(x, (gradient if wanted else None for gradient, wanted in zip(gradients, asked, strict=True)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,9 +195,8 @@ def _merged_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
         return *differentiable_gradients(partial(_merged_equations, ctx.tap_spacing), tensors, dy), None
-    with_x, *with_others = ctx.needs_input_grad
-    found = torch.ops.kfde.merged_convolution_backward(dy, *tensors[:3], ctx.tap_spacing, with_x, any(with_others))
-    return *drop(ctx, found), None
+    *asked, _ = ctx.needs_input_grad
+    return *drop(ctx, torch.ops.kfde.merged_convolution_backward(dy, *tensors[:3], ctx.tap_spacing, *asked)), None
 
 
 def _mean_rules(tap_spacing: int) -> Rules:
@@ -217,7 +214,7 @@ def _merged_rules(tap_spacing: int) -> Rules:
         return (torch.ops.kfde.merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing),)
 
     def backward(dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-        return torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing, True, True)
+        return torch.ops.kfde.merged_convolution_backward(dy, x, alpha, stacked_kernels, tap_spacing, *Asked())
 
     return Rules(forward, backward, partial(_merged_equations, tap_spacing))
 

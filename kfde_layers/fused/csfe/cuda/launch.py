@@ -85,7 +85,8 @@ def launch_backward(
     hw = height * width
     dx = torch.empty_like(x) if with_x else None
     if x.numel() == 0:
-        dweight, dbias = (None if parameter is None else torch.zeros_like(parameter) for parameter in (weight, bias))
+        asked = (weight, bias) if with_parameters else (None, None)
+        dweight, dbias = (None if parameter is None else torch.zeros_like(parameter) for parameter in asked)
         return dx, dweight, dbias
     constants = sizes(channels, hw, channels_last)
     _, _, sums, backward = tilings(x, channels_last)

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from kfde_layers.fused.maps import FILL, WARPS, sizes
+from kfde_layers.fused.mfdf.asked import Asked
 from kfde_layers.fused.mfdf.cuda.convolution import mfdf_merged_kernel, mfdf_merged_loop_kernel
 from kfde_layers.fused.mfdf.cuda.mean import (
     mfdf_coverage_kernel,
@@ -48,7 +49,7 @@ def launch_mean_backward(
     batch, channels, height, width = x.shape
     dx = torch.empty_like(x) if with_x else None
     if x.numel() == 0:
-        return dx, kernel.new_zeros(kernel.shape)
+        return dx, kernel.new_zeros(kernel.shape) if with_kernel else None
     constants = sizes(channels, height * width, channels_last)
     hw, size, itemsize = height * width, kernel.shape[-1], x.element_size()
     tiling = cut_into_tiles(batch, channels, hw, channels_last, itemsize)
@@ -59,7 +60,7 @@ def launch_mean_backward(
     parts = triton.cdiv(batch, samples)
     dcoverage = kernel.new_empty((parts, channels * hw)) if with_kernel else None
     with torch.cuda.device_of(x):
-        table, columns = _coverage(kernel, tap_spacing, height, width)
+        table, columns = _coverage(kernel, tap_spacing, height, width) if with_x else (None, 1)
         mfdf_mean_backward_kernel[(tiles, parts)](
             dp.contiguous(), x, table, dx, dcoverage, batch, height, width,
             hw // constants["HW_UNIT"], columns, samples,
@@ -106,11 +107,11 @@ def launch_merged(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias
 
 
 def launch_merged_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, with_x: bool, with_kernels: bool
+    dy: Tensor, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, tap_spacing: int, asked: Asked
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of `x` (in its dtype and memory format), `alpha`, `stacked_kernels` and `merged_bias`.
 
-    That of `x` and the others are None if they are not asked for.
+    Those that are not asked for are None.
 
     The gradient of the merged taps is written to memory for some samples at a time. The gradient of `alpha` sums it
     over the taps and that of `stacked_kernels` over the samples; no program has both.
@@ -118,16 +119,15 @@ def launch_merged_backward(
     channels_last = x.stride(1) == 1
     batch, channels, height, width = x.shape
     branches, size = stacked_kernels.shape[0], stacked_kernels.shape[-1]
-    dx = torch.empty_like(x) if with_x else None
+    dx = torch.empty_like(x) if asked.x else None
     alpha, taps = alpha.contiguous(), _taps_first(stacked_kernels)
     if dx is not None and x.numel():
         with torch.cuda.device_of(x):
             _convolve(dy, alpha, taps.flip(1), None, dx, tap_spacing)
-    if not with_kernels:
-        return dx, None, None, None
-    dalpha, dbias = alpha.new_empty(alpha.shape), alpha.new_empty((batch, channels))
-    dstacked = stacked_kernels.new_zeros(stacked_kernels.shape)
-    if x.numel() == 0:
+    dalpha = alpha.new_empty(alpha.shape) if asked.alpha else None
+    dstacked = stacked_kernels.new_zeros(stacked_kernels.shape) if asked.kernels else None
+    dbias = alpha.new_empty((batch, channels)) if asked.bias else None
+    if x.numel() == 0 or not (asked.alpha or asked.kernels or asked.bias):
         return dx, dalpha, dstacked, dbias
     squares = triton.cdiv(size, UNROLLED)
     side = triton.cdiv(size, squares)
@@ -152,20 +152,23 @@ def launch_merged_backward(
                 **cut.arguments(), C=channels, CHANNELS_LAST=channels_last, SIZE=size, SPACING=tap_spacing, SIDE=side,
                 **cut.options(),
             )  # fmt: skip
-            torch.sum(sums, 1, out=dbias[chunk])
+            if dbias is not None:
+                torch.sum(sums, 1, out=dbias[chunk])
             per_sample, per_part, per_tap = dtaps.stride()[:3]
-            mfdf_contract_kernel[(count * blocks, branches)](
-                dtaps, taps, dalpha[chunk], size * size, parts, per_sample, per_tap, per_part,
-                taps.stride(0), channels, branches * channels, channels, 1,
-                **options, BLOCK_B=block_rows(size * size, block_c),
-            )  # fmt: skip
-            dstacked_chunk = torch.empty_like(dstacked)
-            mfdf_contract_kernel[(size * size * blocks, branches)](
-                dtaps, alpha[chunk], dstacked_chunk, count, parts, per_tap, per_sample, per_part,
-                channels, branches * channels, 1, dstacked.stride(0), size * size,
-                **options, BLOCK_B=block_rows(count, block_c),
-            )  # fmt: skip
-            dstacked += dstacked_chunk
+            if dalpha is not None:
+                mfdf_contract_kernel[(count * blocks, branches)](
+                    dtaps, taps, dalpha[chunk], size * size, parts, per_sample, per_tap, per_part,
+                    taps.stride(0), channels, branches * channels, channels, 1,
+                    **options, BLOCK_B=block_rows(size * size, block_c),
+                )  # fmt: skip
+            if dstacked is not None:
+                dstacked_chunk = torch.empty_like(dstacked)
+                mfdf_contract_kernel[(size * size * blocks, branches)](
+                    dtaps, alpha[chunk], dstacked_chunk, count, parts, per_tap, per_sample, per_part,
+                    channels, branches * channels, 1, dstacked.stride(0), size * size,
+                    **options, BLOCK_B=block_rows(count, block_c),
+                )  # fmt: skip
+                dstacked += dstacked_chunk
     return dx, dalpha, dstacked, dbias
 
 

@@ -1,6 +1,7 @@
 """A leak of known size: the same test images, with and without other images of their cases in training."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def split() -> Split:
     for number in range(24):
         letter, kind = ("B", "A") if number % 3 else ("M", "DC")
         for image in range(1 + number % 7):
-            slide = f"{100 + number}{'AB' if image % 2 else 'CD'}"
+            slide = f"{100 + number}{'CD' if image % 2 else 'AB'}"
             records.append(parse_name(Path(f"SOB_{letter}_{kind}-14-{slide}-100-{image:03d}.png")))
     return fold_split(records, "binary", "case", num_folds=2, fold=0, seed=0)
 
@@ -51,6 +52,16 @@ def test_the_leak_tests_the_same_images_and_trains_on_as_many_of_each_class(spli
     assert leaked.protocol.endswith("the other half in training (cases leak)")
     assert leak_tested_cases(halved, others, "binary", seed=0) == leaked
     assert leak_tested_cases(halved, others, "binary", seed=1).train != leaked.train
+
+
+def test_images_with_one_number_stay_together():
+    """They can be one file under two types, or one field at two magnifications."""
+    files = product(("DC", "LC"), (40, 100), (1, 2, 3))
+    records = [parse_name(Path(f"SOB_M_{kind}-14-13412-{power}-{number:03d}.png")) for kind, power, number in files]
+    halved, others = halve_tested_cases(Split([], [], records, "", ""))
+    assert {record.path.stem[-3:] for record in halved.test} == {"001", "003"}
+    assert {record.path.stem[-3:] for record in others} == {"002"}
+    assert len(halved.test) == 8
 
 
 def test_images_take_the_place_of_another_class_where_their_own_has_run_out(split):

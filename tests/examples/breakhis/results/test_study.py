@@ -219,6 +219,31 @@ def test_the_tables_put_each_number_next_to_its_protocol(write_run, tmp_path):
     assert rows[1][5] == "5 cases, 2 seeds"
 
 
+def test_shared_cases_are_counted_for_each_protocol(write_run, tmp_path):
+    apart = write_run("apart", "yyy", protocol_in_words="apart")
+    leaked = write_run("leaked", "yyy", protocol_in_words="leaked", n_shared=2)
+    ends = {
+        (apart, leaked): "seeds. 2 of 3 test images of the leaked are of cases that training or validation has too.",
+        (leaked,): "seeds. 2 of 3 test images are of cases that training or validation has too.",
+        (apart,): "over cases and seeds.",
+    }
+    for folders, end in ends.items():
+        (sentence,), *_ = table(write_study(tmp_path, folders), "All folds together")
+        assert sentence.endswith(end)
+
+
+def test_a_choice_on_validation_has_no_verdicts(write_run, tmp_path):
+    flags = {"question": "Which?", "primary_score": "image_accuracy", "margin": 0.01}
+    sizes = {f"n_{what}": {"val": 3, "test": 9} for what in ("images", "patients", "cases")}
+    for scored_on in ("test", "val"):
+        folders = [
+            write_run(f"{name} {scored_on}", right, scored_on=scored_on, flags=flags, **sizes)
+            for name, right in (("first", "yyy"), ("second", "nnn"))
+        ]
+        verdict = ": undecided" in write_study(tmp_path, folders)  # with two cases all is undecided
+        assert verdict == (scored_on == "test")
+
+
 def test_the_file_of_runs_has_a_row_for_each(write_run, tmp_path):
     folders = two_variants(write_run)
     write_study(tmp_path, folders)

@@ -191,13 +191,18 @@ def is_whole(parse: Callable[[str], object]) -> bool:
         (["--min-lr", "0.1"], "argument --min-lr: must be at most --lr 0.0001, got 0.1"),
         (["--gauss-error", "0", "3"], "argument --gauss-error: must be a number below 0 and one above it, got [0.0, 3"),
         (["--gauss-error", "-3", "11"], "argument --gauss-error: must be from -10 to 10, got 11.0"),
-        (
-            ["--tested-cases", "halved", "--protocol", "image"],
-            "argument --tested-cases: must be whole unless --protocol",
-        ),
+        (["--tested-cases", "halved", "--protocol", "image"], "must be whole unless --protocol patient divides cases"),
         (
             ["--tested-cases", "leaked", "--group-by", "patient"],
-            "argument --tested-cases: must be whole unless --proto",
+            "must be whole unless --protocol patient divides cases",
+        ),
+        (
+            ["--tested-cases", "leaked", "--score-on", "val"],
+            "--tested-cases: must be whole with --score-on val, got 'lea",
+        ),
+        (
+            ["--variants", "{a: {tested_cases: halved}, b: {}, c: {tested_cases: leaked}}"],
+            "so that they test the same images, got 'halved' for a and 'whole' for b",
         ),
         (["--smoothing", "2"], "argument --smoothing: must be from 0 to 1, got 2.0"),
         (["--mixup", "nan"], "argument --mixup: must be from 0 to 1000000, got nan"),

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from kfde_layers.fused.mfdf.asked import Asked
 from kfde_layers.fused.mfdf.cuda import launch
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
@@ -42,7 +43,7 @@ def launch_mfdf(shape, layout, dtype, branches=4, size=7, tap_spacing=1):
     launch.launch_mean(x, stacked_kernels[0], tap_spacing)
     launch.launch_mean_backward(p, x, stacked_kernels[0], tap_spacing, True, True)
     launch.launch_merged(x, alpha, stacked_kernels, p, tap_spacing)
-    launch.launch_merged_backward(x, x, alpha, stacked_kernels, tap_spacing, True, True)
+    launch.launch_merged_backward(x, x, alpha, stacked_kernels, tap_spacing, Asked())
 
 
 def loop_bodies(code):

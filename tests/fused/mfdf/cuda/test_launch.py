@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kfde_layers.fused import maps
+from kfde_layers.fused.mfdf.asked import Asked
 from kfde_layers.fused.mfdf.cuda import launch, tiling
 from kfde_layers.testing import random_tensor
 from tests.support.inputs import LAYOUTS
@@ -99,17 +102,19 @@ def test_strips_waste_little_and_occupy_the_machine(shape, layout):
     assert warps >= (2000 if batch > 1 else 200)
 
 
-@pytest.mark.parametrize(("with_x", "with_kernels"), [(False, True), (True, False)])
-def test_only_the_gradients_that_are_asked_for(with_x, with_kernels):
-    dy, x, dp = (draw(*shape, seed=seed) for seed, shape in enumerate([(2, 6, 5, 7), (2, 6, 5, 7), (2, 6)]))
-    alpha, kernels = draw(2, 3, 6, seed=3), draw(3, 6, 5, 5, seed=4)
-    for launcher, arguments, count in (
-        (launch.launch_mean_backward, (dp, x, kernels[0], 1), 2),
-        (launch.launch_merged_backward, (dy, x, alpha, kernels, 1), 4),
-    ):
-        everything, some = launcher(*arguments, True, True), launcher(*arguments, with_x, with_kernels)
-        for asked, gradient, expected in zip((with_x, *[with_kernels] * (count - 1)), some, everything, strict=True):
-            if asked:
-                torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
-            else:
-                assert gradient is None
+@pytest.mark.parametrize("asked", product((True, False), repeat=4), ids=str)
+def test_only_the_gradients_that_are_asked_for(asked):
+    dy, x = random_tensor(2, 6, 5, 7, device=DEVICE), random_tensor(2, 6, 5, 7, seed=1, device=DEVICE)
+    alpha, kernels, dp = draw(2, 3, 6, seed=3), draw(3, 6, 5, 5, seed=4), draw(2, 6, seed=5)
+    everything = launch.launch_merged_backward(dy, x, alpha, kernels, 1, Asked())
+    assert_only(asked, launch.launch_merged_backward(dy, x, alpha, kernels, 1, Asked(*asked)), everything)
+    everything = launch.launch_mean_backward(dp, x, kernels[0], 1, True, True)
+    assert_only(asked[:2], launch.launch_mean_backward(dp, x, kernels[0], 1, *asked[:2]), everything)
+
+
+def assert_only(asked, some, everything):
+    for wanted, gradient, expected in zip(asked, some, everything, strict=True):
+        if wanted:
+            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+        else:
+            assert gradient is None
