@@ -102,7 +102,7 @@ def test_strips_waste_little_and_occupy_the_machine(shape, layout):
     assert warps >= (2000 if batch > 1 else 200)
 
 
-@pytest.mark.parametrize("asked", product((True, False), repeat=4), ids=str)
+@pytest.mark.parametrize("asked", list(product((True, False), repeat=4)), ids=str)
 def test_only_the_gradients_that_are_asked_for(asked):
     dy, x = random_tensor(2, 6, 5, 7, device=DEVICE), random_tensor(2, 6, 5, 7, seed=1, device=DEVICE)
     alpha, kernels, dp = draw(2, 3, 6, seed=3), draw(3, 6, 5, 5, seed=4), draw(2, 6, seed=5)
