@@ -7,6 +7,10 @@ import math
 import re
 
 import pytest
+import torch
+from breakhis.training import fit
+from breakhis.training.engine import train_one_epoch
+from safetensors.torch import load_file
 from train_breakhis import main
 
 from tests.support.pages import python_blocks, run_block
@@ -90,6 +94,23 @@ def test_any_timm_model_trains_and_loads_again(model, flags, synthetic_tree, tmp
     arguments = ["--data-dir", str(synthetic_tree), "--output-dir", str(tmp_path), *SMALL, *flags]
     main([*arguments, "--model", model])
     assert_consistent(tmp_path, synthetic_tree, leak_checker)
+
+
+def test_channels_last_is_the_layout_in_training_and_not_in_the_file(synthetic_tree, tmp_path, monkeypatch):
+    layouts = []
+
+    def spy(accelerator, trainer, *args):
+        layouts.append(trainer.model.conv1.weight.is_contiguous(memory_format=torch.channels_last))
+        return train_one_epoch(accelerator, trainer, *args)
+
+    monkeypatch.setattr(fit, "train_one_epoch", spy)
+    arguments = ["--data-dir", str(synthetic_tree), *SMALL, "--img-size", "32", "--model", "resnet18", "--opt", "sgd"]
+    for flags in ([], ["--channels-last"]):
+        main([*arguments, *flags, "--output-dir", str(tmp_path / f"out{len(flags)}")])
+    assert layouts == [False, True]
+    contiguous, channels_last = (load_file(tmp_path / f"out{count}/best/model.safetensors") for count in (0, 1))
+    for name, weight in contiguous.items():
+        torch.testing.assert_close(channels_last[name], weight, rtol=1e-4, atol=1e-6)  # rounding
 
 
 def test_a_study_makes_tables_and_resumes(synthetic_tree, tmp_path, caplog, capsys):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 Run = Callable[[Tensor], Tensor]
 
-# Without VNNI, x86 adds pairs of 8-bit products in 16 bits, where they saturate: then even a bare convolution is wrong by
-# far more than its rounding. With 7 bits they fit.
+# Without VNNI, x86 adds pairs of 8-bit products in 16 bits, where they saturate: then even a bare convolution is wrong
+# by far more than its rounding. With 7 bits they fit.
 SATURATES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not torch.cpu._is_vnni_supported()
 
 # Of the libraries: parts of PyTorch that move, and what ONNX Runtime's tools call.
@@ -59,7 +59,8 @@ def pt2e(
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(reduce_range=SATURATES))
+    config = x86.get_default_x86_inductor_quantization_config(reduce_range=SATURATES)
+    quantizer = x86.X86InductorQuantizer().set_global(config)
     for name, part in module.named_modules():
         if isinstance(part, tuple(in_float)):
             quantizer.set_module_name_qconfig(name, None)
