@@ -25,7 +25,8 @@ def forward_and_backward(module: nn.Module, x: Tensor, cotangent: Tensor) -> Cal
 
     def call() -> tuple[Tensor, ...]:
         y = module(inputs[0])
-        return (y, *torch.autograd.grad(y, inputs, cotangent))
+        gradients = torch.autograd.grad(y, inputs, cotangent)
+        return (y.detach(), *gradients)  # a graph that lives on would keep its stream, and a CUDA graph needs another
 
     return call
 

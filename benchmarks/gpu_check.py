@@ -61,10 +61,8 @@ def plan(device: str) -> list[Piece]:
         Piece("layers", "bfloat16", True, (first, "channels_last", "forward+backward")),
         Piece("layers", "float32", True, (first, "channels_last", "forward")),
     ]
-    for size, shape in bench_models.SHAPES[device].items():
-        pieces += [
-            Piece("models", "bfloat16", False, (size, shape, "channels_last", work)) for work in bench_models.WORK
-        ]
+    models = bench_models.pieces(bench_models.SHAPES[device], ["channels_last"])
+    pieces += [Piece("models", "bfloat16", False, model) for model in models]
     for dtype, shape, layout, work in itertools.product(
         ("bfloat16", "float32"), (first, *rest), reversed(LAYOUTS), bench_layers.WORK
     ):

@@ -67,8 +67,17 @@ def verdicts(results: Iterable[Result]) -> list[Verdict]:
     return judged
 
 
-def rows(subject: str, *work: str, candidate: str = "auto", side: int = 0, layout: str = "") -> Callable[[Row], bool]:
-    """Choose rows of a subject, by default those of "auto" on every map and in every layout."""
+def rows(
+    subject: str,
+    *work: str,
+    candidate: str = "auto",
+    side: int = 0,
+    layout: str = "",
+    batch: tuple[int, int] = (1, 256),
+) -> Callable[[Row], bool]:
+    """Choose rows of a subject, by default those of "auto" on every map, in every layout, from the least batch to the
+    largest.
+    """
 
     def applies_to(row: Row) -> bool:
         return (
@@ -76,6 +85,7 @@ def rows(subject: str, *work: str, candidate: str = "auto", side: int = 0, layou
             and row["work"] in work
             and side in (0, row["shape"][2])
             and layout in ("", row["layout"])
+            and batch[0] <= row["shape"][0] <= batch[1]
         )
 
     return applies_to
@@ -175,6 +185,14 @@ TARGETS = [
     ),
     Target("CSFE forward+backward / copy", "cuda", ANY, rows("CSFE", "forward+backward", **LARGE), COPY, 4.5),
     Target("MFDF forward / depthwise 7x7", "cuda", ANY, rows("MFDF", "forward"), over("depthwise 7x7"), 1.3),
+    Target(
+        "tiny inference of one image, time / backbone",
+        "cuda",
+        ("bfloat16",),
+        rows("tiny", "inference", candidate="kfde", batch=(1, 1)),
+        over("backbone"),
+        1.03,
+    ),
     *(
         target
         for work in ("inference", "training")
@@ -183,7 +201,7 @@ TARGETS = [
                 f"tiny {work}, throughput / backbone",
                 "cuda",
                 ("bfloat16",),
-                rows("tiny", work, candidate="kfde"),
+                rows("tiny", work, candidate="kfde", batch=(2, 256)),
                 speed_over("backbone"),
                 0.97,
                 at_least=True,
@@ -192,7 +210,7 @@ TARGETS = [
                 f"tiny {work}, peak memory / backbone",
                 "cuda",
                 ("bfloat16",),
-                rows("tiny", work, candidate="kfde"),
+                rows("tiny", work, candidate="kfde", batch=(2, 256)),
                 peak_over_backbone,
                 1.03,
             ),

@@ -129,7 +129,7 @@ def test_pieces_are_measured_while_there_is_time():
 
 def test_the_plan_holds_every_gpu_row_once_and_targets_first():
     plan = gpu_check.plan("cuda")
-    assert len(plan) == 2 * 4 * 2 * 2 + 3
+    assert len(plan) == 2 * 4 * 2 * 2 + 3 + 1
     assert len({(piece.dtype, piece.arguments) for piece in plan}) == len(plan)
     assert all(piece.compiled for piece in plan[:3])
 

@@ -36,5 +36,6 @@ def pytest_terminal_summary(terminalreporter):
     line = ("{:<30}" + "{:>12}" * len(targets) + "{:>10}{:>16}").format
     terminalreporter.line(line("kernel", *targets, "spills", "shared, bytes"))
     for kernel, by_target in registers.items():
-        ranges = [f"{min(by_target[target])} - {max(by_target[target])}" for target in targets]
+        found = [by_target[target] for target in targets]
+        ranges = [f"{min(counts)} - {max(counts)}" if counts else "" for counts in found]
         terminalreporter.line(line(kernel, *ranges, *worst[kernel]))

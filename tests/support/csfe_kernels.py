@@ -3,6 +3,10 @@
 A test file that imports this module first skips itself where Triton is not installed.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -16,6 +20,7 @@ from tests.support.kernels import DEVICE
 
 OPERATORS = ("cfe", "sfe", "csfe")
 LAMBD, BETA, EPS = 1e-3, 0.2, 1e-4
+STEPS_ALONE = (False,)
 
 
 def run_reference(
@@ -70,10 +75,12 @@ def check(
     dy: Tensor | None = None,
     margin: float = 1e-5,
     factor: float = 4.0,
+    ways: Sequence[bool] = (True, False),
 ) -> None:
     """Compare the result and every gradient with the reference in float64.
 
-    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first.
+    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first. `ways`
+    says whether small maps may take one launch, as they do in use; each way is checked.
     """
     x = x.to(DEVICE)
     weight, bias = (p.to(DEVICE) for p in (affine or random_affine(x.shape[1], seed=1)))
@@ -82,11 +89,13 @@ def check(
         parameters = (weight.double(), bias.double(), num_groups, threshold, EPS)
         move_away_from_threshold(lambda x: cfe(x, *parameters, impl="reference"), x, margin)
     options = (num_groups, threshold, correction, scale)
-    actual = run_kernels(operator, dy, x, weight, bias, *options)
     reference = run_reference(operator, dy, x, weight, bias, *options)
     exact = run_reference(operator, dy.double(), x.double(), weight.double(), bias.double(), *options)
-    assert len(actual) == len(exact)
-    for name, *results in zip(("y", "dx", "dweight", "dbias"), actual, reference, exact, strict=False):
-        assert_error_budget(*results, factor=factor, name=name)
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    assert all(result.is_contiguous(memory_format=layout) for result in actual[:2])
+    for one_launch in ways:
+        with nullcontext() if one_launch else mock.patch.object(launch, "small_tiling", return_value=None):
+            actual = run_kernels(operator, dy, x, weight, bias, *options)
+        assert len(actual) == len(exact)
+        for name, *results in zip(("y", "dx", "dweight", "dbias"), actual, reference, exact, strict=False):
+            assert_error_budget(*results, factor=factor, name=name)
+        assert all(result.is_contiguous(memory_format=layout) for result in actual[:2])

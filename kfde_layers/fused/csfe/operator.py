@@ -130,12 +130,15 @@ def _fake_backward(_: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | N
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, *options = inputs
+    ctx.set_materialize_grads(False)  # the moments have no gradient, and zeros would cost a launch each
     ctx.save_for_backward(x, weight, bias, *output[1:])
     ctx.options = CsfeOptions(*options)
 
 
-def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, m2 = ctx.saved_tensors
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
         gradients = differentiable_gradients(partial(_equations, ctx.options), (x, weight, bias), dy)
     else:

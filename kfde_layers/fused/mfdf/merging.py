@@ -21,7 +21,7 @@ def stack_kernels(weights: Sequence[Tensor], dilations: Sequence[int], dtype: to
                 spread[dim] = 2 * radius + 1
                 kernel = kernel.new_zeros(spread).slice_scatter(kernel, dim, step=dilation // tap_spacing)
         margin = max(radii) - radius
-        stacked.append(F.pad(kernel, [margin] * 4))
+        stacked.append(F.pad(kernel, [margin] * 4) if margin else kernel)
     return torch.stack(stacked), tap_spacing
 
 

@@ -10,7 +10,7 @@
 import triton
 import triton.language as tl
 
-from kfde_layers.fused.csfe.cuda.gates import coefficients_of_both, gates
+from kfde_layers.fused.csfe.cuda.gates import load_coefficients, results
 from kfde_layers.fused.maps import STAGES, address, tile
 
 
@@ -18,26 +18,18 @@ from kfde_layers.fused.maps import STAGES, address, tile
 def csfe_forward_kernel(
     x_ptr,
     y_ptr,
-    weight_ptr,
-    bias_ptr,
     mean_ptr,
-    m2_ptr,
+    coefficients_ptr,
     hw_units,
     chunk,
-    eps,
-    logit,
-    lambd,
+    threshold,
     beta,
-    divisor,
-    scale,
     C: tl.constexpr,
     HW_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    WITH_CFE: tl.constexpr,
     WITH_SFE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_MEMBERS: tl.constexpr,
-    BLOCK_SUM: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_HW: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -45,19 +37,14 @@ def csfe_forward_kernel(
     hw = hw_units * HW_UNIT  # a product, so that the compiler knows what divides it
     HALF: tl.constexpr = (C + 1) // 2  # C is odd for SFE alone, which exchanges nothing
     BLOCKS: tl.constexpr = (HALF + BLOCK_C - 1) // BLOCK_C
-    WITH_CFE: tl.constexpr = weight_ptr is not None
     # In reverse order, since the elements that the statistics read last are still in the cache.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     n = block // BLOCKS
     first = block % BLOCKS * BLOCK_C
     c = first + tl.arange(0, BLOCK_C)
-    _gamma_sum, half1, half2 = coefficients_of_both(
-        mean_ptr, m2_ptr, weight_ptr, bias_ptr, n, first, hw, eps, lambd, divisor,
-        C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_SUM, BLOCK_C,
-    )  # fmt: skip
-    mean1, mean_low1, slope1, intercept1, spatial_slope1, _mean_offset1, _inverse_std1 = half1
-    mean2, mean_low2, slope2, intercept2, spatial_slope2, _mean_offset2, _inverse_std2 = half2
+    half1 = load_coefficients(mean_ptr, coefficients_ptr, n, c, c < HALF, C)
+    half2 = load_coefficients(mean_ptr, coefficients_ptr, n, c + HALF, c + HALF < C, C)
 
     offsets = tile(hw, C, CHANNELS_LAST, BLOCK_HW, BLOCK_C)
     rows = tl.arange(0, BLOCK_HW)
@@ -70,11 +57,6 @@ def csfe_forward_kernel(
         at2 = address(n, first + HALF, 0, p, 1, hw, C, CHANNELS_LAST) + offsets
         x1 = tl.load(x_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
-        _, keep1, weak1, _ = gates(
-            x1, mean1, mean_low1, slope1, intercept1, spatial_slope1, logit, beta, WITH_CFE, WITH_SFE
-        )
-        _, keep2, weak2, _ = gates(
-            x2, mean2, mean_low2, slope2, intercept2, spatial_slope2, logit, beta, WITH_CFE, WITH_SFE
-        )
-        tl.store(y_ptr + at1, scale * (x1 * keep1 + x2 * weak2), mask=mask1)
-        tl.store(y_ptr + at2, scale * (x2 * keep2 + x1 * weak1), mask=mask2)
+        y1, y2 = results(half1, half2, x1, x2, threshold, beta, WITH_CFE, WITH_SFE, SCALE)
+        tl.store(y_ptr + at1, y1, mask=mask1)
+        tl.store(y_ptr + at2, y2, mask=mask2)

@@ -21,6 +21,25 @@ def split(mean, mean_low):
 
 
 @triton.jit
+def add_to_sums(shift, total, square, x, mask, is_first):
+    """Add x to each lane's sums of x - shift and of its square; the shift is the first x of the lane.
+
+    Since the shift is a value of the lane, no sum of squares cancels, if a lane adds few elements.
+    """
+    shift = tl.where(is_first, x, shift)
+    u = tl.where(mask, x - shift, 0.0)
+    return shift, total + u, square + u * u
+
+
+@triton.jit
+def moments_of_lanes(shift, total, square, count):
+    """Return the moments of each lane from its sums over `count` elements, of which there may be none."""
+    offset = total / tl.maximum(count, 1.0)
+    mean, mean_low = split(shift, offset)
+    return mean, mean_low, tl.maximum(square - total * offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def combine_moments(mean, mean_low, m2, count):
     """Return the moments of all rows together, each of `count` elements (Chan et al., 1979)."""
     total = tl.sum(count, axis=0)
@@ -33,11 +52,35 @@ def combine_moments(mean, mean_low, m2, count):
 
 
 @triton.jit
-def store_moments(mean_ptr, m2_ptr, mean, mean_low, m2, c, C: tl.constexpr):
+def merge_moments(mean, mean_low, m2, count, other_mean, other_mean_low, other_m2, other_count):
+    """Return the moments of two sets together, of `count` and `other_count` elements; one of them may be empty."""
+    share = count / (count + other_count)
+    other_share = other_count / (count + other_count)
+    first = share * mean + other_share * other_mean
+    offset = (mean - first) + mean_low
+    other_offset = (other_mean - first) + other_mean_low
+    correction = share * offset + other_share * other_offset
+    offset -= correction
+    other_offset -= correction
+    m2 += other_m2 + count * offset * offset + other_count * other_offset * other_offset
+    merged, merged_low = split(first, correction)
+    return merged, merged_low, m2
+
+
+@triton.jit
+def store_moments(mean_ptr, m2_ptr, mean, mean_low, m2, c, mask, C: tl.constexpr):
     """Store the moments of the channels `c` of one sample: mean and mean_low as (2, C), m2 as (C,)."""
-    tl.store(mean_ptr + c, mean, mask=c < C)
-    tl.store(mean_ptr + C + c, mean_low, mask=c < C)
-    tl.store(m2_ptr + c, m2, mask=c < C)
+    tl.store(mean_ptr + c, mean, mask=mask)
+    tl.store(mean_ptr + C + c, mean_low, mask=mask)
+    tl.store(m2_ptr + c, m2, mask=mask)
+
+
+@triton.jit
+def load_moments(mean_ptr, m2_ptr, c, mask, C: tl.constexpr):
+    """Return mean, mean_low and m2 of the channels `c` of one sample."""
+    mean = tl.load(mean_ptr + c, mask=mask, other=0.0)
+    mean_low = tl.load(mean_ptr + C + c, mask=mask, other=0.0)
+    return mean, mean_low, tl.load(m2_ptr + c, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -62,53 +105,18 @@ def csfe_statistics_kernel(
     offsets = tile(hw, C, CHANNELS_LAST, BLOCK_HW, BLOCK_C)
     rows = tl.arange(0, BLOCK_HW)
 
-    # Every lane of the tile updates the moments of its own elements (Welford), so that no sum of squares cancels. Its
-    # mean has two parts, since rounding a large mean would lose more than the deviations are.
-    mean = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    mean_low = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    shift = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    total, square = shift, shift
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, hw)
-    count = 0.0
     for p in tl.range(begin, end, BLOCK_HW, num_stages=STAGES):
         mask = (p + rows < end)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + address(n, first, 0, p, 1, hw, C, CHANNELS_LAST) + offsets, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        count += 1.0
-        inverse_count = 1.0 / count
-        u = tl.where(mask, (x - mean) - mean_low, 0.0)
-        mean, mean_low = split(mean, mean_low + u * inverse_count)
-        m2 += u * u * (1.0 - inverse_count)
+        at = address(n, first, 0, p, 1, hw, C, CHANNELS_LAST) + offsets
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        shift, total, square = add_to_sums(shift, total, square, x, mask, p == begin)
 
-    count = ((end - begin - rows + BLOCK_HW - 1) // BLOCK_HW).to(tl.float32)  # elements of each row
-    mean, mean_low, m2 = combine_moments(mean, mean_low, m2, count[:, None])  # [BLOCK_C]
+    count = ((end - begin - rows + BLOCK_HW - 1) // BLOCK_HW).to(tl.float32)[:, None]  # elements of each lane
+    moments = moments_of_lanes(shift, total, square, count)
+    mean, mean_low, m2 = combine_moments(*moments, count)  # [BLOCK_C]
     chunk_index = n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    store_moments(mean_ptr + 2 * chunk_index * C, m2_ptr + chunk_index * C, mean, mean_low, m2, c, C)
-
-
-@triton.jit
-def csfe_combine_kernel(
-    part_mean_ptr,
-    part_m2_ptr,
-    mean_ptr,
-    m2_ptr,
-    hw,
-    chunk,
-    parts,
-    C: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Find the moments of all positions from those of the chunks."""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    part = tl.arange(0, BLOCK_PARTS)
-    mask = (part < parts)[:, None] & (c < C)[None, :]
-    row = (n * parts + part[:, None]) * C  # [BLOCK_PARTS, 1]
-    mean = tl.load(part_mean_ptr + 2 * row + c[None, :], mask=mask, other=0.0)
-    mean_low = tl.load(part_mean_ptr + 2 * row + C + c[None, :], mask=mask, other=0.0)
-    m2 = tl.load(part_m2_ptr + row + c[None, :], mask=mask, other=0.0)
-    count = tl.maximum(tl.minimum(hw - part * chunk, chunk), 0).to(tl.float32)
-    mean, mean_low, m2 = combine_moments(mean, mean_low, m2, count[:, None])
-    store_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, mean, mean_low, m2, c, C)
+    store_moments(mean_ptr + 2 * chunk_index * C, m2_ptr + chunk_index * C, mean, mean_low, m2, c, c < C, C)

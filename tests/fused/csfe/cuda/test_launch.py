@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 
 from kfde_layers.fused import maps
-from kfde_layers.fused.csfe.cuda import backward, forward, gates, launch, statistics, tiling
+from kfde_layers.fused.csfe.cuda import backward, coefficients, forward, launch, small, statistics, tiling
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.testing import random_affine, random_tensor
-from tests.support.csfe_kernels import OPERATORS, check, run_kernels
+from tests.support.csfe_kernels import OPERATORS, STEPS_ALONE, check, run_kernels
 from tests.support.guards import guarded_memory
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
     DEVICE,
+    launches_of,
     needs_interpreter,
     recorded,
     runs_kernels,
@@ -34,7 +35,7 @@ def test_equals_the_reference(operator, threshold, correction, scale, layout):
         scale = 1.0  # only a sum is ever scaled
     affine = random_affine(6, seed=1)  # few channels, so that gates at 0.4 close too
     x = 4 * random_tensor(3, 6, 5, 7, memory_format=LAYOUTS[layout])
-    check(operator, x, 3, threshold=threshold, correction=correction, scale=scale, affine=affine)
+    check(operator, x, 2, threshold=threshold, correction=correction, scale=scale, affine=affine)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,38 +61,43 @@ def test_sfe_takes_an_odd_number_of_channels(channels, layout):
 def test_chunks_of_positions_are_combined(layout, height):
     x = random_tensor(1, 6, height, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(launch, run=True) as launches:
-        check("csfe", x, 3)
-    assert [kernel_launch.name for kernel_launch in launches] == [
-        "csfe_statistics_kernel",
-        "csfe_combine_kernel",
-        "csfe_forward_kernel",
-        "csfe_sums_kernel",
-        "csfe_backward_kernel",
-        "csfe_parameters_kernel",
-    ]
+        check("csfe", x, 3, ways=STEPS_ALONE)
     assert all(the_launch_of(launches, name).grid[1] > 2 for name in ("csfe_statistics_kernel", "csfe_sums_kernel"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
-    positions, members = 11 * 13, 37
+    positions, channels, chunk = 11 * 13, 74, 4
     monkeypatch.setattr(launch, "BLOCK", 1)
-    monkeypatch.setattr(tiling, "BLOCK", 1)
-    monkeypatch.setattr(launch, "group_sizes", tiling.group_sizes.__wrapped__)
-    monkeypatch.setattr(tiling, "cut_into_tiles", lambda *_: tiling.Tiling(4, 64, 144, 1))
-    x = random_tensor(1, 2 * members, 11, 13, seed=6, dtype=dtype, memory_format=LAYOUTS[layout], device=DEVICE)
+    monkeypatch.setattr(launch, "cut_into_groups", lambda *_: tiling.Groups(2, 37, 1, 64, block_sum=1))
+    monkeypatch.setattr(launch, "part_block", lambda *_: 1)
+    monkeypatch.setattr(tiling, "cut_into_tiles", lambda *_: tiling.Tiling(1, 64, chunk, -(-positions // chunk)))
+    x = random_tensor(1, channels, 11, 13, seed=6, dtype=dtype, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(launch, run=True) as launches:
-        check("csfe", x, 2)
+        check("csfe", x, 2, ways=STEPS_ALONE)
     for kernel_launch in launches:
         arguments = kernel_launch.arguments
         if "BLOCK_HW" in arguments:
-            assert min(positions, arguments["chunk"]) / arguments["BLOCK_HW"] > 32
-        if "BLOCK_MEMBERS" in arguments:
-            assert arguments["GROUP_SIZE"] / arguments["BLOCK_MEMBERS"] > 32
+            assert arguments["chunk"] / arguments["BLOCK_HW"] == chunk
+        if "BLOCK_SUM" in arguments:
             assert arguments["C"] / arguments["BLOCK_SUM"] > 32
+    assert {turns(kernel_launch) for kernel_launch in launches_of(launches, "csfe_coefficients_kernel")} == {1, 36}
+    assert turns(the_launch_of(launches, "csfe_returning_kernel")) == 36
     parameters = the_launch_of(launches, "csfe_parameters_kernel").arguments
     assert parameters["C"] / parameters["BLOCK"] > 32
+
+
+def turns(kernel_launch):
+    """Return how many blocks of parts a program reads."""
+    return kernel_launch.arguments["parts"] / kernel_launch.arguments["BLOCK_PARTS"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_turns_of_the_loop_over_positions(layout, monkeypatch):
+    monkeypatch.setattr(tiling, "cut_into_tiles", lambda *_: tiling.Tiling(4, 64, 144, 1))
+    x = random_tensor(1, 74, 11, 13, seed=6, memory_format=LAYOUTS[layout], device=DEVICE)
+    check("csfe", x, 2, ways=STEPS_ALONE)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -132,13 +138,43 @@ def test_same_bits_every_time():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(32, 768, 7, 7), (1, 320, 7, 7), (256, 2048, 7, 7)])
-def test_small_maps_take_two_launches(shape, layout):
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((2, 34, 7, 7), 2), ((1, 12, 8, 8), 12), ((3, 40, 3, 2), 4), ((1, 256, 2, 2), 2), ((1, 280, 1, 3), 20)],
+)
+def test_small_maps_in_one_launch(shape, num_groups, layout):
+    x = random_tensor(*shape, seed=4, memory_format=LAYOUTS[layout])
+    with recorded(launch, run=True) as launches:
+        check("csfe", x, num_groups, threshold=0.45, correction=1, scale=0.5, ways=(True,))
+    assert {kernel_launch.name for kernel_launch in launches} == {f"csfe_{name}_kernel" for name in ONE_LAUNCH}
+
+
+STEPS = ["statistics", "coefficients", "forward", "coefficients", "sums", "returning", "backward", "parameters"]
+ONE_LAUNCH = ["small_forward", "small_backward", "parameters"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "expected"),
+    [
+        ((32, 768, 7, 7), 16, ONE_LAUNCH),
+        ((1, 320, 8, 8), 16, ONE_LAUNCH),
+        ((256, 2048, 7, 7), 16, ONE_LAUNCH),
+        ((1, 320, 8, 9), 16, STEPS),  # more than 64 positions
+        ((32, 768, 7, 7), 3, STEPS),  # groups that exchange with parts of two others
+        ((32, 768, 7, 7), 4, STEPS),  # groups of more than 128 channels
+        ((64, 96, 56, 56), 16, STEPS),
+        ((1, 96, 512, 512), 16, STEPS),
+    ],
+)
+def test_the_launches(shape, num_groups, expected, layout):
     x = torch.empty(shape, device="meta", memory_format=LAYOUTS[layout])
     parameter = torch.empty(shape[1], device="meta")
+    options = CsfeOptions(num_groups, with_sfe=True)
     with recorded(launch) as launches:
-        launch.launch_forward(x, parameter, parameter, CsfeOptions(16, with_sfe=True))
-    assert [kernel_launch.name for kernel_launch in launches] == ["csfe_statistics_kernel", "csfe_forward_kernel"]
+        _, mean, m2 = launch.launch_forward(x, parameter, parameter, options)
+        launch.launch_backward(x, x, parameter, parameter, mean, m2, options, True, True)
+    assert [kernel_launch.name.removeprefix("csfe_").removesuffix("_kernel") for kernel_launch in launches] == expected
 
 
 @triton.jit
@@ -179,16 +215,16 @@ def _shifted_partner(address):
     return lambda n, c, *args: address(n, c - (c >= args[4] // 2).to(tl.int32), *args)
 
 
-def _without_constant(through_moments):
-    return lambda *args: (through_moments(*args)[0], through_moments(*args)[1] * 0)
+def _without_constant(load_returning):
+    return lambda *args: (load_returning(*args)[0], load_returning(*args)[1] * 0)
 
 
 def _without_mean_offset(group_moments):
     return lambda *args: (group_moments(*args)[0] * 0, group_moments(*args)[1])
 
 
-def _wrong_spatial_slope(gates):
-    return lambda *args: gates(*args[:5], args[5] * 0.99, *args[6:])
+def _wrong_spatial_slope(results):
+    return lambda half1, *args: results((*half1[:4], half1[4] * 0.99), *args)
 
 
 @needs_interpreter
@@ -197,15 +233,16 @@ def _wrong_spatial_slope(gates):
     [
         (statistics, "combine_moments", _without_spread_of_means),
         (forward, "address", _shifted_partner),
-        (backward, "_through_moments", _without_constant),
-        (gates, "_group_moments", _without_mean_offset),
-        (forward, "gates", _wrong_spatial_slope),
+        (backward, "_load_returning", _without_constant),
+        (coefficients, "_group_moments", _without_mean_offset),
+        (forward, "results", _wrong_spatial_slope),
+        (small, "results", _wrong_spatial_slope),
     ],
 )
 def test_a_wrong_kernel_is_seen(module, name, plant, monkeypatch):
     monkeypatch.setattr(module, name, plant(getattr(module, name)))
     with pytest.raises(AssertionError, match="is over the budget"):
-        check("csfe", random_tensor(3, 6, 5, 7), 3)
+        check("csfe", random_tensor(3, 8, 5, 7), 2)
 
 
 @needs_interpreter
