@@ -64,7 +64,7 @@ def measure(size: str, shape: Shape, layout: str, work: str, settings: Settings,
         if work == "training":  # the hooks of `saved_bytes` do not see the tensors that checkpointing saves
             saved[size, name] = saved_bytes(forward, model.parameters())
 
-    one_image = shape[0] == 1  # which takes less time than to launch its kernels from Python
+    one_image = shape[0] == 1  # takes less time on a GPU than launching its kernels from Python
     timed = interleaved(
         clocks(calls, settings.device, settings.run_time, graphs=one_image),
         baselines,
@@ -75,7 +75,7 @@ def measure(size: str, shape: Shape, layout: str, work: str, settings: Settings,
 
 
 def pieces(shapes: Iterable[tuple[str, Shape]], layouts: Iterable[str]) -> Iterator[tuple[str, Shape, str, str]]:
-    """List size, shape, memory format and work of all measurements; one image is only ever served."""
+    """List size, shape, memory format and work of all measurements; one image is measured in inference only."""
     for (size, shape), layout, work in itertools.product(shapes, layouts, WORK):
         if shape[0] > 1 or work == "inference":
             yield size, shape, layout, work

@@ -4,7 +4,7 @@ A test file that imports this module first skips itself where Triton is not inst
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from unittest import mock
 
 import torch
@@ -20,7 +20,6 @@ from tests.support.kernels import DEVICE
 
 OPERATORS = ("cfe", "sfe", "csfe")
 LAMBD, BETA, EPS = 1e-3, 0.2, 1e-4
-STEPS_ALONE = (False,)
 
 
 def run_reference(
@@ -75,12 +74,12 @@ def check(
     dy: Tensor | None = None,
     margin: float = 1e-5,
     factor: float = 4.0,
-    ways: Sequence[bool] = (True, False),
+    ways: Sequence[str] = ("as in use", "steps"),
 ) -> None:
     """Compare the result and every gradient with the reference in float64.
 
-    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first. `ways`
-    says whether small maps may take one launch, as they do in use; each way is checked.
+    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first. Small maps
+    take one launch as they are in use; with "steps" among the `ways` they also take one launch for each step.
     """
     x = x.to(DEVICE)
     weight, bias = (p.to(DEVICE) for p in (affine or random_affine(x.shape[1], seed=1)))
@@ -92,10 +91,15 @@ def check(
     reference = run_reference(operator, dy, x, weight, bias, *options)
     exact = run_reference(operator, dy.double(), x.double(), weight.double(), bias.double(), *options)
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    for one_launch in ways:
-        with nullcontext() if one_launch else mock.patch.object(launch, "small_tiling", return_value=None):
+    for way in ways:
+        with one_launch_for_each_step() if way == "steps" else nullcontext():
             actual = run_kernels(operator, dy, x, weight, bias, *options)
         assert len(actual) == len(exact)
         for name, *results in zip(("y", "dx", "dweight", "dbias"), actual, reference, exact, strict=False):
             assert_error_budget(*results, factor=factor, name=name)
         assert all(result.is_contiguous(memory_format=layout) for result in actual[:2])
+
+
+def one_launch_for_each_step() -> AbstractContextManager[object]:
+    """Let small maps take the way of large ones."""
+    return mock.patch.object(launch, "small_tiling", return_value=None)

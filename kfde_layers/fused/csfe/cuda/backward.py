@@ -15,22 +15,23 @@ from kfde_layers.fused.maps import STAGES, address, tile
 
 
 @triton.jit
-def _load_returning(returning_ptr, n, c, mask, C: tl.constexpr):
+def _load_moment_gradients(moment_gradients_ptr, n, c, mask, C: tl.constexpr):
     """Return u_slope and constant of each channel: the moments add u_slope * u + constant to the gradient of x."""
-    returning_ptr += n.to(tl.int64) * (2 * C) + c
-    return tl.load(returning_ptr, mask=mask, other=0.0), tl.load(returning_ptr + C, mask=mask, other=0.0)
+    moment_gradients_ptr += n.to(tl.int64) * (2 * C) + c
+    return tl.load(moment_gradients_ptr, mask=mask, other=0.0), tl.load(moment_gradients_ptr + C, mask=mask, other=0.0)
 
 
 @triton.jit
 def input_gradient(
-    half, u_slope, constant, x, dy, dy_partner, threshold, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr
+    half, u_slope, constant, x, dy, dy_partner, open_below, sfe_exponent, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr
 ):
     """Return the gradient of x from those of its own result and of the result that it is exchanged into."""
-    u, su, keep, weak, sfe_gate = gates(half, x, threshold, beta, WITH_CFE, WITH_SFE)
-    dx = dy * keep + dy_partner * weak + (u_slope[None, :] * u + constant[None, :])
+    u, su, keep, weak, sfe_gate = gates(half, x, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
+    dx = dy * keep + (u_slope[None, :] * u + constant[None, :])
     if WITH_CFE:
-        logit_slope = half[2] * -LN_2  # slope is that of the exponent
-        dx += (weak - weak * weak) * (logit_slope[None, :] * (dy + dy_partner)) * x
+        _, _, slope, _, _ = half
+        logit_slope = slope * -LN_2  # slope is that of the exponent
+        dx += dy_partner * weak + (weak - weak * weak) * (logit_slope[None, :] * (dy + dy_partner)) * x
     if WITH_SFE:
         dx += (sfe_gate - sfe_gate * sfe_gate) * (dy * (-2.0 * LN_2) * su) * x
     return dx
@@ -43,11 +44,11 @@ def csfe_backward_kernel(
     dx_ptr,
     mean_ptr,
     coefficients_ptr,
-    returning_ptr,
+    moment_gradients_ptr,
     hw_units,
     chunk,
-    threshold,
-    beta,
+    open_below,
+    sfe_exponent,
     C: tl.constexpr,
     HW_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -69,8 +70,8 @@ def csfe_backward_kernel(
     c = first + tl.arange(0, BLOCK_C)
     half1 = load_coefficients(mean_ptr, coefficients_ptr, n, c, c < HALF, C)
     half2 = load_coefficients(mean_ptr, coefficients_ptr, n, c + HALF, c + HALF < C, C)
-    u_slope1, constant1 = _load_returning(returning_ptr, n, c, c < HALF, C)
-    u_slope2, constant2 = _load_returning(returning_ptr, n, c + HALF, c + HALF < C, C)
+    u_slope1, constant1 = _load_moment_gradients(moment_gradients_ptr, n, c, c < HALF, C)
+    u_slope2, constant2 = _load_moment_gradients(moment_gradients_ptr, n, c + HALF, c + HALF < C, C)
 
     offsets = tile(hw, C, CHANNELS_LAST, BLOCK_HW, BLOCK_C)
     rows = tl.arange(0, BLOCK_HW)
@@ -88,7 +89,7 @@ def csfe_backward_kernel(
         if SCALE != 1.0:
             dy1 *= SCALE
             dy2 *= SCALE
-        dx1 = input_gradient(half1, u_slope1, constant1, x1, dy1, dy2, threshold, beta, WITH_CFE, WITH_SFE)
-        dx2 = input_gradient(half2, u_slope2, constant2, x2, dy2, dy1, threshold, beta, WITH_CFE, WITH_SFE)
+        dx1 = input_gradient(half1, u_slope1, constant1, x1, dy1, dy2, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
+        dx2 = input_gradient(half2, u_slope2, constant2, x2, dy2, dy1, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
         tl.store(dx_ptr + at1, dx1, mask=mask1)
         tl.store(dx_ptr + at2, dx2, mask=mask2)

@@ -1,4 +1,4 @@
-"""What a program needs of each channel: moments, coefficients of the gates, and what returns through the moments.
+"""What a program needs of each channel: moments, coefficients of the gates, and the gradient through the moments.
 
 One program handles some groups of channels of one sample. Its lanes are the channels of the groups, each group padded
 to a power of two.
@@ -14,7 +14,7 @@ to a power of two.
 import triton
 import triton.language as tl
 
-from kfde_layers.fused.csfe.cuda.gates import LN_2, LOG2_E
+from kfde_layers.fused.csfe.cuda.gates import COEFFICIENTS, LN_2, LOG2_E
 from kfde_layers.fused.csfe.cuda.statistics import combine_moments, load_moments, merge_moments, store_moments
 
 SMALLEST_SUM = tl.constexpr(1e-6)  # of gamma, as in the reference
@@ -106,7 +106,7 @@ def gate_coefficients(
 
 
 @triton.jit
-def returning(
+def moment_gradients(
     mean_offset,
     inverse_std,
     spatial_slope,
@@ -167,23 +167,25 @@ def csfe_coefficients_kernel(
     """Find the moments of all positions from those of the chunks, then the coefficients of the gates."""
     n = tl.program_id(0).to(tl.int64)
     c, mask = lanes(C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS)
-    mean = tl.zeros_like(c).to(tl.float32)
-    mean_low, m2, count = mean, mean, 0.0
-    for start in range(0, parts, BLOCK_PARTS):
-        part = start + tl.arange(0, BLOCK_PARTS)
-        part_mask = (part < parts)[:, None] & mask[None, :]
-        row = (n * parts + part[:, None]) * C  # [BLOCK_PARTS, 1]
-        part_mean = tl.load(part_mean_ptr + 2 * row + c[None, :], mask=part_mask, other=0.0)
-        part_mean_low = tl.load(part_mean_ptr + 2 * row + C + c[None, :], mask=part_mask, other=0.0)
-        part_m2 = tl.load(part_m2_ptr + row + c[None, :], mask=part_mask, other=0.0)
-        part_count = tl.maximum(tl.minimum(hw - part * chunk, chunk), 0).to(tl.float32)
-        block_count = tl.sum(part_count, axis=0)
-        mean, mean_low, m2 = merge_moments(
-            mean, mean_low, m2, count, *combine_moments(part_mean, part_mean_low, part_m2, part_count[:, None]),
-            block_count,
-        )  # fmt: skip
-        count += block_count
-    if mean_ptr is not None:
+    if mean_ptr is None:  # one part is not merged, which would round it again
+        mean, mean_low, m2 = load_moments(part_mean_ptr + 2 * n * C, part_m2_ptr + n * C, c, mask, C)
+    else:
+        mean = tl.zeros_like(c).to(tl.float32)
+        mean_low, m2, count = mean, mean, 0.0
+        for start in range(0, parts, BLOCK_PARTS):
+            part = start + tl.arange(0, BLOCK_PARTS)
+            part_mask = (part < parts)[:, None] & mask[None, :]
+            row = (n * parts + part[:, None]) * C  # [BLOCK_PARTS, 1]
+            part_mean = tl.load(part_mean_ptr + 2 * row + c[None, :], mask=part_mask, other=0.0)
+            part_mean_low = tl.load(part_mean_ptr + 2 * row + C + c[None, :], mask=part_mask, other=0.0)
+            part_m2 = tl.load(part_m2_ptr + row + c[None, :], mask=part_mask, other=0.0)
+            part_count = tl.maximum(tl.minimum(hw - part * chunk, chunk), 0).to(tl.float32)
+            block_count = tl.sum(part_count, axis=0)
+            mean, mean_low, m2 = merge_moments(
+                mean, mean_low, m2, count, *combine_moments(part_mean, part_mean_low, part_m2, part_count[:, None]),
+                block_count,
+            )  # fmt: skip
+            count += block_count
         store_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, mean, mean_low, m2, c, mask, C)
 
     gamma_sum = 1.0
@@ -193,7 +195,7 @@ def csfe_coefficients_kernel(
         mean, mean_low, m2, weight_ptr, bias_ptr, gamma_sum, c, mask, hw, eps, lambd, divisor,
         GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS,
     )  # fmt: skip
-    coefficients_ptr += 3 * n * C
+    coefficients_ptr += COEFFICIENTS * n * C
     tl.store(coefficients_ptr + c, slope, mask=mask)
     tl.store(coefficients_ptr + C + c, intercept, mask=mask)
     tl.store(coefficients_ptr + 2 * C + c, spatial_slope, mask=mask)
@@ -210,7 +212,7 @@ def _sum_of_parts(sums_ptr, n, c, mask, parts, C: tl.constexpr, BLOCK_PARTS: tl.
 
 
 @triton.jit
-def csfe_returning_kernel(
+def csfe_moment_gradients_kernel(
     mean_ptr,
     m2_ptr,
     weight_ptr,
@@ -218,9 +220,9 @@ def csfe_returning_kernel(
     dzu_ptr,
     deu_ptr,
     deuu_ptr,
-    sample_sums_ptr,
-    returning_ptr,
-    batch,
+    sample_dz_ptr,
+    sample_dzx_ptr,
+    moment_gradients_ptr,
     hw,
     parts,
     eps,
@@ -233,10 +235,10 @@ def csfe_returning_kernel(
     BLOCK_PARTS: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
 ):
-    """Find what returns to the gradient of x through the moments: u_slope * u + constant.
+    """Find the gradient of x through the moments, u_slope * u + constant.
 
-    Both numbers are stored as (N, 2, C). With CFE the sums of each sample that the gradients of gamma and beta need,
-    those of dz and of dz times the normalised map, are stored as (2, N, C).
+    Both numbers are stored as (N, 2, C). For the gradients of gamma and beta, the sums of each sample of dz and of dz
+    times the normalised map are stored as (N, C). What has no pointer is left out.
     """
     n = tl.program_id(0).to(tl.int64)
     c, mask = lanes(C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS)
@@ -244,6 +246,7 @@ def csfe_returning_kernel(
     gamma_sum = 1.0
     if weight_ptr is not None:
         gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
+    # The intercept, which alone needs the bias, is not used.
     mean_offset, inverse_std, _, _, spatial_slope = gate_coefficients(
         mean, mean_low, m2, weight_ptr, weight_ptr, gamma_sum, c, mask, hw, eps, lambd, divisor,
         GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS,
@@ -252,15 +255,16 @@ def csfe_returning_kernel(
     if weight_ptr is not None:
         dz = _sum_of_parts(dz_ptr, n, c, mask, parts, C, BLOCK_PARTS)
         dzx = inverse_std * (_sum_of_parts(dzu_ptr, n, c, mask, parts, C, BLOCK_PARTS) + mean_offset * dz)
-        tl.store(sample_sums_ptr + n * C + c, dz, mask=mask)
-        tl.store(sample_sums_ptr + (batch + n) * C + c, dzx, mask=mask)
-    if returning_ptr is not None:
+        if sample_dz_ptr is not None:
+            tl.store(sample_dz_ptr + n * C + c, dz, mask=mask)
+            tl.store(sample_dzx_ptr + n * C + c, dzx, mask=mask)
+    if moment_gradients_ptr is not None:
         if deu_ptr is not None:
             deu = _sum_of_parts(deu_ptr, n, c, mask, parts, C, BLOCK_PARTS)
             deuu = _sum_of_parts(deuu_ptr, n, c, mask, parts, C, BLOCK_PARTS)
-        u_slope, constant = returning(
+        u_slope, constant = moment_gradients(
             mean_offset, inverse_std, spatial_slope, dz, dzx, deu, deuu, weight_ptr, gamma_sum, c, mask, hw, divisor,
             deu_ptr is not None, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS,
         )  # fmt: skip
-        tl.store(returning_ptr + 2 * n * C + c, u_slope, mask=mask)
-        tl.store(returning_ptr + 2 * n * C + C + c, constant, mask=mask)
+        tl.store(moment_gradients_ptr + 2 * n * C + c, u_slope, mask=mask)
+        tl.store(moment_gradients_ptr + 2 * n * C + C + c, constant, mask=mask)

@@ -22,8 +22,8 @@ def csfe_forward_kernel(
     coefficients_ptr,
     hw_units,
     chunk,
-    threshold,
-    beta,
+    open_below,
+    sfe_exponent,
     C: tl.constexpr,
     HW_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -57,6 +57,6 @@ def csfe_forward_kernel(
         at2 = address(n, first + HALF, 0, p, 1, hw, C, CHANNELS_LAST) + offsets
         x1 = tl.load(x_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
-        y1, y2 = results(half1, half2, x1, x2, threshold, beta, WITH_CFE, WITH_SFE, SCALE)
+        y1, y2 = results(half1, half2, x1, x2, open_below, sfe_exponent, WITH_CFE, WITH_SFE, SCALE)
         tl.store(y_ptr + at1, y1, mask=mask1)
         tl.store(y_ptr + at2, y2, mask=mask2)

@@ -12,18 +12,18 @@ import math
 import triton
 import triton.language as tl
 
-# The gate of CFE is 1 / (1 + 2^(slope u + intercept)) and that of SFE 1 / (1 + 2^(spatial_slope u^2 + beta)), where
+# The gate of CFE is 1 / (1 + 2^(slope u + intercept)) and that of SFE 1 / (1 + 2^(spatial_slope u^2 + sfe_exponent)), where
 # u = x - mean - mean_low. A power of two is one instruction: these numbers are -log2(e) times those of the sigmoids.
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
-COEFFICIENTS = 3  # of each channel, stored as (N, COEFFICIENTS, C): slope, intercept and spatial_slope
+COEFFICIENTS = tl.constexpr(3)  # of each channel, stored as (N, COEFFICIENTS, C): slope, intercept and spatial_slope
 
 
 @triton.jit
 def load_coefficients(mean_ptr, coefficients_ptr, n, c, mask, C: tl.constexpr):
     """Return mean, mean_low, slope, intercept and spatial_slope of the channels `c` of a sample."""
     mean_ptr += n.to(tl.int64) * (2 * C) + c
-    coefficients_ptr += n.to(tl.int64) * (3 * C) + c
+    coefficients_ptr += n.to(tl.int64) * (COEFFICIENTS * C) + c
     mean = tl.load(mean_ptr, mask=mask, other=0.0)
     mean_low = tl.load(mean_ptr + C, mask=mask, other=0.0)
     slope = tl.load(coefficients_ptr, mask=mask, other=0.0)
@@ -40,10 +40,10 @@ def _inverse_of_one_plus_power(exponent):
 
 
 @triton.jit
-def gates(coefficients, x, threshold, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr):
+def gates(coefficients, x, open_below, sfe_exponent, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr):
     """Return u, spatial_slope u, keep = w1 + sfe_gate, weak = w2 of eq. (3), and sfe_gate; all [BLOCK_HW, BLOCK_C].
 
-    CFE's gate is open where its exponent is below `threshold`.
+    CFE's gate is open where its exponent is below `open_below`.
     """
     mean, mean_low, slope, intercept, spatial_slope = coefficients
     u = (x - mean[None, :]) - mean_low[None, :]
@@ -52,24 +52,27 @@ def gates(coefficients, x, threshold, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl
     if WITH_CFE:
         exponent = slope[None, :] * u + intercept[None, :]
         r = _inverse_of_one_plus_power(exponent)
-        is_open = exponent < threshold
+        is_open = exponent < open_below
         keep = tl.where(is_open, 1.0, r)
         weak = tl.where(is_open, 0.0, r)
     if WITH_SFE:
-        sfe_gate = _inverse_of_one_plus_power(su * u + beta)
+        sfe_gate = _inverse_of_one_plus_power(su * u + sfe_exponent)
         keep += sfe_gate
     return u, su, keep, weak, sfe_gate
 
 
 @triton.jit
-def results(half1, half2, x1, x2, threshold, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr, SCALE: tl.constexpr):
-    """Return the results of two blocks of channels that exchange with each other, of which `half1` and `half2` are
-    the coefficients.
-    """
-    _, _, keep1, weak1, _ = gates(half1, x1, threshold, beta, WITH_CFE, WITH_SFE)
-    _, _, keep2, weak2, _ = gates(half2, x2, threshold, beta, WITH_CFE, WITH_SFE)
-    y1 = x1 * keep1 + x2 * weak2
-    y2 = x2 * keep2 + x1 * weak1
+def results(
+    half1, half2, x1, x2, open_below, sfe_exponent, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr, SCALE: tl.constexpr
+):
+    """Return the results of two blocks of channels that exchange; `half1` and `half2` are their coefficients."""
+    _, _, keep1, weak1, _ = gates(half1, x1, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
+    _, _, keep2, weak2, _ = gates(half2, x2, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
+    y1 = x1 * keep1
+    y2 = x2 * keep2
+    if WITH_CFE:  # without it, a NaN must stay in its channel
+        y1 += x2 * weak2
+        y2 += x1 * weak1
     if SCALE != 1.0:
         y1 *= SCALE
         y2 *= SCALE

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kfde_layers.fused.csfe.cuda.backward import csfe_backward_kernel
-from kfde_layers.fused.csfe.cuda.coefficients import csfe_coefficients_kernel, csfe_returning_kernel
+from kfde_layers.fused.csfe.cuda.coefficients import csfe_coefficients_kernel, csfe_moment_gradients_kernel
 from kfde_layers.fused.csfe.cuda.forward import csfe_forward_kernel
 from kfde_layers.fused.csfe.cuda.gates import COEFFICIENTS
 from kfde_layers.fused.csfe.cuda.parameters import csfe_parameters_kernel
@@ -20,7 +20,7 @@ from kfde_layers.fused.csfe.cuda.statistics import csfe_statistics_kernel
 from kfde_layers.fused.csfe.cuda.sums import csfe_sums_kernel
 from kfde_layers.fused.csfe.cuda.tiling import Small, cut_into_groups, part_block, small_tiling, tilings
 from kfde_layers.fused.csfe.options import CsfeOptions
-from kfde_layers.fused.maps import BLOCK, VECTOR, WARPS, sizes
+from kfde_layers.fused.maps import BLOCK, WARPS, sizes
 
 
 def launch_forward(
@@ -46,7 +46,7 @@ def launch_forward(
             _forward(x, y, weight, bias, mean, m2, options)
         else:
             csfe_small_forward_kernel[small.grid(batch)](
-                x, y, weight, bias, mean, m2, *_small_arguments(x, options), **_small_constants(x, options, small)
+                x, y, weight, bias, mean, m2, **_small_arguments(x, options, small)
             )
     return y, mean, m2
 
@@ -78,17 +78,17 @@ def launch_backward(
         dweight, dbias = (None if parameter is None else torch.zeros_like(parameter) for parameter in asked)
         return dx, dweight, dbias
     with torch.cuda.device_of(x):
+        with_parameters = with_parameters and weight is not None
         # Sums of each sample, of dz and of dz times the normalised map.
-        sample_sums = None if weight is None else mean.new_empty((2, batch, channels))
+        sample_sums = mean.new_empty((2, batch, channels)) if with_parameters else (None, None)
         small = _small_tiling(x, weight, options)
         if small is None:
             _backward(dy, x, dx, weight, bias, mean, m2, sample_sums, options)
         else:
             csfe_small_backward_kernel[small.grid(batch)](
-                dy, x, dx, weight, bias, mean, m2, sample_sums, batch, *_small_arguments(x, options),
-                **_small_constants(x, options, small),
-            )  # fmt: skip
-        if weight is None or bias is None or sample_sums is None or not with_parameters:
+                dy, x, dx, weight, bias, mean, m2, *sample_sums, **_small_arguments(x, options, small)
+            )
+        if weight is None or bias is None or not isinstance(sample_sums, Tensor):
             return dx, None, None
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         dz, dzx = sample_sums.sum(1)
@@ -129,7 +129,7 @@ def _backward(
     bias: Tensor | None,
     mean: Tensor,
     m2: Tensor,
-    sample_sums: Tensor | None,
+    sample_sums: Tensor | tuple[None, None],
     options: CsfeOptions,
 ) -> None:
     """Fill `dx` and `sample_sums` where they are asked for, with one launch for each step."""
@@ -148,16 +148,15 @@ def _backward(
         dy, x, mean, coefficients, *cfe_sums, *sfe_sums, hw // constants["HW_UNIT"], sums.chunk, *_exponents(options),
         **constants, **flags, **sums.options(),
     )  # fmt: skip
-    returning = None if dx is None else mean.new_empty((batch, 2, channels))
+    moment_gradients = None if dx is None else mean.new_empty((batch, 2, channels))
     groups = cut_into_groups(channels, channels if weight is None else options.num_groups)
-    csfe_returning_kernel[groups.grid(batch)](
-        mean, m2, weight, *cfe_sums, *sfe_sums, sample_sums, returning,
-        batch, hw, sums.chunks, options.eps, options.lambd, _divisor(options, hw),
+    csfe_moment_gradients_kernel[groups.grid(batch)](
+        mean, m2, weight, *cfe_sums, *sfe_sums, *sample_sums, moment_gradients, hw, sums.chunks, options.eps, options.lambd, _divisor(options, hw),
         C=channels, **groups.options(), BLOCK_PARTS=part_block(sums.chunks, groups),
     )  # fmt: skip
     if dx is not None:
         csfe_backward_kernel[backward.grid(batch, (channels + 1) // 2)](
-            dy, x, dx, mean, coefficients, returning, hw // constants["HW_UNIT"], backward.chunk, *_exponents(options),
+            dy, x, dx, mean, coefficients, moment_gradients, hw // constants["HW_UNIT"], backward.chunk, *_exponents(options),
             **constants, **flags, **backward.options(),
         )  # fmt: skip
 
@@ -176,7 +175,7 @@ def _coefficients(
 ) -> Tensor:
     """Return the coefficients of the gates, and fill `mean` and `m2`, from the moments of chunks of positions."""
     batch, channels = part_m2.shape[0], part_m2.shape[-1]
-    coefficients = part_m2.new_empty((batch, COEFFICIENTS, channels))
+    coefficients = part_m2.new_empty((batch, COEFFICIENTS.value, channels))
     groups = cut_into_groups(channels, channels if weight is None else options.num_groups)
     csfe_coefficients_kernel[groups.grid(batch)](
         part_mean, part_m2, mean, m2, coefficients, weight, bias, hw, chunk, parts,
@@ -200,7 +199,7 @@ def _divisor(options: CsfeOptions, hw: int) -> float:
 
 
 def _exponents(options: CsfeOptions) -> tuple[float, float]:
-    """Return the exponent below which the gate of CFE is open, and that of SFE at the mean."""
+    """Return the exponents `open_below` of CFE and `sfe_exponent` of SFE at the mean, as gates.py has them."""
     logit = math.log2(options.threshold / (1 - options.threshold))
     return -logit, -math.log2(math.e) * options.beta
 
@@ -209,12 +208,13 @@ def _small_tiling(x: Tensor, weight: Tensor | None, options: CsfeOptions) -> Sma
     return small_tiling(x.shape[1], None if weight is None else options.num_groups, x.shape[2] * x.shape[3])
 
 
-def _small_arguments(x: Tensor, options: CsfeOptions) -> tuple[float, ...]:
+def _small_arguments(x: Tensor, options: CsfeOptions, small: Small) -> dict[str, Any]:
+    """Return what both kernels of small maps get after their tensors."""
     hw = x.shape[2] * x.shape[3]
-    units = hw // math.gcd(hw, VECTOR)
-    return units, options.eps, options.lambd, _divisor(options, hw), *_exponents(options)
-
-
-def _small_constants(x: Tensor, options: CsfeOptions, small: Small) -> dict[str, Any]:
-    constants = sizes(x.shape[1], x.shape[2] * x.shape[3], x.stride(1) == 1)
-    return {**constants, "WITH_SFE": options.with_sfe, "SCALE": options.scale, **small.options()}
+    constants = sizes(x.shape[1], hw, x.stride(1) == 1)
+    open_below, sfe_exponent = _exponents(options)
+    return {
+        **{"hw_units": hw // constants["HW_UNIT"], "eps": options.eps, "lambd": options.lambd},
+        **{"divisor": _divisor(options, hw), "open_below": open_below, "sfe_exponent": sfe_exponent},
+        **{**constants, "WITH_SFE": options.with_sfe, "SCALE": options.scale, **small.options()},
+    }

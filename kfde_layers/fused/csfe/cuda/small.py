@@ -14,15 +14,9 @@ import triton
 import triton.language as tl
 
 from kfde_layers.fused.csfe.cuda.backward import input_gradient
-from kfde_layers.fused.csfe.cuda.coefficients import gate_coefficients, lanes, returning, safe_sum
+from kfde_layers.fused.csfe.cuda.coefficients import gate_coefficients, lanes, moment_gradients, safe_sum
 from kfde_layers.fused.csfe.cuda.gates import results
-from kfde_layers.fused.csfe.cuda.statistics import (
-    add_to_sums,
-    combine_moments,
-    load_moments,
-    moments_of_lanes,
-    store_moments,
-)
+from kfde_layers.fused.csfe.cuda.statistics import add_to_moments, combine_moments, load_moments, store_moments
 from kfde_layers.fused.csfe.cuda.sums import gradient_terms
 
 
@@ -36,14 +30,15 @@ def _at(p, c, hw, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 def _moments(x_ptr, c, mask, hw, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_HW: tl.constexpr):
     """Return mean, mean_low and m2 of each lane."""
     rows = tl.arange(0, BLOCK_HW)
-    shift = tl.zeros([BLOCK_HW, c.shape[0]], tl.float32)
-    total, square = shift, shift
+    mean = tl.zeros([BLOCK_HW, c.shape[0]], tl.float32)
+    mean_low, m2, count = mean, mean, 0.0
     for start in tl.range(0, hw, BLOCK_HW):
         tile_mask = (start + rows < hw)[:, None] & mask[None, :]
         x = tl.load(x_ptr + _at(start + rows, c, hw, C, CHANNELS_LAST), mask=tile_mask, other=0.0).to(tl.float32)
-        shift, total, square = add_to_sums(shift, total, square, x, tile_mask, start == 0)
-    count = ((hw - rows + BLOCK_HW - 1) // BLOCK_HW).to(tl.float32)[:, None]
-    return combine_moments(*moments_of_lanes(shift, total, square, count), count)
+        count += 1.0
+        mean, mean_low, m2 = add_to_moments(mean, mean_low, m2, x, tile_mask, count)
+    counts = ((hw - rows + BLOCK_HW - 1) // BLOCK_HW).to(tl.float32)  # elements of each row
+    return combine_moments(mean, mean_low, m2, counts[:, None])
 
 
 @triton.jit
@@ -68,8 +63,8 @@ def csfe_small_forward_kernel(
     eps,
     lambd,
     divisor,
-    threshold,
-    beta,
+    open_below,
+    sfe_exponent,
     C: tl.constexpr,
     HW_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -118,7 +113,7 @@ def csfe_small_forward_kernel(
         at2 = _at(p, c2, hw, C, CHANNELS_LAST)
         x1 = tl.load(x_ptr + at1, mask=tile_mask1, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + at2, mask=tile_mask2, other=0.0).to(tl.float32)
-        y1, y2 = results(half1, half2, x1, x2, threshold, beta, WITH_CFE, WITH_SFE, SCALE)
+        y1, y2 = results(half1, half2, x1, x2, open_below, sfe_exponent, WITH_CFE, WITH_SFE, SCALE)
         tl.store(y_ptr + at1, y1, mask=tile_mask1)
         tl.store(y_ptr + at2, y2, mask=tile_mask2)
 
@@ -132,14 +127,14 @@ def csfe_small_backward_kernel(
     bias_ptr,
     mean_ptr,
     m2_ptr,
-    sample_sums_ptr,
-    batch,
+    dz_ptr,
+    dzx_ptr,
     hw_units,
     eps,
     lambd,
     divisor,
-    threshold,
-    beta,
+    open_below,
+    sfe_exponent,
     C: tl.constexpr,
     HW_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -153,7 +148,7 @@ def csfe_small_backward_kernel(
 ):
     """Sum the gradients of the moments, then find that of the map.
 
-    With CFE, the sums of dz and of dz times the normalised map are stored as (2, N, C), for gamma and beta.
+    For the gradients of gamma and beta, the sums of dz and of dz times the normalised map are stored as (N, C).
     """
     hw = hw_units * HW_UNIT  # a product, so that the compiler knows what divides it
     HALF: tl.constexpr = (C + 1) // 2  # C is odd for SFE alone, which exchanges nothing
@@ -187,28 +182,27 @@ def csfe_small_backward_kernel(
         x1, dy1 = _load_both(x_ptr, dy_ptr, start + rows, c1, mask1, hw, C, CHANNELS_LAST, SCALE)
         x2, dy2 = _load_both(x_ptr, dy_ptr, start + rows, c2, mask2, hw, C, CHANNELS_LAST, SCALE)
         dy_sum = dy1 + dy2
-        dz, dzu, deu, deuu = gradient_terms(half1, x1, dy1, dy_sum, threshold, beta, WITH_CFE, WITH_SFE)
+        dz, dzu, deu, deuu = gradient_terms(half1, x1, dy1, dy_sum, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
         dz1, dzu1, deu1, deuu1 = dz1 + dz, dzu1 + dzu, deu1 + deu, deuu1 + deuu
-        dz, dzu, deu, deuu = gradient_terms(half2, x2, dy2, dy_sum, threshold, beta, WITH_CFE, WITH_SFE)
+        dz, dzu, deu, deuu = gradient_terms(half2, x2, dy2, dy_sum, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
         dz2, dzu2, deu2, deuu2 = dz2 + dz, dzu2 + dzu, deu2 + deu, deuu2 + deuu
 
     sum1 = tl.sum(dz1, axis=0)
     sum2 = tl.sum(dz2, axis=0)
     sum_x1 = inverse_std1 * (tl.sum(dzu1, axis=0) + mean_offset1 * sum1)
     sum_x2 = inverse_std2 * (tl.sum(dzu2, axis=0) + mean_offset2 * sum2)
-    if sample_sums_ptr is not None:
-        sample_sums_ptr += n * C
-        tl.store(sample_sums_ptr + c1, sum1, mask=mask1)
-        tl.store(sample_sums_ptr + c2, sum2, mask=mask2)
-        tl.store(sample_sums_ptr + batch * C + c1, sum_x1, mask=mask1)
-        tl.store(sample_sums_ptr + batch * C + c2, sum_x2, mask=mask2)
+    if dz_ptr is not None:
+        tl.store(dz_ptr + n * C + c1, sum1, mask=mask1)
+        tl.store(dz_ptr + n * C + c2, sum2, mask=mask2)
+        tl.store(dzx_ptr + n * C + c1, sum_x1, mask=mask1)
+        tl.store(dzx_ptr + n * C + c2, sum_x2, mask=mask2)
     if dx_ptr is not None:
         dx_ptr += n * C * hw
-        u_slope1, constant1 = returning(
+        u_slope1, constant1 = moment_gradients(
             mean_offset1, inverse_std1, spatial_slope1, sum1, sum_x1, tl.sum(deu1, axis=0), tl.sum(deuu1, axis=0),
             weight_ptr, gamma_sum, c1, mask1, hw, divisor, WITH_SFE, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS,
         )  # fmt: skip
-        u_slope2, constant2 = returning(
+        u_slope2, constant2 = moment_gradients(
             mean_offset2, inverse_std2, spatial_slope2, sum2, sum_x2, tl.sum(deu2, axis=0), tl.sum(deuu2, axis=0),
             weight_ptr, gamma_sum, c2, mask2, hw, divisor, WITH_SFE, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS,
         )  # fmt: skip
@@ -216,8 +210,8 @@ def csfe_small_backward_kernel(
             p = start + rows
             x1, dy1 = _load_both(x_ptr, dy_ptr, p, c1, mask1, hw, C, CHANNELS_LAST, SCALE)
             x2, dy2 = _load_both(x_ptr, dy_ptr, p, c2, mask2, hw, C, CHANNELS_LAST, SCALE)
-            dx1 = input_gradient(half1, u_slope1, constant1, x1, dy1, dy2, threshold, beta, WITH_CFE, WITH_SFE)
-            dx2 = input_gradient(half2, u_slope2, constant2, x2, dy2, dy1, threshold, beta, WITH_CFE, WITH_SFE)
+            dx1 = input_gradient(half1, u_slope1, constant1, x1, dy1, dy2, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
+            dx2 = input_gradient(half2, u_slope2, constant2, x2, dy2, dy1, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
             at1 = _at(p, c1, hw, C, CHANNELS_LAST)
             at2 = _at(p, c2, hw, C, CHANNELS_LAST)
             tl.store(dx_ptr + at1, dx1, mask=(p < hw)[:, None] & mask1[None, :])

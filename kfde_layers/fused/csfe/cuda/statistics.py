@@ -21,22 +21,16 @@ def split(mean, mean_low):
 
 
 @triton.jit
-def add_to_sums(shift, total, square, x, mask, is_first):
-    """Add x to each lane's sums of x - shift and of its square; the shift is the first x of the lane.
+def add_to_moments(mean, mean_low, m2, x, mask, count):
+    """Add x to the moments of each lane (Welford, 1962), which are then those of `count` elements.
 
-    Since the shift is a value of the lane, no sum of squares cancels, if a lane adds few elements.
+    No sum of squares cancels. The mean has two parts, since rounding a large mean would lose more than the deviations
+    are.
     """
-    shift = tl.where(is_first, x, shift)
-    u = tl.where(mask, x - shift, 0.0)
-    return shift, total + u, square + u * u
-
-
-@triton.jit
-def moments_of_lanes(shift, total, square, count):
-    """Return the moments of each lane from its sums over `count` elements, of which there may be none."""
-    offset = total / tl.maximum(count, 1.0)
-    mean, mean_low = split(shift, offset)
-    return mean, mean_low, tl.maximum(square - total * offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    inverse_count = 1.0 / count
+    u = tl.where(mask, (x - mean) - mean_low, 0.0)
+    mean, mean_low = split(mean, mean_low + u * inverse_count)
+    return mean, mean_low, m2 + u * u * (1.0 - inverse_count)
 
 
 @triton.jit
@@ -105,18 +99,18 @@ def csfe_statistics_kernel(
     offsets = tile(hw, C, CHANNELS_LAST, BLOCK_HW, BLOCK_C)
     rows = tl.arange(0, BLOCK_HW)
 
-    shift = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    total, square = shift, shift
+    mean = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    mean_low, m2, count = mean, mean, 0.0
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, hw)
     for p in tl.range(begin, end, BLOCK_HW, num_stages=STAGES):
         mask = (p + rows < end)[:, None] & (c < C)[None, :]
         at = address(n, first, 0, p, 1, hw, C, CHANNELS_LAST) + offsets
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        shift, total, square = add_to_sums(shift, total, square, x, mask, p == begin)
+        count += 1.0
+        mean, mean_low, m2 = add_to_moments(mean, mean_low, m2, x, mask, count)
 
-    count = ((end - begin - rows + BLOCK_HW - 1) // BLOCK_HW).to(tl.float32)[:, None]  # elements of each lane
-    moments = moments_of_lanes(shift, total, square, count)
-    mean, mean_low, m2 = combine_moments(*moments, count)  # [BLOCK_C]
+    counts = ((end - begin - rows + BLOCK_HW - 1) // BLOCK_HW).to(tl.float32)  # elements of each row
+    mean, mean_low, m2 = combine_moments(mean, mean_low, m2, counts[:, None])  # [BLOCK_C]
     chunk_index = n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     store_moments(mean_ptr + 2 * chunk_index * C, m2_ptr + chunk_index * C, mean, mean_low, m2, c, c < C, C)

@@ -15,13 +15,13 @@ from kfde_layers.fused.maps import STAGES, address, tile
 
 
 @triton.jit
-def gradient_terms(half, x, dy, dy_sum, threshold, beta, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr):
+def gradient_terms(half, x, dy, dy_sum, open_below, sfe_exponent, WITH_CFE: tl.constexpr, WITH_SFE: tl.constexpr):
     """Return what each element adds to the sums: dz, dz u, de u and de u^2.
 
     dz is the gradient of CFE's logit; where the gate is open, it is zero, as weak is. de is spatial_slope times the
     gradient of SFE's score, which alone could overflow.
     """
-    u, su, _, weak, sfe_gate = gates(half, x, threshold, beta, WITH_CFE, WITH_SFE)
+    u, su, _, weak, sfe_gate = gates(half, x, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
     dz = (weak - weak * weak) * (x * dy_sum)
     deu = (sfe_gate - sfe_gate * sfe_gate) * (x * dy) * (su * -LN_2)
     return dz, dz * u, deu, deu * u
@@ -39,8 +39,8 @@ def csfe_sums_kernel(
     deuu_ptr,
     hw_units,
     chunk,
-    threshold,
-    beta,
+    open_below,
+    sfe_exponent,
     C: tl.constexpr,
     HW_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -79,9 +79,9 @@ def csfe_sums_kernel(
         dy1 = tl.load(dy_ptr + at1, mask=mask1, other=0.0).to(tl.float32)
         dy2 = tl.load(dy_ptr + at2, mask=mask2, other=0.0).to(tl.float32)
         dy_sum = dy1 + dy2
-        dz, dzu, deu, deuu = gradient_terms(half1, x1, dy1, dy_sum, threshold, beta, WITH_CFE, WITH_SFE)
+        dz, dzu, deu, deuu = gradient_terms(half1, x1, dy1, dy_sum, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
         dz1, dzu1, deu1, deuu1 = dz1 + dz, dzu1 + dzu, deu1 + deu, deuu1 + deuu
-        dz, dzu, deu, deuu = gradient_terms(half2, x2, dy2, dy_sum, threshold, beta, WITH_CFE, WITH_SFE)
+        dz, dzu, deu, deuu = gradient_terms(half2, x2, dy2, dy_sum, open_below, sfe_exponent, WITH_CFE, WITH_SFE)
         dz2, dzu2, deu2, deuu2 = dz2 + dz, dzu2 + dzu, deu2 + deu, deuu2 + deuu
 
     out = (n.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * C + c

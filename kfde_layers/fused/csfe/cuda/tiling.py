@@ -158,12 +158,12 @@ class Small(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """Return the constants and the number of warps with which the kernel is compiled."""
-        return {**self.groups.options(), "BLOCK_HW": self.block_hw, "num_warps": WARPS}
+        return {**self.groups.options(), "BLOCK_HW": self.block_hw}
 
 
 @lru_cache(maxsize=1024)
 def small_tiling(channels: int, num_groups: int | None, hw: int) -> Small | None:
-    """Return how to cut a small map, or None if it is not small or cannot be cut so.
+    """Return how to cut a small map, or None if it is not small or its groups cannot be cut in this way.
 
     Args:
         channels: C.

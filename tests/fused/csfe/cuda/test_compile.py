@@ -26,7 +26,7 @@ pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.usefixtures("new_tri
 
 # Bits of each load and store, for a channels_last map of 16-bit numbers.
 WIDEST = {"csfe_statistics_kernel": 128, "csfe_forward_kernel": 128, "csfe_sums_kernel": 64, "csfe_backward_kernel": 64}
-STEPS = {*WIDEST, "csfe_coefficients_kernel", "csfe_returning_kernel", "csfe_parameters_kernel"}
+STEPS = {*WIDEST, "csfe_coefficients_kernel", "csfe_moment_gradients_kernel", "csfe_parameters_kernel"}
 ONE_LAUNCH = {"csfe_small_forward_kernel", "csfe_small_backward_kernel", "csfe_parameters_kernel"}
 
 
@@ -101,6 +101,18 @@ def test_maps_are_read_and_written_in_wide_vectors(shape, layout, dtype, capabil
         assert bits["LDGSTS"] == {expected_bits}, map_launch.name
         if "y_ptr" in map_launch.arguments or "dx_ptr" in map_launch.arguments:
             assert bits["STG"] == {expected_bits}, map_launch.name
+
+
+@pytest.mark.parametrize("operator", ["cfe", "sfe", "csfe"])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((1, 4, 1, 1), "nhwc"), ((3, 8, 4, 4), "nchw"), ((2, 40, 7, 7), "nhwc")],
+)
+def test_small_maps_of_odd_sizes_compile(shape, layout, operator, tmp_path):
+    launch_small = lambda: launch_csfe(shape, layout, torch.float16, 2, operator)  # noqa: E731
+    rows = compiled_kernels(launch, launch_small, tmp_path, targets=(90,))
+    assert {row.kernel for row in rows} == ONE_LAUNCH - ({"csfe_parameters_kernel"} if operator == "sfe" else set())
+    assert all(row.spills == 0 for row in rows), rows
 
 
 @pytest.mark.parametrize(

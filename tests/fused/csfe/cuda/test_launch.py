@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from kfde_layers.fused import maps
 from kfde_layers.fused.csfe.cuda import backward, coefficients, forward, launch, small, statistics, tiling
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.testing import random_affine, random_tensor
-from tests.support.csfe_kernels import OPERATORS, STEPS_ALONE, check, run_kernels
+from tests.support.csfe_kernels import OPERATORS, check, one_launch_for_each_step, run_kernels
 from tests.support.guards import guarded_memory
 from tests.support.inputs import LAYOUTS
 from tests.support.kernels import (
@@ -61,7 +63,7 @@ def test_sfe_takes_an_odd_number_of_channels(channels, layout):
 def test_chunks_of_positions_are_combined(layout, height):
     x = random_tensor(1, 6, height, 67, seed=5, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(launch, run=True) as launches:
-        check("csfe", x, 3, ways=STEPS_ALONE)
+        check("csfe", x, 3, ways=["steps"])
     assert all(the_launch_of(launches, name).grid[1] > 2 for name in ("csfe_statistics_kernel", "csfe_sums_kernel"))
 
 
@@ -75,7 +77,7 @@ def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
     monkeypatch.setattr(tiling, "cut_into_tiles", lambda *_: tiling.Tiling(1, 64, chunk, -(-positions // chunk)))
     x = random_tensor(1, channels, 11, 13, seed=6, dtype=dtype, memory_format=LAYOUTS[layout], device=DEVICE)
     with recorded(launch, run=True) as launches:
-        check("csfe", x, 2, ways=STEPS_ALONE)
+        check("csfe", x, 2, ways=["steps"])
     for kernel_launch in launches:
         arguments = kernel_launch.arguments
         if "BLOCK_HW" in arguments:
@@ -83,7 +85,7 @@ def test_many_turns_of_every_loop(layout, dtype, monkeypatch):
         if "BLOCK_SUM" in arguments:
             assert arguments["C"] / arguments["BLOCK_SUM"] > 32
     assert {turns(kernel_launch) for kernel_launch in launches_of(launches, "csfe_coefficients_kernel")} == {1, 36}
-    assert turns(the_launch_of(launches, "csfe_returning_kernel")) == 36
+    assert turns(the_launch_of(launches, "csfe_moment_gradients_kernel")) == 36
     parameters = the_launch_of(launches, "csfe_parameters_kernel").arguments
     assert parameters["C"] / parameters["BLOCK"] > 32
 
@@ -97,7 +99,7 @@ def turns(kernel_launch):
 def test_many_turns_of_the_loop_over_positions(layout, monkeypatch):
     monkeypatch.setattr(tiling, "cut_into_tiles", lambda *_: tiling.Tiling(4, 64, 144, 1))
     x = random_tensor(1, 74, 11, 13, seed=6, memory_format=LAYOUTS[layout], device=DEVICE)
-    check("csfe", x, 2, ways=STEPS_ALONE)
+    check("csfe", x, 2, ways=["steps"])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -140,16 +142,16 @@ def test_same_bits_every_time():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("shape", "num_groups"),
-    [((2, 34, 7, 7), 2), ((1, 12, 8, 8), 12), ((3, 40, 3, 2), 4), ((1, 256, 2, 2), 2), ((1, 280, 1, 3), 20)],
+    [((2, 34, 7, 7), 2), ((1, 12, 8, 8), 12), ((3, 40, 3, 2), 4), ((1, 256, 8, 8), 2), ((1, 280, 1, 3), 20)],
 )
 def test_small_maps_in_one_launch(shape, num_groups, layout):
     x = random_tensor(*shape, seed=4, memory_format=LAYOUTS[layout])
     with recorded(launch, run=True) as launches:
-        check("csfe", x, num_groups, threshold=0.45, correction=1, scale=0.5, ways=(True,))
+        check("csfe", x, num_groups, threshold=0.45, correction=1, scale=0.5, ways=["as in use"])
     assert {kernel_launch.name for kernel_launch in launches} == {f"csfe_{name}_kernel" for name in ONE_LAUNCH}
 
 
-STEPS = ["statistics", "coefficients", "forward", "coefficients", "sums", "returning", "backward", "parameters"]
+STEPS = ["statistics", "coefficients", "forward", "coefficients", "sums", "moment_gradients", "backward", "parameters"]
 ONE_LAUNCH = ["small_forward", "small_backward", "parameters"]
 
 
@@ -162,7 +164,9 @@ ONE_LAUNCH = ["small_forward", "small_backward", "parameters"]
         ((256, 2048, 7, 7), 16, ONE_LAUNCH),
         ((1, 320, 8, 9), 16, STEPS),  # more than 64 positions
         ((32, 768, 7, 7), 3, STEPS),  # groups that exchange with parts of two others
-        ((32, 768, 7, 7), 4, STEPS),  # groups of more than 128 channels
+        ((32, 768, 7, 7), 4, STEPS),  # groups of 192 channels
+        ((2, 256, 7, 7), 2, ONE_LAUNCH),  # groups of 128 channels
+        ((2, 258, 7, 7), 2, STEPS),  # groups of 129 channels
         ((64, 96, 56, 56), 16, STEPS),
         ((1, 96, 512, 512), 16, STEPS),
     ],
@@ -215,8 +219,8 @@ def _shifted_partner(address):
     return lambda n, c, *args: address(n, c - (c >= args[4] // 2).to(tl.int32), *args)
 
 
-def _without_constant(load_returning):
-    return lambda *args: (load_returning(*args)[0], load_returning(*args)[1] * 0)
+def _without_constant(load):
+    return lambda *args: (load(*args)[0], load(*args)[1] * 0)
 
 
 def _without_mean_offset(group_moments):
@@ -233,7 +237,7 @@ def _wrong_spatial_slope(results):
     [
         (statistics, "combine_moments", _without_spread_of_means),
         (forward, "address", _shifted_partner),
-        (backward, "_load_returning", _without_constant),
+        (backward, "_load_moment_gradients", _without_constant),
         (coefficients, "_group_moments", _without_mean_offset),
         (forward, "results", _wrong_spatial_slope),
         (small, "results", _wrong_spatial_slope),
@@ -258,14 +262,15 @@ def test_an_unwritten_element_is_seen(monkeypatch):
         check("cfe", random_tensor(1, 2, 23, 29), 1)
 
 
+@pytest.mark.parametrize("side", [7, 9])  # px: in one launch, and in steps
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(("with_x", "with_parameters"), [(False, True), (True, False)])
-def test_only_the_gradients_that_are_asked_for(operator, with_x, with_parameters):
-    x = random_tensor(2, 10, 5, 7, device=DEVICE)
+def test_only_the_gradients_that_are_asked_for(operator, with_x, with_parameters, side):
+    x = random_tensor(2, 10, side, side, device=DEVICE)
     weight, bias = (parameter.to(DEVICE) for parameter in random_affine(10, seed=1))
     parameters = (None, None) if operator == "sfe" else (weight, bias)
     options = CsfeOptions(2, with_sfe=operator != "cfe")
-    dy = random_tensor(2, 10, 5, 7, seed=2, device=DEVICE)
+    dy = random_tensor(2, 10, side, side, seed=2, device=DEVICE)
     _, mean, m2 = launch.launch_forward(x, *parameters, options)
     everything = launch.launch_backward(dy, x, *parameters, mean, m2, options, True, True)
     some = launch.launch_backward(dy, x, *parameters, mean, m2, options, with_x, with_parameters)
@@ -275,3 +280,27 @@ def test_only_the_gradients_that_are_asked_for(operator, with_x, with_parameters
             torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
         else:
             assert gradient is None
+
+
+@pytest.mark.parametrize("way", ["as in use", "steps"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_exchange_a_nan_stays_in_its_channel(layout, way):
+    x = random_tensor(2, 6, 5, 7, memory_format=LAYOUTS[layout], device=DEVICE)
+    dy = random_tensor(2, 6, 5, 7, seed=2, memory_format=LAYOUTS[layout], device=DEVICE)
+    x[0, 4, 3, 2] = torch.nan
+    dy[1, 2, 0, 0] = torch.inf
+    with one_launch_for_each_step() if way == "steps" else nullcontext():
+        results = run_kernels("sfe", dy, x, x, x, 1, 0.5, 0, 1.0)
+    for result, reached in zip(results, ({(0, 4)}, {(0, 4), (1, 2)}), strict=True):
+        assert {tuple(index) for index in (~result.isfinite()).any(3).any(2).nonzero().tolist()} == reached
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("way", ["as in use", "steps"])
+def test_an_outlier_first_in_every_row_of_a_tile(layout, way, monkeypatch):
+    """The sums of a lane that starts there must not cancel."""
+    monkeypatch.setattr(tiling, "cut_into_tiles", lambda *_: tiling.Tiling(1, 64, 400, 1))
+    side = 8 if way == "as in use" else 20
+    x = 1e-2 * random_tensor(1, 8, side, side, memory_format=LAYOUTS[layout], device=DEVICE)
+    x[:, :, 0] += 1.2345678
+    check("csfe", x, 2, ways=[way])
