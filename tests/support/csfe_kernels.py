@@ -78,8 +78,8 @@ def check(
 ) -> None:
     """Compare the result and every gradient with the reference in float64.
 
-    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first. Small maps
-    take one launch as they are in use; with "steps" among the `ways` they also take one launch for each step.
+    The budget is the error of the reference in the dtype of `x`. Elements near the threshold are moved first. As they
+    are in use, small maps take one launch; with "steps" among the `ways`, they also take one launch for each step.
     """
     x = x.to(DEVICE)
     weight, bias = (p.to(DEVICE) for p in (affine or random_affine(x.shape[1], seed=1)))

@@ -12,8 +12,8 @@ import math
 import triton
 import triton.language as tl
 
-# The gate of CFE is 1 / (1 + 2^(slope u + intercept)) and that of SFE 1 / (1 + 2^(spatial_slope u^2 + sfe_exponent)), where
-# u = x - mean - mean_low. A power of two is one instruction: these numbers are -log2(e) times those of the sigmoids.
+# The gate of CFE is 1 / (1 + 2^(slope u + intercept)), that of SFE is 1 / (1 + 2^(spatial_slope u^2 + sfe_exponent)),
+# where u = x - mean - mean_low. A power of two is one instruction. So the numbers are -log2(e) times those of sigmoids.
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 COEFFICIENTS = tl.constexpr(3)  # of each channel, stored as (N, COEFFICIENTS, C): slope, intercept and spatial_slope

@@ -151,12 +151,14 @@ def _backward(
     moment_gradients = None if dx is None else mean.new_empty((batch, 2, channels))
     groups = cut_into_groups(channels, channels if weight is None else options.num_groups)
     csfe_moment_gradients_kernel[groups.grid(batch)](
-        mean, m2, weight, *cfe_sums, *sfe_sums, *sample_sums, moment_gradients, hw, sums.chunks, options.eps, options.lambd, _divisor(options, hw),
+        mean, m2, weight, *cfe_sums, *sfe_sums, *sample_sums, moment_gradients,
+        hw, sums.chunks, options.eps, options.lambd, _divisor(options, hw),
         C=channels, **groups.options(), BLOCK_PARTS=part_block(sums.chunks, groups),
     )  # fmt: skip
     if dx is not None:
         csfe_backward_kernel[backward.grid(batch, (channels + 1) // 2)](
-            dy, x, dx, mean, coefficients, moment_gradients, hw // constants["HW_UNIT"], backward.chunk, *_exponents(options),
+            dy, x, dx, mean, coefficients, moment_gradients,
+            hw // constants["HW_UNIT"], backward.chunk, *_exponents(options),
             **constants, **flags, **backward.options(),
         )  # fmt: skip
 

@@ -282,6 +282,7 @@ def test_only_the_gradients_that_are_asked_for(operator, with_x, with_parameters
             assert gradient is None
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("way", ["as in use", "steps"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_exchange_a_nan_stays_in_its_channel(layout, way):
