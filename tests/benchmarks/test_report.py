@@ -157,6 +157,18 @@ def test_a_model_is_judged_by_throughput_and_on_gpu_by_memory(models):
     assert verdict([on_gpu], "tiny inference, peak memory / backbone").word == "not measured"
 
 
+def test_one_image_has_a_target_of_its_own(make_row, make_result):
+    images = {"work": "inference", "layout": "channels_last"}
+    result = make_result(
+        make_row("tiny", "kfde", {"backbone": 1.02}, shape=[1, 3, 224, 224], **images),
+        make_row("tiny", "kfde", {"backbone": 1.25}, shape=[256, 3, 224, 224], **images),
+        suite="models",
+    )
+    result |= {"dtype": "bfloat16", "machine": result["machine"] | {"device": "cuda"}}
+    assert verdict([result], "tiny inference of one image in a CUDA graph, time / backbone").measured == 1.02
+    assert verdict([result], "tiny inference, throughput / backbone").measured == 0.8
+
+
 def test_a_speed_must_be_at_least(make_row, make_result):
     rows = [
         make_row(over={"textbook": ratio}, layout="channels_last", shape=[64, 96, side, side])
