@@ -13,7 +13,7 @@ A study whose name has "lite" in it starts from ImageNet weights: first run `exa
 weights/lite0.safetensors`, and the same for 1, in the folder where the study is started.
 
 `examples/evidence/<study>/` keeps `results.json`, `results.csv` and `results.md` as the study wrote them, and
-`predictions.csv`, from which the scores can be computed again, up to the six digits that are kept.
+`predictions.csv`, from which the scores can be computed again, up to the nine digits that are kept.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
 
     Args:
         folders: Folders of the runs. All seeds and variants have the same folds, and each image is tested in one fold.
-        path: The file. Probabilities have six digits: networks that are sure of little have many near one half.
+        path: The file. Probabilities have the nine digits of float32: a network that is sure of much has many near 0.
     """
     table: dict[str, dict[str, str]] = {}
     for folder in folders:
@@ -50,7 +50,7 @@ def keep_predictions(folders: Sequence[Path], path: Path) -> None:
         for row in read_predictions(folder, run["classes"]):
             image = {key: row[key] for key in ("file", "patient", "case", "target")} | {"fold": run["fold"]}
             line = table.setdefault(row["file"], image)
-            line |= {f"{column} {key}": f"{float(row[key]):.6f}" for key in row if key.startswith("prob_")}
+            line |= {f"{column} {key}": f"{float(row[key]):.9g}" for key in row if key.startswith("prob_")}
     write_csv(path, list(table.values()))
 
 

@@ -32,7 +32,7 @@ def assert_predictions_match_scores(folder: Path) -> None:
         targets = [classes.index(row["target"]) for row in rows]
         column = f"{run['variant']} seed {run['seed']}"
         probabilities = np.array([[float(row[f"{column} prob_{name}"]) for name in classes] for row in rows])
-        # Rounding to four or six digits may change the result of one or two ties, but not more.
+        # Rounding to few digits, as in the older studies, may change the result of one or two ties, but not more.
         smallest = min(targets.count(target) for target in set(targets))
         assert image_accuracy(targets, probabilities) == pytest.approx(float(run["image_accuracy"]), abs=2 / len(rows))
         expected = pytest.approx(float(run["balanced_accuracy"]), abs=2 / smallest / len(set(targets)))
