@@ -39,8 +39,11 @@ def away_from_zero(gamma_sum):
 
 @triton.jit
 def safe_sum(weight_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the sum of gamma, kept away from zero."""
-    return away_from_zero(sum_of(weight_ptr, C, BLOCK))
+    """Return the sum of gamma, kept away from zero, or 1 where there is no gamma."""
+    if weight_ptr is None:
+        return 1.0
+    else:
+        return away_from_zero(sum_of(weight_ptr, C, BLOCK))
 
 
 @triton.jit
@@ -188,9 +191,7 @@ def csfe_coefficients_kernel(
             count += block_count
         store_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, mean, mean_low, m2, c, mask, C)
 
-    gamma_sum = 1.0
-    if weight_ptr is not None:
-        gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
+    gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
     _, _, slope, intercept, spatial_slope = gate_coefficients(
         mean, mean_low, m2, weight_ptr, bias_ptr, gamma_sum, c, mask, hw, eps, lambd, divisor,
         GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS,
@@ -243,9 +244,7 @@ def csfe_moment_gradients_kernel(
     n = tl.program_id(0).to(tl.int64)
     c, mask = lanes(C, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS)
     mean, mean_low, m2 = load_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, c, mask, C)
-    gamma_sum = 1.0
-    if weight_ptr is not None:
-        gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
+    gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
     # The intercept, which alone needs the bias, is not used.
     mean_offset, inverse_std, _, _, spatial_slope = gate_coefficients(
         mean, mean_low, m2, weight_ptr, weight_ptr, gamma_sum, c, mask, hw, eps, lambd, divisor,

@@ -90,9 +90,7 @@ def csfe_small_forward_kernel(
     mean2, mean_low2, m2_2 = _moments(x_ptr, c2, mask2, hw, C, CHANNELS_LAST, BLOCK_HW)
     store_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, mean1, mean_low1, m2_1, c1, mask1, C)
     store_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, mean2, mean_low2, m2_2, c2, mask2, C)
-    gamma_sum = 1.0
-    if WITH_CFE:
-        gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
+    gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
     _, _, slope1, intercept1, spatial_slope1 = gate_coefficients(
         mean1, mean_low1, m2_1, weight_ptr, bias_ptr, gamma_sum, c1, mask1, hw, eps, lambd, divisor,
         GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS,
@@ -159,9 +157,7 @@ def csfe_small_backward_kernel(
     c1, mask1 = lanes(HALF, GROUP_SIZE, BLOCK_GROUPS, BLOCK_MEMBERS)
     c2 = c1 + HALF
     mask2 = mask1 & (c2 < C)
-    gamma_sum = 1.0
-    if WITH_CFE:
-        gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
+    gamma_sum = safe_sum(weight_ptr, C, BLOCK_SUM)
     mean1, mean_low1, m2_1 = load_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, c1, mask1, C)
     mean2, mean_low2, m2_2 = load_moments(mean_ptr + 2 * n * C, m2_ptr + n * C, c2, mask2, C)
     mean_offset1, inverse_std1, slope1, intercept1, spatial_slope1 = gate_coefficients(
