@@ -63,8 +63,7 @@ def _choices(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
         return f"reference, since {reason}"
     kernels = [torch.empty(shape[1], 1, size, size) for size in (1, 3, 5, 7)]
     rules: dict[str, Callable[[Tensor], Impl]] = {
-        "CFE, CSFE": lambda x: auto_impl_of_csfe(x, with_cfe=True),
-        "SFE": lambda x: auto_impl_of_csfe(x, with_cfe=False),
+        "CFE, SFE, CSFE": lambda x: auto_impl_of_csfe(),
         "MFDF": lambda x: auto_impl_of_mfdf(x, kernels, (1, 1, 1, 1)),
     }
     return "; ".join(f"{layers} {rule(x)}" for layers, rule in rules.items())

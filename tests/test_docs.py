@@ -61,12 +61,14 @@ def test_docstring_examples_are_found_and_can_fail():
 
 
 def marks_of(page):
-    """Return the marks that skip a page whose code needs packages that are not installed."""
+    """Return the marks of a page whose code needs packages that may not be installed."""
     text = page.read_text()
     marks = []
     for package in ("accelerate", "lightning", "torchvision", "transformers", "ultralytics"):
         if re.search(rf"^(import|from) {package}\b", text, re.MULTILINE):
             marks.append(pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}"))
+            if package == "ultralytics":
+                marks.append(pytest.mark.deployment)
     return marks
 
 

@@ -14,6 +14,6 @@ def fill(x: Tensor, gradients: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def drop(ctx: Any, gradients: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+def drop(ctx: Any, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return the gradients of the first inputs of an operator, with None for those that need none."""
     return tuple(gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))

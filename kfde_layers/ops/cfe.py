@@ -72,7 +72,7 @@ def cfe(
     """
     check_cfe_tensors("cfe: ", x, weight, bias)
     num_groups, threshold, eps = check_cfe("cfe: ", x.shape[1], num_groups, threshold, eps)
-    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl(x, with_cfe=True)) is Impl.FUSED:
+    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl()) is Impl.FUSED:
         return fused(x, weight, bias, CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps))
     return as_input(cfe_equations(upcast(x), weight, bias, num_groups, threshold, eps), x)
 

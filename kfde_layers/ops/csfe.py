@@ -12,6 +12,7 @@ from kfde_layers._impl import Impl, select, tracing, transforming, unsupported
 from kfde_layers.fused.csfe.auto import auto_impl
 from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.fused.eager import nobody_looks
 from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.scripting import define_operator
@@ -85,7 +86,7 @@ def csfe(
     num_groups, threshold, eps = check_cfe("csfe: ", x.shape[1], num_groups, threshold, eps)
     lambd, beta, correction = check_sfe("csfe: ", lambd, beta, correction)
     check_csfe("csfe: ", arrangement, fusion)
-    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl(x, with_cfe=True)) is Impl.FUSED:
+    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl()) is Impl.FUSED:
         if arrangement == "parallel":
             scale = 0.5 if fusion == "mean" else 1.0
             options = CsfeOptions(num_groups, threshold, lambd, beta, correction, eps, with_sfe=True, scale=scale)
@@ -128,12 +129,14 @@ def combine(
 def _one_after_the_other(
     x: Tensor, weight: Tensor, bias: Tensor, cfe_options: CsfeOptions, sfe_options: CsfeOptions, arrangement: str
 ) -> Tensor:
+    eager = nobody_looks(x, weight, bias)  # a checkpoint must save the same again, whoever looks then
+
     def chain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         h = upcast(x)
         if arrangement == "cfe_sfe":
-            y = fused(fused(h, weight, bias, cfe_options), None, None, sfe_options)
+            y = fused(fused(h, weight, bias, cfe_options, eager), None, None, sfe_options, eager)
         else:
-            y = fused(fused(h, None, None, sfe_options), weight, bias, cfe_options)
+            y = fused(fused(h, None, None, sfe_options, eager), weight, bias, cfe_options, eager)
         return as_input(y, x)
 
     if tracing() or transforming() or not torch.is_grad_enabled():  # torch.func cannot look into a checkpoint

@@ -10,7 +10,9 @@ from kfde_layers._impl import transforming
 
 def upcast(x: Tensor) -> Tensor:
     """Return `x` in the dtype of the statistics: float64 if it has that dtype, else float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype in (torch.float32, torch.float64):  # no call, which would take longer than this comparison
+        return x
+    return x.to(torch.float32)
 
 
 def computes_in_its_dtype(x: Tensor) -> bool:

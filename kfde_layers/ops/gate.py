@@ -13,6 +13,11 @@ def logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
+def is_near_zero(gamma_sum: float) -> bool:
+    """Return whether another number stands for this sum of gamma."""
+    return abs(gamma_sum) < _SMALLEST_SUM
+
+
 def away_from_zero(gamma_sum: Tensor) -> Tensor:
     """Return the sum of gamma, or the nearest number that is safe to divide by, as a constant for the gradient."""
     smallest = torch.full_like(gamma_sum, _SMALLEST_SUM)

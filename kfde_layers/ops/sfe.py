@@ -53,7 +53,7 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
     """
     check_map("sfe: x", x)
     lambd, beta, correction = check_sfe("sfe: ", lambd, beta, correction)
-    if select(impl, unsupported(x), auto_impl(x, with_cfe=False)) is Impl.FUSED:
+    if select(impl, unsupported(x), auto_impl()) is Impl.FUSED:
         return fused(x, None, None, CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True))
     return as_input(sfe_equations(upcast(x), lambd, beta, correction), x)
 

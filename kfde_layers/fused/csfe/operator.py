@@ -3,8 +3,9 @@
 The backward pass takes the inputs and three numbers per channel, and computes everything else again.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kfde_layers._impl import exporting, tracing, transforming
 from kfde_layers.fused.batching import batch_one_by_one, batch_over_samples
-from kfde_layers.fused.csfe import cpu
-from kfde_layers.fused.csfe.moments import Moments, csfe_from_moments
+from kfde_layers.fused.csfe import blocks, cpu
+from kfde_layers.fused.csfe.moments import csfe_from_moments
 from kfde_layers.fused.csfe.options import OPTIONS_SCHEMA, CsfeOptions
+from kfde_layers.fused.eager import needs_gradient, nobody_looks
 from kfde_layers.fused.needed import drop, fill
 from kfde_layers.fused.second_order import differentiable_gradients
 from kfde_layers.fused.transforms import Rules, apply_transformed
@@ -23,8 +25,12 @@ from kfde_layers.ops.formats import as_input, dense, memory_format, upcast
 _ALL = (True, True)  # gradients: those of x and of the parameters
 
 
-def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> Tensor:
+def fused(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions, eager: bool | None = None
+) -> Tensor:
     """Return `scale * (CFE(x) + SFE(x))` in the dtype and memory format of `x`.
+
+    `eager` leaves the operator out or takes it, by default as nobody or somebody looks.
 
     A tracer sees the plain PyTorch equations instead of the operator: an exporter, because other software must run the
     file that it writes; the compiler on CPU, because Inductor fuses them better.
@@ -34,6 +40,10 @@ def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOp
     if transforming():
         parameters = () if weight is None or bias is None else (weight, bias)
         return apply_transformed(_rules(options, with_cfe=bool(parameters)), x, *parameters)
+    if nobody_looks(x, weight, bias) if eager is None else eager:
+        if needs_gradient(x, weight, bias):
+            return cast(Tensor, _Eager.apply(x, weight, bias, options))
+        return cpu.forward(dense(x), weight, bias, options)[0]
     return torch.ops.kfde.csfe_fused(x, weight, bias, *options)[0]
 
 
@@ -65,7 +75,10 @@ def _rules(options: CsfeOptions, with_cfe: bool) -> Rules:
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return _fake_forward(x)
-    return cpu.forward(dense(x), weight, bias, CsfeOptions(*options))
+    x = dense(x)
+    y, *moments = cpu.forward(x, weight, bias, CsfeOptions(*options))
+    mean, m2 = moments or blocks.moments_of(x)
+    return y, mean, m2
 
 
 def _forward_on_cuda(
@@ -98,13 +111,14 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, m2: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *options, with_x, with_parameters = rest
-    x = dense(x)
-    dy = dy.contiguous(memory_format=memory_format(x))
     if x.numel() == 0:
         asked = (x if with_x else None, *((weight, bias) if with_parameters else (None, None)))
         return fill(x, (tensor if tensor is None else torch.zeros_like(tensor) for tensor in asked))
-    moments = Moments(mean[:, 0], mean[:, 1], m2, x.shape[2] * x.shape[3])
-    return fill(x, cpu.backward(dy, x, weight, bias, moments, CsfeOptions(*options), with_x, with_parameters))
+    return fill(x, _backward_on_cpu(dy, x, weight, bias, (mean, m2), CsfeOptions(*options), with_x, with_parameters))
+
+
+def _backward_on_cpu(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    return cpu.backward(dy.contiguous(memory_format=memory_format(x)), dense(x), *rest)
 
 
 def _backward_on_cuda(
@@ -135,21 +149,45 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = CsfeOptions(*options)
 
 
-def _gradients(ctx: Any, dy: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, m2 = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor | None, ...]]) -> Iterable[Tensor | None]:
+    """Return the gradients of x, weight and bias that are asked for, from what `ctx` has saved."""
+    x, weight, bias, *saved = ctx.saved_tensors
+    if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
+        return differentiable_gradients(partial(_equations, ctx.options), (x, weight, bias), dy)
+    with_x, with_weight, with_bias = ctx.needs_input_grad[:3]
+    return drop(ctx, backward(dy, x, weight, bias, saved, ctx.options, with_x, with_weight or with_bias))
+
+
+def _operator_gradients(ctx: Any, dy: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
-    if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
-        gradients = differentiable_gradients(partial(_equations, ctx.options), (x, weight, bias), dy)
-    else:
-        with_x, with_weight, with_bias = ctx.needs_input_grad[:3]
-        asked = with_x, with_weight or with_bias
-        found = torch.ops.kfde.csfe_fused_backward(dy, x, weight, bias, mean, m2, *ctx.options, *asked)
-        gradients = drop(ctx, found)
-    return *gradients, *(None for _ in ctx.options)
+    return *_gradients(ctx, dy, _backward_by_operator), *(None for _ in ctx.options)
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+def _backward_by_operator(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *parameters, saved, options, with_x, with_parameters = rest
+    saved = saved or blocks.moments_of(dense(x))
+    return torch.ops.kfde.csfe_fused_backward(dy, x, *parameters, *saved, *options, with_x, with_parameters)
+
+
+_forward.register_autograd(_operator_gradients, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without an operator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> Tensor:
+        y, *saved = cpu.forward(dense(x), weight, bias, options)
+        ctx.save_for_backward(x, weight, bias, *saved)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        backward = _backward_on_cpu if nobody_looks(dy) else _backward_by_operator  # vmap knows the operator's rule
+        return *_gradients(ctx, dy, backward), None
+
 
 batch_over_samples(_forward, per_sample=(0,))  # x
 batch_one_by_one(_backward)

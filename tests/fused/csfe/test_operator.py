@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfde_layers.functional import cfe, csfe, sfe
-from kfde_layers.fused.csfe import cpu
+from kfde_layers.fused.csfe import samples
 from kfde_layers.fused.csfe.moments import moments_from_sums
 from kfde_layers.fused.csfe.options import CsfeOptions
 from tests.support.agreement import OPERATOR_TESTS, has_memory_format, relative_error, with_gradients
@@ -49,7 +49,7 @@ def assert_equal(actual, expected, bound):
 def test_fused_equals_reference_with_every_gradient(operation, batch, height, width, seed, memory_format, block):
     tensors = map_and_parameters(batch, 10, height, width, seed=seed, memory_format=memory_format)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_CACHE", 9 * block)  # cut within samples, between them, or not at all
+        patch.setattr(samples, "CACHE", 9 * block)  # cut within samples, between them, or not at all
         fused = run(operation, tensors, "fused")
     assert_equal(fused, run(operation, tensors, "reference"), 1e-10)
     assert has_memory_format(fused[0], memory_format)
@@ -68,21 +68,26 @@ def test_every_dtype_is_computed_in_float32(operation, memory_format, dtype):
             assert relative_error(y, expected) < {torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize(("operation", "enough"), [("CFE", 2**13), ("CSFE, cfe_sfe", 2**13), ("SFE", 2**17)])
-@pytest.mark.parametrize("batch", [1, 7])
-def test_auto_takes_fused_where_that_was_measured_to_be_faster(batch, operation, enough):
-    for size, impl in ((enough // 40 - 1, "reference"), (enough // 40 + 1, "fused")):
-        tensors = map_and_parameters(batch, 10, 4, size, dtype=torch.float32)
-        outputs = {impl: OPERATIONS[operation](*tensors, impl=impl) for impl in ("auto", "reference", "fused")}
-        assert not torch.equal(outputs["reference"], outputs["fused"])  # they round differently
-        assert torch.equal(outputs["auto"], outputs[impl])
+@each_operation
+@pytest.mark.parametrize("shape", [(1, 10, 1, 1), (2, 10, 40, 9), (1, 10, 120, 60)])
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_auto_takes_fused(operation, shape, memory_format):
+    tensors = map_and_parameters(*shape, dtype=torch.float32, memory_format=memory_format)
+    auto, fused = (operation(*tensors, impl=impl) for impl in ("auto", "fused"))
+    assert torch.equal(auto, fused)
+
+
+@pytest.mark.parametrize(("shape", "few_calls"), [((768, 7, 7), True), ((267, 56, 56), True), ((268, 56, 56), False)])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_the_batch_has_no_part_in_how_it_is_computed(shape, few_calls, batch):
+    assert samples.suits(torch.empty(batch, *shape, device="meta")) == few_calls
 
 
 def test_many_blocks_lose_nothing(monkeypatch):
     tensors = map_and_parameters(1, 2, 211, 199, dtype=torch.float32)
     exact = run(OPERATIONS["CSFE"], [t.detach().double().requires_grad_() for t in tensors], "reference")
     for memory_format in MEMORY_FORMATS:
-        monkeypatch.setattr(cpu, "_CACHE", 9000)
+        monkeypatch.setattr(samples, "CACHE", 9000)
         x = tensors[0].detach().contiguous(memory_format=memory_format).requires_grad_()
         fused = run(OPERATIONS["CSFE"], [x, *tensors[1:]], "fused")
         for actual, expected in zip(fused, exact, strict=True):
@@ -228,8 +233,8 @@ def test_a_graph_can_hold_the_operator_itself():
 
 
 def test_the_comparison_can_fail(monkeypatch):
-    spatial_root = cpu.spatial_root
-    monkeypatch.setattr(cpu, "spatial_root", lambda *args: 1.001 * spatial_root(*args))
+    spatial_gate = samples._spatial_gate
+    monkeypatch.setattr(samples, "_spatial_gate", lambda *args: spatial_gate(*args).mul_(1.001))
     tensors = map_and_parameters(2, 10, 5, 7)
     fused, reference = (run(OPERATIONS["CSFE"], tensors, impl) for impl in ("fused", "reference"))
     with pytest.raises(AssertionError):

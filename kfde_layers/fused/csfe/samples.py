@@ -1,0 +1,276 @@
+"""CFE, SFE and CSFE on CPU in few calls: whole samples, as many at once as stay in the cache.
+
+On a small map a call of PyTorch takes longer than its arithmetic. `native_group_norm` does in one call what takes six
+steps: of a map less its means it returns the logit of eq. (2), if gamma w_gamma and beta w_gamma are its affine
+parameters. It subtracts a mean of its own, and so finds what the rounding of those means has left. """
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.ops.formats import memory_format, upcast
+from kfde_layers.ops.gate import away_from_zero, is_near_zero, logit
+
+CACHE = 2**22  # elements that stay in the cache between two steps: 16 MiB in float32
+_FORWARD_MAPS, _BACKWARD_MAPS = 5, 9  # as large as x, that are in use at once
+
+_group_norm = torch.native_group_norm
+_group_norm_backward = torch.ops.aten.native_group_norm_backward.default
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+
+
+def suits(x: Tensor) -> bool:
+    """Return whether to compute `x` so: whether the maps of a sample stay in the cache.
+
+    The batch does not count: a sample must not change its bits, and with them a gate near its threshold, with its
+    company.
+    """
+    _, channels, height, width = x.shape
+    return _FORWARD_MAPS * channels * height * width <= CACHE
+
+
+def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> Tensor:
+    """Return y, dense in the memory format of the dense `x`."""
+    cfe = _cfe(x, weight, bias, options)
+    samples = _samples_at_once(x, _FORWARD_MAPS)
+    if samples >= len(x):
+        return _like(x, _forward(_prepared(x, cfe), cfe, options))
+    y = torch.empty_like(x)
+    for x_part, y_part in zip(x.split(samples), y.split(samples), strict=True):
+        y_part.copy_(_forward(_prepared(x_part, cfe), cfe, options))
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: CsfeOptions,
+    with_x: bool,
+    with_parameters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of `x`, and of `weight` and `bias`, that are asked for, and None for the others.
+
+    `dy` has the strides of the dense `x`.
+    """
+    cfe = _cfe(x, weight, bias, options)
+    samples = _samples_at_once(x, _BACKWARD_MAPS)
+    dx = torch.empty_like(x) if with_x and samples < len(x) else None
+    dslope = dintercept = None
+    for start in range(0, len(x), samples):
+        x_part, dy_part = (_prepared(tensor[start : start + samples], cfe) for tensor in (x, dy))
+        dx_part, *sums = _backward(dy_part, x_part, cfe, options, with_x, with_parameters)
+        if dx is not None and dx_part is not None:
+            dx[start : start + samples].copy_(dx_part)
+        elif dx_part is not None:  # the only part
+            dx = _like(x, dx_part)
+        dslope, dintercept = (_sum(*pair) for pair in zip((dslope, dintercept), sums, strict=True))
+    if cfe is None or weight is None or bias is None or dslope is None or dintercept is None:
+        return dx, None, None
+    dgamma, dbeta = cfe.gradients(dslope, dintercept)
+    return dx, dgamma.to(weight.dtype), dbeta.to(bias.dtype)
+
+
+def _samples_at_once(x: Tensor, maps: int) -> int:
+    """Return how many samples fit in the cache with so many maps of each, or a number that divides them more evenly."""
+    fitting = max(1, CACHE // (maps * x[0].numel()))
+    return fitting if fitting >= len(x) else math.ceil(len(x) / math.ceil(len(x) / fitting))
+
+
+def _prepared(x: Tensor, cfe: "_Cfe | None") -> Tensor:
+    """Return a map in the dtype of the statistics; contiguous for CFE, since group norm is exact and fast only there."""
+    return upcast(x) if cfe is None else upcast(x).contiguous()
+
+
+def _like(x: Tensor, result: Tensor) -> Tensor:
+    """Return the result in dtype and memory format of the dense `x`."""
+    if result.stride() != x.stride():
+        result = result.contiguous(memory_format=memory_format(x))
+    return result if result.dtype == x.dtype else result.to(x.dtype)
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None or part is None else total.add_(part)
+
+
+class _Cfe(NamedTuple):
+    """The part of CFE that does not depend on the map."""
+
+    gamma: Tensor
+    """Gamma, (C,)."""
+    beta: Tensor
+    """Beta, (C,)."""
+    divisor: Tensor
+    """The sum of gamma, or what stands for it, ()."""
+    guarded: bool
+    """Whether something else stands for the sum, and is a constant for the gradient."""
+    w_gamma: Tensor
+    """Weights of eq. (1), (C,)."""
+    slope: Tensor
+    """Gamma times w_gamma, (C,)."""
+    intercept: Tensor
+    """Beta times w_gamma, (C,)."""
+    options: CsfeOptions
+    """The hyper-parameters."""
+
+    def logits(self, x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return x less the means of its groups; z of that; and mean and inverse deviation of its groups, (N, G).
+
+        `means` are those of the channels, if they are known.
+        """
+        samples, channels, height, width = x.shape
+        groups, of_group = self.options.num_groups, channels // self.options.num_groups
+        by_group = x.view(samples, groups, of_group, height, width)
+        if means is None:
+            group_means = by_group.mean((2, 3, 4), keepdim=True)
+        else:
+            group_means = means.view(samples, groups, of_group, 1, 1).mean(2, keepdim=True)
+        centred = by_group - group_means
+        sizes = samples, channels, height * width, groups
+        z, mean, inverse_std = _group_norm(centred, self.slope, self.intercept, *sizes, self.options.eps)
+        return centred, z.view(x.shape), mean, inverse_std
+
+    def gate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return w_2 of eq. (3), in the memory of `z`, and the mask of open elements as 0 and 1: w_1 is their sum."""
+        is_open = torch.gt(z, logit(self.options.threshold), out=torch.empty_like(z))
+        r = z.sigmoid_()
+        return r.addcmul_(r, is_open, value=-1), is_open
+
+    def gradients(self, dslope: Tensor, dintercept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gamma and beta."""
+        dw_gamma = dslope * self.gamma + dintercept * self.beta
+        dgamma = dslope * self.w_gamma + dw_gamma / self.divisor
+        if not self.guarded:
+            dgamma -= (dw_gamma * self.w_gamma).sum() / self.divisor
+        return dgamma, dintercept * self.w_gamma
+
+
+def _cfe(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> _Cfe | None:
+    if weight is None or bias is None:
+        return None
+    gamma, beta = upcast(weight), upcast(bias)
+    if x.dtype == torch.float64:
+        gamma, beta = gamma.double(), beta.double()
+    divisor = gamma.sum()
+    guarded = is_near_zero(divisor.item())
+    if guarded:
+        divisor = away_from_zero(divisor)
+    w_gamma = gamma / divisor
+    return _Cfe(gamma, beta, divisor, guarded, w_gamma, gamma * w_gamma, beta * w_gamma, options)
+
+
+def _forward(x: Tensor, cfe: _Cfe | None, options: CsfeOptions) -> Tensor:
+    """Return y of samples in the dtype of the statistics."""
+    if cfe is None:
+        y = _spatial_gate(x, x.mean((2, 3), keepdim=True), options).mul_(x)
+    else:
+        means = x.mean((2, 3), keepdim=True) if options.with_sfe else None
+        w2, is_open = cfe.gate(cfe.logits(x, means)[1])
+        keep = is_open if means is None else _spatial_gate(x, means, options).add_(is_open)
+        weak = w2.mul_(x)
+        y = torch.addcmul(weak, x, keep, out=is_open)
+        (y_1, y_2), (weak_1, weak_2) = y.chunk(2, 1), weak.chunk(2, 1)
+        y_1.add_(weak_2)
+        y_2.add_(weak_1)
+    return y if options.scale == 1 else y.mul_(options.scale)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, cfe: _Cfe | None, options: CsfeOptions, with_x: bool, with_parameters: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of `x`, and of CFE's slope and intercept, summed over these samples."""
+    if options.scale != 1:
+        dy = dy * options.scale
+    means = x.mean((2, 3), keepdim=True) if options.with_sfe else None
+    dx = keep = dslope = dintercept = None
+    if means is not None and with_x:
+        keep, dx = _spatial_gradient(dy, x, means, options)
+    if cfe is not None:
+        centred, z, mean, inverse_std = cfe.logits(x, means)
+        w2, is_open = cfe.gate(z)
+        dz = _times_both_halves(x, dy)
+        _sigmoid_backward(dz, w2, grad_input=dz)  # where the gate is open, w2 is 0, and so is dz
+        samples, channels, height, width = x.shape
+        sizes = samples, channels, height * width, options.num_groups
+        asked = [with_x, with_parameters, with_parameters]
+        found = _group_norm_backward(dz.view(centred.shape), centred, mean, inverse_std, cfe.slope, *sizes, asked)
+        dcentred, dslope, dintercept = found
+        if with_x:
+            dcentred = dcentred.view(x.shape)
+            dx = dcentred if dx is None else dx.add_(dcentred)
+            (dx_1, dx_2), (dy_1, dy_2), (w2_1, w2_2) = dx.chunk(2, 1), dy.chunk(2, 1), w2.chunk(2, 1)
+            dx_1.addcmul_(dy_2, w2_1)
+            dx_2.addcmul_(dy_1, w2_2)
+            w1 = w2.add_(is_open)
+            keep = w1 if keep is None else keep.add_(w1)
+    if dx is not None and keep is not None:
+        dx.addcmul_(dy, keep)
+    return dx, dslope, dintercept
+
+
+def _times_both_halves(x: Tensor, dy: Tensor) -> Tensor:
+    """Return x times the sum of dy and of dy with its two halves of the channels exchanged."""
+    samples, channels, height, width = x.shape
+    first, second = dy.chunk(2, 1)
+    return (x.view(samples, 2, channels // 2, height, width) * (first + second).unsqueeze(1)).view(x.shape)
+
+
+def _spatial_gate(x: Tensor, means: Tensor, options: CsfeOptions) -> Tensor:
+    """Return the gate of eq. (9)."""
+    beta = x.new_full((), options.beta)
+    if x.is_contiguous():
+        u, normalized, *_, factor = _normalized(x, means, options)
+        score = torch.addcmul(beta, normalized, normalized, value=factor, out=u)
+    else:
+        _, d, divisor = _squares(x, means, options)
+        score = torch.addcdiv(beta, d, divisor, out=d)
+    return score.sigmoid_()
+
+
+def _spatial_gradient(dy: Tensor, x: Tensor, means: Tensor, options: CsfeOptions) -> tuple[Tensor, Tensor]:
+    """Return the gate of eq. (9), and the gradient of x that passes through it."""
+    beta = x.new_full((), options.beta)
+    dscore = dy * x
+    if x.is_contiguous():
+        u, normalized, mean, root, factor = _normalized(x, means, options)
+        gate = torch.addcmul(beta, normalized, normalized, value=factor).sigmoid_()
+        dnormalized = _sigmoid_backward(dscore, gate, grad_input=dscore).mul_(normalized).mul_(2 * factor)
+        samples, channels, height, width = x.shape
+        sizes = samples, channels, height * width, channels
+        return gate, _group_norm_backward(dnormalized, u, mean, root, None, *sizes, [True, False, False])[0]
+    u, d, divisor = _squares(x, means, options)
+    share = d.div_(divisor)
+    gate = (share + beta).sigmoid_()
+    dshare = _sigmoid_backward(dscore, gate, grad_input=dscore)
+    of_variance = share.mul_(dshare).sum((2, 3), keepdim=True)
+    n = x.shape[2] * x.shape[3]
+    du = dshare.sub_(of_variance.mul_(4 / max(n - options.correction, 1))).mul_(u).mul_(2 / divisor)
+    return gate, du.sub_(du.mean((2, 3), keepdim=True))
+
+
+def _normalized(x: Tensor, means: Tensor, options: CsfeOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """Return the score of eq. (8) by a group norm with a group for each channel.
+
+    That is u = x less the means of its channels; u normalised, of which `factor` times the square is the score less
+    beta; and what the gradient needs, the mean of u and its inverse deviation.
+    """
+    samples, channels, height, width = x.shape
+    n = height * width
+    u = x - means
+    unbiased = max(n - options.correction, 1) / n
+    normalized, mean, root = _group_norm(u, None, None, samples, channels, n, channels, options.lambd * unbiased)
+    return u, normalized, mean, root, unbiased / 4
+
+
+def _squares(x: Tensor, means: Tensor, options: CsfeOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the deviations of x from the means of its channels, their squares, and what divides these in eq. (8)."""
+    n = x.shape[2] * x.shape[3]
+    u = x - means
+    u.sub_(u.mean((2, 3), keepdim=True))
+    d = u * u
+    variance = d.sum((2, 3), keepdim=True).div_(max(n - options.correction, 1))
+    return u, d, variance.add_(options.lambd).mul_(4)
