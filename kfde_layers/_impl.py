@@ -68,11 +68,11 @@ def select(impl: Impl | str, unsupported: str | None, auto: Impl = Impl.FUSED) -
     Raises:
         NotImplementedError: impl="fused" cannot run here; the message is `unsupported`.
     """
+    if impl == Impl.AUTO:
+        return auto if unsupported is None else Impl.REFERENCE
     impl = resolve_impl(impl)
     if impl is Impl.FUSED and unsupported is not None:
         raise NotImplementedError(f"impl='fused' cannot run: {unsupported}")
-    if impl is Impl.AUTO:
-        return auto if unsupported is None else Impl.REFERENCE
     return impl
 
 

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor  # of torch.autograd.grad(is_grads_batched=True)
 
-from kfde_layers._impl import transforming
-
+from kfde_layers._impl import tracing, transforming
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -16,7 +15,7 @@ def nobody_looks(*tensors: Tensor | None) -> bool:
     Then nobody can tell an operator from the function that implements it: neither a subclass of `Tensor`, nor a counter
     of operations, nor a tracer.
     """
-    if transforming() or torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]
+    if tracing() or transforming() or torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]
         return False
     for tensor in tensors:  # no generator, which would take half of the time of a call
         if tensor is None:

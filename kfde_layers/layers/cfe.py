@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from kfde_layers._checks import check_dtype, check_int
 from kfde_layers._impl import Impl, resolve_impl
-from kfde_layers.ops.cfe import cfe, cfe_gate, check_cfe, check_cfe_tensors
+from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.ops.cfe import cfe_from_options, cfe_gate, cfe_options, check_cfe_tensors
 from kfde_layers.ops.formats import upcast
 
 
@@ -60,10 +61,10 @@ class CFE(nn.Module):
         self.channels: int = check_int("channels", channels, minimum=1)
         check_dtype("dtype", dtype)
         groups = default_num_groups(self.channels) if num_groups is None else num_groups
-        checked = check_cfe("", self.channels, groups, threshold, eps)
-        self.num_groups: int = checked[0]
-        self.threshold: float = checked[1]
-        self.eps: float = checked[2]
+        self._options = cfe_options("", self.channels, groups, threshold, eps)
+        self.num_groups: int = self._options.num_groups
+        self.threshold: float = self._options.threshold
+        self.eps: float = self._options.eps
         self.impl = resolve_impl(impl).value
         self.weight: nn.Parameter = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
         self.bias: nn.Parameter = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
@@ -80,7 +81,16 @@ class CFE(nn.Module):
         else:
             if isinstance(x, torch.fx.Proxy):
                 return self._recorded(x)
-            return cfe(x, self.weight, self.bias, self.num_groups, self.threshold, self.eps, impl=self.impl)
+            weight, bias = self.weight, self.bias
+            check_cfe_tensors("cfe: ", x, weight, bias)
+            return cfe_from_options(x, weight, bias, self._checked_options(), self.impl)
+
+    def _checked_options(self) -> CsfeOptions:
+        """Return the hyper-parameters; they are checked only if one was set since the last call."""
+        known = self._options
+        if (self.num_groups, self.threshold, self.eps) != (known.num_groups, known.threshold, known.eps):
+            self._options = cfe_options("cfe: ", self.weight.numel(), self.num_groups, self.threshold, self.eps)
+        return self._options
 
     def _recorded(self, x: Tensor) -> Tensor:
         """Compute the same with one operator, which TorchScript and torch.fx record."""

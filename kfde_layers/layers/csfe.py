@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from kfde_layers._impl import Impl, resolve_impl, select
+from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.layers.cfe import CFE
 from kfde_layers.layers.parts import read, watched_everywhere, why_not_plain, why_not_readable
 from kfde_layers.layers.sfe import SFE
-from kfde_layers.ops.csfe import check_csfe, csfe
+from kfde_layers.ops.cfe import check_cfe_tensors
+from kfde_layers.ops.csfe import csfe_from_options, csfe_options
 
 
 class CSFE(nn.Module):
@@ -75,12 +77,13 @@ class CSFE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_csfe("", arrangement, fusion)
         self.arrangement = arrangement
         self.fusion = fusion
         self.impl = resolve_impl(impl).value
         self.cfe: CFE = CFE(channels, num_groups, threshold, eps, impl=impl, device=device, dtype=dtype)
         self.sfe: SFE = SFE(channels, lambd, beta, correction, impl=impl)
+        given = *self._options_of_parts(), arrangement, fusion
+        self._known_options = given, csfe_options("", *given)
 
     def reset_parameters(self) -> None:
         """Set gamma of CFE to one and beta to zero."""
@@ -96,19 +99,21 @@ class CSFE(nn.Module):
             if isinstance(gamma_and_beta, str):
                 select(self.impl, gamma_and_beta)  # refuses impl="fused"
                 return self._call_parts(x)
-            return csfe(
-                x,
-                *gamma_and_beta,
-                num_groups=self.cfe.num_groups,
-                threshold=self.cfe.threshold,
-                lambd=self.sfe.lambd,
-                beta=self.sfe.beta,
-                correction=self.sfe.correction,
-                eps=self.cfe.eps,
-                arrangement=self.arrangement,
-                fusion=self.fusion,
-                impl=self.impl,
-            )
+            check_cfe_tensors("csfe: ", x, *gamma_and_beta)
+            return csfe_from_options(x, *gamma_and_beta, self._options(), self.arrangement, self.impl)
+
+    def _options(self) -> CsfeOptions:
+        """Return the hyper-parameters; they are checked only if one was set since the last call."""
+        given = *self._options_of_parts(), self.arrangement, self.fusion
+        known, options = self._known_options
+        if given != known:
+            options = csfe_options("csfe: ", *given)
+            self._known_options = given, options
+        return options
+
+    def _options_of_parts(self) -> tuple[CsfeOptions, CsfeOptions]:
+        cfe, sfe = cast(CFE, self._modules["cfe"]), cast(SFE, self._modules["sfe"])
+        return cfe._checked_options(), sfe._checked_options()  # pyright: ignore[reportPrivateUsage]
 
     def _recorded(self, x: Tensor) -> Tensor:
         """Compute the same with one operator, or with the parts, which TorchScript and torch.fx record."""

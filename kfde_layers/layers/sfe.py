@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from kfde_layers._checks import check_int
+from kfde_layers._checks import check_int, check_map
 from kfde_layers._impl import Impl, resolve_impl
-from kfde_layers.ops.sfe import check_sfe, sfe
+from kfde_layers.fused.csfe.options import CsfeOptions
+from kfde_layers.ops.sfe import sfe_from_options, sfe_options
 
 
 class SFE(nn.Module):
@@ -53,10 +54,10 @@ class SFE(nn.Module):
         super().__init__()
         if channels is not None:
             check_int("channels", channels, minimum=1)
-        checked = check_sfe("", lambd, beta, correction)
-        self.lambd: float = checked[0]
-        self.beta: float = checked[1]
-        self.correction: int = checked[2]
+        self._options = sfe_options("", lambd, beta, correction)
+        self.lambd: float = self._options.lambd
+        self.beta: float = self._options.beta
+        self.correction: int = self._options.correction
         self.impl = resolve_impl(impl).value
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +66,15 @@ class SFE(nn.Module):
         else:
             if isinstance(x, torch.fx.Proxy):
                 return self._recorded(x)
-            return sfe(x, self.lambd, self.beta, self.correction, impl=self.impl)
+            check_map("sfe: x", x)
+            return sfe_from_options(x, self._checked_options(), self.impl)
+
+    def _checked_options(self) -> CsfeOptions:
+        """Return the hyper-parameters; they are checked only if one was set since the last call."""
+        known = self._options
+        if (self.lambd, self.beta, self.correction) != (known.lambd, known.beta, known.correction):
+            self._options = sfe_options("sfe: ", self.lambd, self.beta, self.correction)
+        return self._options
 
     def _recorded(self, x: Tensor) -> Tensor:
         """Compute the same with one operator, which TorchScript and torch.fx record."""

@@ -71,10 +71,20 @@ def cfe(
         tensor([4.7551, 0.7551])
     """
     check_cfe_tensors("cfe: ", x, weight, bias)
-    num_groups, threshold, eps = check_cfe("cfe: ", x.shape[1], num_groups, threshold, eps)
+    return cfe_from_options(x, weight, bias, cfe_options("cfe: ", x.shape[1], num_groups, threshold, eps), impl)
+
+
+def cfe_options(prefix: str, channels: int, num_groups: int, threshold: float, eps: float) -> CsfeOptions:
+    """Check the hyper-parameters and return them for the implementations; messages begin with `prefix`."""
+    num_groups, threshold, eps = check_cfe(prefix, channels, num_groups, threshold, eps)
+    return CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps)
+
+
+def cfe_from_options(x: Tensor, weight: Tensor, bias: Tensor, options: CsfeOptions, impl: Impl | str) -> Tensor:
+    """Return CFE of checked tensors by checked hyper-parameters."""
     if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl()) is Impl.FUSED:
-        return fused(x, weight, bias, CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps))
-    return as_input(cfe_equations(upcast(x), weight, bias, num_groups, threshold, eps), x)
+        return fused(x, weight, bias, options)
+    return as_input(cfe_equations(upcast(x), weight, bias, options.num_groups, options.threshold, options.eps), x)
 
 
 def check_cfe_tensors(prefix: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -1,6 +1,5 @@
 """Channel-spatial feature enhancement: CFE and SFE as the two branches of one module."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from kfde_layers.fused.csfe.auto import auto_impl
 from kfde_layers.fused.csfe.operator import fused
 from kfde_layers.fused.csfe.options import CsfeOptions
 from kfde_layers.fused.eager import nobody_looks
-from kfde_layers.ops.cfe import cfe_equations, check_cfe, check_cfe_tensors
+from kfde_layers.ops.cfe import cfe_equations, cfe_options, check_cfe_tensors
 from kfde_layers.ops.formats import as_input, upcast
 from kfde_layers.ops.scripting import define_operator
-from kfde_layers.ops.sfe import check_sfe, sfe_equations
+from kfde_layers.ops.sfe import sfe_equations, sfe_options
 
 ARRANGEMENTS = ("parallel", "cfe_sfe", "sfe_cfe")
 FUSIONS = ("sum", "mean")
@@ -83,60 +82,56 @@ def csfe(
         tensor(0.)
     """
     check_cfe_tensors("csfe: ", x, weight, bias)
-    num_groups, threshold, eps = check_cfe("csfe: ", x.shape[1], num_groups, threshold, eps)
-    lambd, beta, correction = check_sfe("csfe: ", lambd, beta, correction)
-    check_csfe("csfe: ", arrangement, fusion)
-    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl()) is Impl.FUSED:
-        if arrangement == "parallel":
-            scale = 0.5 if fusion == "mean" else 1.0
-            options = CsfeOptions(num_groups, threshold, lambd, beta, correction, eps, with_sfe=True, scale=scale)
-            return fused(x, weight, bias, options)
-        cfe_options = CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps)
-        sfe_options = CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True)
-        return _one_after_the_other(x, weight, bias, cfe_options, sfe_options, arrangement)
-
-    def cfe_branch(x: Tensor) -> Tensor:
-        return cfe_equations(x, weight, bias, num_groups, threshold, eps)
-
-    def sfe_branch(x: Tensor) -> Tensor:
-        return sfe_equations(x, lambd, beta, correction)
-
-    return as_input(combine(cfe_branch, sfe_branch, upcast(x), arrangement, fusion), x)
+    of_cfe = cfe_options("csfe: ", x.shape[1], num_groups, threshold, eps)
+    of_sfe = sfe_options("csfe: ", lambd, beta, correction)
+    options = csfe_options("csfe: ", of_cfe, of_sfe, arrangement, fusion)
+    return csfe_from_options(x, weight, bias, options, arrangement, impl)
 
 
-def check_csfe(prefix: str, arrangement: str, fusion: str) -> None:
-    """Refuse an arrangement or a fusion that CSFE does not have; messages begin with `prefix`."""
+def csfe_options(prefix: str, of_cfe: CsfeOptions, of_sfe: CsfeOptions, arrangement: str, fusion: str) -> CsfeOptions:
+    """Check the hyper-parameters and return them for the implementations; messages begin with `prefix`."""
     check_choice(f"{prefix}arrangement", arrangement, ARRANGEMENTS)
     check_choice(f"{prefix}fusion", fusion, FUSIONS)
+    scale = 0.5 if (arrangement, fusion) == ("parallel", "mean") else 1.0
+    num_groups, threshold, eps = of_cfe.num_groups, of_cfe.threshold, of_cfe.eps
+    return of_sfe._replace(num_groups=num_groups, threshold=threshold, eps=eps, scale=scale)
 
 
-def combine(
-    cfe_branch: Callable[[Tensor], Tensor],
-    sfe_branch: Callable[[Tensor], Tensor],
-    x: Tensor,
-    arrangement: str,
-    fusion: str,
+def csfe_from_options(
+    x: Tensor, weight: Tensor, bias: Tensor, options: CsfeOptions, arrangement: str, impl: Impl | str
 ) -> Tensor:
-    """Call the two branches on `x` and on each other, as the arrangement says."""
+    """Return CSFE of checked tensors by checked hyper-parameters."""
+    if select(impl, unsupported(x, lambda: (weight, bias)), auto_impl()) is Impl.FUSED:
+        if arrangement == "parallel":
+            return fused(x, weight, bias, options)
+        return _one_after_the_other(x, weight, bias, options, arrangement)
+
+    def cfe_branch(x: Tensor) -> Tensor:
+        return cfe_equations(x, weight, bias, options.num_groups, options.threshold, options.eps)
+
+    def sfe_branch(x: Tensor) -> Tensor:
+        return sfe_equations(x, options.lambd, options.beta, options.correction)
+
+    h = upcast(x)
     if arrangement == "cfe_sfe":
-        return sfe_branch(cfe_branch(x))
-    if arrangement == "sfe_cfe":
-        return cfe_branch(sfe_branch(x))
-    y = cfe_branch(x) + sfe_branch(x)
-    return y / 2 if fusion == "mean" else y
+        y = sfe_branch(cfe_branch(h))
+    elif arrangement == "sfe_cfe":
+        y = cfe_branch(sfe_branch(h))
+    else:
+        y = options.scale * (cfe_branch(h) + sfe_branch(h))
+    return as_input(y, x)
 
 
-def _one_after_the_other(
-    x: Tensor, weight: Tensor, bias: Tensor, cfe_options: CsfeOptions, sfe_options: CsfeOptions, arrangement: str
-) -> Tensor:
+def _one_after_the_other(x: Tensor, weight: Tensor, bias: Tensor, options: CsfeOptions, arrangement: str) -> Tensor:
+    cfe_options = options._replace(with_sfe=False)
     eager = nobody_looks(x, weight, bias)  # a checkpoint must save the same again, whoever looks then
 
     def chain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         h = upcast(x)
         if arrangement == "cfe_sfe":
-            y = fused(fused(h, weight, bias, cfe_options, eager), None, None, sfe_options, eager)
+            y = fused(fused(h, weight, bias, cfe_options, eager), None, None, options, eager)
         else:
-            y = fused(fused(h, None, None, sfe_options, eager), weight, bias, cfe_options, eager)
+            y = fused(fused(h, None, None, options, eager), weight, bias, cfe_options, eager)
         return as_input(y, x)
 
     if tracing() or transforming() or not torch.is_grad_enabled():  # torch.func cannot look into a checkpoint

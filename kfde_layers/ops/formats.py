@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from kfde_layers._impl import transforming
+from kfde_layers._impl import tracing, transforming
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -22,7 +22,9 @@ def computes_in_its_dtype(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Keep autocast from running convolutions and matrix products in another dtype than that of `x`."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    # A tracer records the region; for a small map it would take longer than a convolution.
+    needed = autocasts(x) or (tracing() and not x.is_meta)
+    return torch.autocast(x.device.type, enabled=False) if needed else nullcontext()
 
 
 def autocasts(x: Tensor) -> bool:

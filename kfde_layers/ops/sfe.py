@@ -52,10 +52,20 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
                   [1.5000, 1.5000]]]])
     """
     check_map("sfe: x", x)
-    lambd, beta, correction = check_sfe("sfe: ", lambd, beta, correction)
+    return sfe_from_options(x, sfe_options("sfe: ", lambd, beta, correction), impl)
+
+
+def sfe_options(prefix: str, lambd: float, beta: float, correction: int) -> CsfeOptions:
+    """Check the hyper-parameters and return them for the implementations; messages begin with `prefix`."""
+    lambd, beta, correction = check_sfe(prefix, lambd, beta, correction)
+    return CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True)
+
+
+def sfe_from_options(x: Tensor, options: CsfeOptions, impl: Impl | str) -> Tensor:
+    """Return SFE of a checked map by checked hyper-parameters."""
     if select(impl, unsupported(x), auto_impl()) is Impl.FUSED:
-        return fused(x, None, None, CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True))
-    return as_input(sfe_equations(upcast(x), lambd, beta, correction), x)
+        return fused(x, None, None, options)
+    return as_input(sfe_equations(upcast(x), options.lambd, options.beta, options.correction), x)
 
 
 def check_sfe(prefix: str, lambd: float, beta: float, correction: int) -> tuple[float, float, int]:

@@ -64,9 +64,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of `x`, and of `weight` and `bias`, that are asked for, and None for the others.
 
-    `dy` has the strides of the dense `x`, and `saved` is what `forward` returns after y. Pass 1 writes the direct gradient of each element and sums the gradients of
-    the moments. Pass 2 adds the gradient that returns through the moments: `u_slope * u + constant`, per channel. The
-    gradients of the parameters need the sums alone.
+    `dy` has the strides of the dense `x`, and `saved` is what `forward` returns after y. Pass 1 writes the direct
+    gradient of each element and sums the gradients of the moments. Pass 2 adds the gradient that returns through the
+    moments: `u_slope * u + constant`, per channel. The gradients of the parameters need the sums alone.
     """
     mean, m2 = saved
     moments = Moments(mean[:, 0], mean[:, 1], m2, x.shape[2] * x.shape[3])

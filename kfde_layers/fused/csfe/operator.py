@@ -184,7 +184,8 @@ class _Eager(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = upstream
         backward = _backward_on_cpu if nobody_looks(dy) else _backward_by_operator  # vmap knows the operator's rule
         return *_gradients(ctx, dy, backward), None
 

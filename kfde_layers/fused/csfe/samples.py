@@ -2,7 +2,7 @@
 
 On a small map a call of PyTorch takes longer than its arithmetic. `native_group_norm` does in one call what takes six
 steps: of a map less its means it returns the logit of eq. (2), if gamma w_gamma and beta w_gamma are its affine
-parameters. It subtracts a mean of its own, and so finds what the rounding of those means has left. """
+parameters. It subtracts a mean of its own, and so finds what the rounding of those means has left."""
 
 import math
 from typing import NamedTuple
@@ -36,7 +36,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Csfe
     """Return y, dense in the memory format of the dense `x`."""
     cfe = _cfe(x, weight, bias, options)
     samples = _samples_at_once(x, _FORWARD_MAPS)
-    if samples >= len(x):
+    if samples == x.shape[0]:
         return _like(x, _forward(_prepared(x, cfe), cfe, options))
     y = torch.empty_like(x)
     for x_part, y_part in zip(x.split(samples), y.split(samples), strict=True):
@@ -76,13 +76,16 @@ def backward(
 
 
 def _samples_at_once(x: Tensor, maps: int) -> int:
-    """Return how many samples fit in the cache with so many maps of each, or a number that divides them more evenly."""
-    fitting = max(1, CACHE // (maps * x[0].numel()))
-    return fitting if fitting >= len(x) else math.ceil(len(x) / math.ceil(len(x) / fitting))
+    """Return in how large parts to take the samples: as many as fit in the cache with so many maps, evenly divided."""
+    samples, elements = x.shape[0], x.numel()
+    if maps * elements <= CACHE:
+        return samples
+    parts = math.ceil(samples / max(1, CACHE * samples // (maps * elements)))
+    return math.ceil(samples / parts)
 
 
 def _prepared(x: Tensor, cfe: "_Cfe | None") -> Tensor:
-    """Return a map in the dtype of the statistics; contiguous for CFE, since group norm is exact and fast only there."""
+    """Return a map in the dtype of the statistics; for CFE contiguous, where group norm is fast and exact."""
     return upcast(x) if cfe is None else upcast(x).contiguous()
 
 
@@ -152,9 +155,8 @@ class _Cfe(NamedTuple):
 def _cfe(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> _Cfe | None:
     if weight is None or bias is None:
         return None
-    gamma, beta = upcast(weight), upcast(bias)
-    if x.dtype == torch.float64:
-        gamma, beta = gamma.double(), beta.double()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gamma, beta = (values if values.dtype == dtype else values.to(dtype) for values in (weight, bias))
     divisor = gamma.sum()
     guarded = is_near_zero(divisor.item())
     if guarded:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kfde_layers._impl import Impl, transforming
-from kfde_layers.fused.mfdf.cpu import SMALL_MAP
-from kfde_layers.fused.mfdf.merging import spacing_and_radii
+from kfde_layers.fused.mfdf.merging import SMALL_MAP, spacing_and_radii
 
 
 def auto_impl(x: Tensor, branch_weights: Sequence[Tensor], dilations: Sequence[int]) -> Impl:

@@ -5,10 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfde_layers.fused.mfdf.asked import Asked
-from kfde_layers.fused.mfdf.merging import convolve_each, merge_kernels, tap_coverage, tap_coverage_backward
+from kfde_layers.fused.mfdf.merging import (
+    SMALL_MAP,
+    convolve_each,
+    merge_kernels,
+    tap_coverage,
+    tap_coverage_backward,
+)
 from kfde_layers.ops.formats import as_input, dense, memory_format, upcast, without_autocast
 
-SMALL_MAP = 256  # positions; up to this many, copying the map costs less than one convolution call per sample
 _CHUNK = 2**19  # elements that stay in the cache between two steps
 
 
@@ -19,6 +24,8 @@ def mean_of_convolution(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
     with without_autocast(x):
         coverage = _in_layout_of(x, tap_coverage(kernel, tap_spacing, *x.shape[2:]))
     samples = max(1, _CHUNK // coverage.numel())
+    if samples >= len(x):
+        return (x * coverage).mean(dim=(2, 3))
     means = [(chunk * coverage).mean(dim=(2, 3)) for chunk in x.split(samples)]
     return torch.cat(means)
 
@@ -79,7 +86,7 @@ def _convolve(x: Tensor, merged_kernels: Tensor, merged_bias: Tensor | None, tap
     """Return each sample convolved by its own kernels, in the memory format of x."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    small = x.shape[2] * x.shape[3] <= SMALL_MAP
+    small = x.shape[2] * x.shape[3] <= SMALL_MAP  # copying it takes less time than a call for each sample
     if x.is_contiguous() or small:  # one call: in contiguous memory the channels of all samples follow each other
         y = convolve_each(x, merged_kernels, merged_bias, tap_spacing)
         return y.contiguous(memory_format=memory_format(x))

@@ -1,12 +1,17 @@
 """MFDF without its branch maps: with depthwise branches, equations (10), (11) and (14) are linear in x."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor
+
+from kfde_layers.fused.eager import nobody_looks
+
+SMALL_MAP = 256  # positions
 
 
 def stack_kernels(weights: Sequence[Tensor], dilations: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, int]:
@@ -37,13 +42,21 @@ def tap_coverage(kernel: Tensor, tap_spacing: int, height: int, width: int) -> T
 
     A position adds the taps that reach it while the kernel's centre is inside the map.
     """
-    rows, columns = (_taps_inside(kernel.shape[-1], tap_spacing, length, kernel) for length in (height, width))
+    size = kernel.shape[-1]
+    if nobody_looks(kernel) and height * width <= SMALL_MAP:
+        inside = _known_taps_inside(size, tap_spacing, height, width, kernel.dtype)
+        return (kernel.flatten(1) @ inside).view(kernel.shape[0], height, width)
+    rows, columns = (_taps_inside(size, tap_spacing, length, kernel) for length in (height, width))
     return ((kernel @ columns).mT @ rows).mT
 
 
 def tap_coverage_backward(dcoverage: Tensor, tap_spacing: int, size: int) -> Tensor:
     """Return the gradient of the kernel of `tap_coverage`: (C, H, W) to (C, k, k)."""
-    rows, columns = (_taps_inside(size, tap_spacing, length, dcoverage) for length in dcoverage.shape[1:])
+    height, width = dcoverage.shape[1:]
+    if nobody_looks(dcoverage) and height * width <= SMALL_MAP:
+        inside = _known_taps_inside(size, tap_spacing, height, width, dcoverage.dtype)
+        return (dcoverage.flatten(1) @ inside.mT).view(dcoverage.shape[0], size, size)
+    rows, columns = (_taps_inside(size, tap_spacing, length, dcoverage) for length in (height, width))
     return ((dcoverage @ columns.mT).mT @ rows.mT).mT
 
 
@@ -55,6 +68,17 @@ def _taps_inside(size: int, tap_spacing: int, length: int, like: Tensor) -> Tens
     distances = tap_spacing * torch.arange(-(size // 2), size // 2 + 1, device=like.device)
     centres = torch.arange(length, device=like.device) - distances[:, None]
     return ((centres >= 0) & (centres < length)).to(like.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_taps_inside(size: int, tap_spacing: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return which taps of a kernel reach which positions of a map: (k k, H W), 0 or 1, on CPU.
+
+    For a small map, to make it takes as long as the convolution.
+    """
+    with torch.inference_mode(False):  # autograd must be able to save the result
+        like = torch.empty(0, dtype=dtype, device="cpu")
+        return torch.kron(*(_taps_inside(size, tap_spacing, length, like) for length in (height, width)))
 
 
 def mean_by_coverage(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
@@ -81,12 +105,14 @@ def merge_kernels(alpha: Tensor, stacked_kernels: Tensor) -> Tensor:
 
 def convolve_each(x: Tensor, merged_kernels: Tensor, merged_bias: Tensor | None, tap_spacing: int) -> Tensor:
     """Return each sample convolved by its own depthwise kernels, (N, C, k, k), plus its own bias, (N, C)."""
+    samples, channels, height, width = x.shape
+    size = merged_kernels.shape[-1]
     y = F.conv2d(
-        rearrange(x, "n c h w -> 1 (n c) h w"),
-        rearrange(merged_kernels, "n c u v -> (n c) 1 u v"),
-        None if merged_bias is None else rearrange(merged_bias, "n c -> (n c)"),
-        padding=tap_spacing * (merged_kernels.shape[-1] // 2),
+        x.reshape(1, samples * channels, height, width),
+        merged_kernels.reshape(samples * channels, 1, size, size),
+        None if merged_bias is None else merged_bias.flatten(),
+        padding=tap_spacing * (size // 2),
         dilation=tap_spacing,
-        groups=x.shape[0] * x.shape[1],
+        groups=samples * channels,
     )
-    return rearrange(y, "1 (n c) h w -> n c h w", n=x.shape[0])
+    return y.view(samples, channels, height, width)

@@ -8,7 +8,7 @@ take the inputs alone.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kfde_layers._impl import transforming
 from kfde_layers.fused.batching import batch_one_by_one, batch_over_samples
+from kfde_layers.fused.eager import needs_gradient, nobody_looks
 from kfde_layers.fused.mfdf import cpu, flops
 from kfde_layers.fused.mfdf.asked import Asked
 from kfde_layers.fused.mfdf.merging import convolve_each, mean_by_coverage, merge_kernels, stack_kernels
@@ -49,12 +50,21 @@ def fused(
 def _mean(x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
     if transforming():
         return apply_transformed(_mean_rules(tap_spacing), x, kernel)
+    if nobody_looks(x, kernel):
+        if needs_gradient(x, kernel):
+            return cast(Tensor, _EagerMean.apply(x, kernel, tap_spacing))
+        return cpu.mean_of_convolution(x, kernel, tap_spacing)
     return mean_of_convolution(x, kernel, tap_spacing)
 
 
 def _convolution(x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int) -> Tensor:
+    tensors = x, alpha, stacked_kernels, merged_bias
     if transforming():
-        return apply_transformed(_merged_rules(tap_spacing), x, alpha, stacked_kernels, merged_bias)
+        return apply_transformed(_merged_rules(tap_spacing), *tensors)
+    if nobody_looks(*tensors):
+        if needs_gradient(*tensors):
+            return cast(Tensor, _EagerConvolution.apply(*tensors, tap_spacing))
+        return cpu.merged_convolution(*tensors, tap_spacing)
     return merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
 
 
@@ -162,7 +172,7 @@ def _fake_merged_backward(
     return fill(x, (gradient if wanted else None for gradient, wanted in zip(gradients, asked, strict=True)))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object = None) -> None:
     *tensors, ctx.tap_spacing = inputs
     ctx.save_for_backward(*tensors)
 
@@ -183,20 +193,52 @@ def _merged_equations(
 
 
 def _mean_gradients(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+    x, kernel = ctx.saved_tensors
     if torch.is_grad_enabled():  # `create_graph=True`: use the differentiable equations
-        return *differentiable_gradients(partial(_mean_equations, ctx.tap_spacing), tensors, dp), None
+        return *differentiable_gradients(partial(_mean_equations, ctx.tap_spacing), (x, kernel), dp), None
     with_x, with_kernel, _ = ctx.needs_input_grad
-    found = torch.ops.kfde.mean_of_convolution_backward(dp, *tensors, ctx.tap_spacing, with_x, with_kernel)
-    return *drop(ctx, found), None
+    backward = (
+        cpu.mean_of_convolution_backward if nobody_looks(dp, x, kernel) else torch.ops.kfde.mean_of_convolution_backward
+    )
+    return *drop(ctx, backward(dp, x, kernel, ctx.tap_spacing, with_x, with_kernel)), None
 
 
 def _merged_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
         return *differentiable_gradients(partial(_merged_equations, ctx.tap_spacing), tensors, dy), None
+    x, alpha, stacked_kernels, _ = tensors
     *asked, _ = ctx.needs_input_grad
-    return *drop(ctx, torch.ops.kfde.merged_convolution_backward(dy, *tensors[:3], ctx.tap_spacing, *asked)), None
+    if nobody_looks(dy, *tensors):
+        found = cpu.merged_convolution_backward(dy, x, alpha, stacked_kernels, ctx.tap_spacing, Asked(*asked))
+    else:
+        backward = torch.ops.kfde.merged_convolution_backward
+        found = backward(dy, x, alpha, stacked_kernels, ctx.tap_spacing, *asked)
+    return *drop(ctx, found), None
+
+
+class _EagerMean(torch.autograd.Function):
+    """The mean of a convolution without its operator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, tap_spacing: int) -> Tensor:
+        _save(ctx, (x, kernel, tap_spacing))
+        return cpu.mean_of_convolution(x, kernel, tap_spacing)
+
+    backward = staticmethod(_mean_gradients)  # pyright: ignore[reportAssignmentType]
+
+
+class _EagerConvolution(torch.autograd.Function):
+    """The convolution by merged kernels without its operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, stacked_kernels: Tensor, merged_bias: Tensor, tap_spacing: int
+    ) -> Tensor:
+        _save(ctx, (x, alpha, stacked_kernels, merged_bias, tap_spacing))
+        return cpu.merged_convolution(x, alpha, stacked_kernels, merged_bias, tap_spacing)
+
+    backward = staticmethod(_merged_gradients)  # pyright: ignore[reportAssignmentType]
 
 
 def _mean_rules(tap_spacing: int) -> Rules:

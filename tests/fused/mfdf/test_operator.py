@@ -85,14 +85,14 @@ def test_fused_refuses_dense_branches():
 
 def test_the_comparison_of_fused_and_reference_can_fail(monkeypatch):
     """An operator with wrong biases must not pass for a right one."""
-    merged_convolution = operator.merged_convolution
+    merged_convolution = operator.cpu.merged_convolution
 
     def wrong_biases(x, alpha, stacked_kernels, bias, tap_spacing):
         return merged_convolution(x, alpha, stacked_kernels, 0.99 * bias, tap_spacing)
 
     x = draw(2, 6, 5, 7, dtype=torch.float32)
     parameters = MfdfParameters.random(6, (1, 3), 6, dtype=torch.float32)
-    monkeypatch.setattr(operator, "merged_convolution", wrong_biases)
+    monkeypatch.setattr(operator.cpu, "merged_convolution", wrong_biases)
     assert relative_error(parameters(x, 1, 6, "fused"), parameters(x, 1, 6, "reference")) > 1e-4
 
 
