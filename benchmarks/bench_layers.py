@@ -36,6 +36,17 @@ SWEEP_CHANNELS = (64, 128, 256, 512, 1024)
 SWEEP_BATCHES = (1, 2, 4, 8, 16, 32)
 SWEPT = {("CSFE", "auto"), ("CSFE", "textbook")}
 
+GRID = [
+    *((batch, channels, 1, 1) for batch, channels in ((1, 32), (64, 320), (1, 2816))),
+    *((batch, channels, 7, 7) for batch, channels in ((1, 320), (1, 768), (64, 64), (8, 2816))),
+    *((batch, channels, 14, 14) for batch, channels in ((2, 64), (1, 96), (8, 384), (1, 1024))),
+    *((batch, channels, 28, 28) for batch, channels in ((1, 32), (64, 32), (8, 192), (1, 512))),
+    *((batch, channels, 56, 56) for batch, channels in ((1, 32), (8, 96), (1, 384))),
+    *((batch, channels, 112, 112) for batch, channels in ((1, 32), (2, 64))),
+    *((batch, channels, 224, 224) for batch, channels in ((1, 32), (1, 96))),
+]
+IN_GRID = {"textbook", "auto", "reference"}
+
 Shape = tuple[int, int, int, int]
 Choice = Callable[[Candidate], bool]
 
@@ -155,22 +166,28 @@ def main() -> None:
     """Run the command."""
     parser = common.parser("bench_layers", __doc__)
     parser.add_argument("--no-compile", action="store_true", help="do not measure compiled modules")
-    parser.add_argument("--sweep", action="store_true", help="measure CSFE over map sizes, channels and batches")
+    suites = parser.add_mutually_exclusive_group()
+    suites.add_argument("--sweep", action="store_true", help="measure CSFE over map sizes, channels and batches")
+    suites.add_argument("--grid", action="store_true", help="measure small and large maps: where is 'auto' wrong?")
     args = parser.parse_args()
-    settings = common.start(args, compiled=not (args.no_compile or args.sweep))
+    suite = "sweep" if args.sweep else "grid" if args.grid else "layers"
+    settings = common.start(args, compiled=suite == "layers" and not args.no_compile)
 
     problems, rows = Problems(), []
-    shapes = sweep_shapes() if args.sweep else SHAPES[args.device]
+    shapes = {"sweep": sweep_shapes(), "grid": GRID, "layers": SHAPES[args.device]}[suite]
     layouts = ["contiguous"] if args.sweep else list(LAYOUTS)
-
-    def chosen(candidate: Candidate) -> bool:
-        return not args.sweep or (candidate.subject, candidate.name) in SWEPT
+    choices: dict[str, Choice] = {
+        "sweep": lambda candidate: (candidate.subject, candidate.name) in SWEPT,
+        "grid": lambda candidate: candidate.name in IN_GRID,
+        "layers": lambda candidate: True,
+    }
+    chosen = choices[suite]
 
     for shape, layout, work in itertools.product([QUICK_SHAPE] if args.quick else shapes, layouts, WORK):
         new_rows = list(measure(shape, layout, work, settings, problems, chosen))
         common.show(new_rows)
         rows += new_rows
-    common.finish("sweep" if args.sweep else "layers", args, settings, rows, problems)
+    common.finish(suite, args, settings, rows, problems)
 
 
 if __name__ == "__main__":

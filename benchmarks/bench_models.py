@@ -23,7 +23,10 @@ from benchmarks.timing import clocks, interleaved
 from kfde_layers.testing import random_tensor
 
 SHAPES = {
-    "cpu": [("atto", (8, 3, 224, 224)), ("tiny", (8, 3, 224, 224))],
+    "cpu": [
+        *(("atto", (8, 3, 224, 224)), ("tiny", (8, 3, 224, 224))),
+        *((size, (1, 3, 224, 224)) for size in ("atto", "femto", "tiny")),
+    ],
     "cuda": [("tiny", (256, 3, 224, 224)), ("tiny", (1, 3, 224, 224))],
 }
 QUICK_SHAPES = [("atto", (2, 3, 64, 64))]

@@ -5,13 +5,14 @@ python -m benchmarks.report benchmarks/results/0.1.0/*.json --output report
 
 import itertools
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.arguments import command_parser
 from benchmarks.schema import Result, Row, best, load
-from benchmarks.targets import verdicts
+from benchmarks.targets import regret, verdicts
 
 MODELS = ("kfde", "backbone", "kfde compiled", "backbone compiled")
 OURS = ("auto", "fused", "reference", "auto compiled", "kfde", "kfde compiled")
@@ -31,7 +32,13 @@ def page(results: Sequence[Result]) -> str:
 
 def section(result: Result) -> list[str]:
     """Write the parts of one result: how it was measured, its summary, its figure and every row."""
-    titles = {"layers": "Layers", "sweep": "Cost of CSFE", "models": "Models"}
+    titles = {
+        "layers": "Layers",
+        "sweep": "Cost of CSFE",
+        "grid": "Small and large maps",
+        "calls": "Cost of a call",
+        "models": "Models",
+    }
     machine, versions = result["machine"], result["versions"]
     libraries = ", ".join(f"{name} {number}" for name, number in versions.items() if number is not None)
     drivers = [f"{name} {machine[name]}" for name in ("driver", "cuda") if machine[name] is not None]
@@ -44,7 +51,17 @@ def section(result: Result) -> list[str]:
     if result["suite"] == "layers":
         parts.append('Time of `impl="auto"` over that of the textbook implementation:')
         parts.append(summary(result["rows"]))
-    if result["suite"] != "models":
+    if result["suite"] == "grid":
+        parts += ['Time of `impl="auto"` over other times, in the median and at its worst:', grid_table(result["rows"])]
+        parts += ["Where it takes longer than the textbook implementation:", losses_table(result["rows"])]
+    if result["suite"] == "calls":
+        parts.append(
+            "Microseconds of a forward pass. Steps: the bare operations of PyTorch. Each of the next columns adds something: "
+            "the choice whether an operator is needed; the choice of the implementation and the checks of the arguments; the "
+            "module; what autograd records. Operator: the steps alone, as an operator of PyTorch."
+        )
+        return [*parts, calls_table(result["rows"])]
+    if result["suite"] in ("layers", "sweep"):
         parts.append(f"![{titles[result['suite']]}, plotted](figures/{stem(result)}.svg)")
     for work, rows in pieces_of_work(result["rows"]):
         parts += [f"**{work}**", models_table(rows) if result["suite"] == "models" else layers_table(rows)]
@@ -92,6 +109,42 @@ def summary(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(itertools.chain.from_iterable(cells.values())))
     lines = [(*key, *(line.get(column, "") for column in columns)) for key, line in sorted(cells.items())]
     return table(("layer", "shape", *columns), lines, 2)
+
+
+def grid_table(rows: Sequence[Row]) -> str:
+    """Write the table of a grid: a line for each layer and work."""
+    lines = []
+    autos = [row for row in rows if row["candidate"] == "auto"]
+    for subject, work in dict.fromkeys((row["subject"], row["work"]) for row in autos):
+        chosen = [row for row in autos if (row["subject"], row["work"]) == (subject, work)]
+        numbers = []
+        for values in (
+            [best(row["over"]["textbook"])["median"] for row in chosen],
+            [regret(row, list(rows)) for row in chosen],
+        ):
+            numbers += [f"{statistics.median(values):.2f}", f"{max(values):.2f}"]
+        lines.append((subject, work, str(len(chosen)), *numbers))
+    header = ("layer", "work", "maps", "/ textbook", "at worst", "/ faster implementation", "at worst")
+    return table(header, lines, 2)
+
+
+def losses_table(rows: Sequence[Row]) -> str:
+    """Write the table of the maps on which "auto" takes longer than the textbook implementation by over 3 %."""
+    lines = [
+        (row["subject"], row["work"], str(tuple(row["shape"])), row["layout"], ratio(row, "textbook"))
+        for row in rows
+        if row["candidate"] == "auto" and best(row["over"]["textbook"])["median"] > 1.03
+    ]
+    return table(("layer", "work", "shape", "layout", "/ textbook"), lines, 4)
+
+
+def calls_table(rows: Sequence[Row]) -> str:
+    """Write the table of the time of a call: a line for each layer."""
+    columns = list(dict.fromkeys(row["candidate"] for row in rows))
+    cells = {(row["subject"], row["candidate"]): f"{1e3 * best(row['ms'])['median']:.1f}" for row in rows}
+    subjects = dict.fromkeys(row["subject"] for row in rows)
+    lines = [(subject, *(cells.get((subject, column), "") for column in columns)) for subject in subjects]
+    return table(("layer", *columns), lines, 1)
 
 
 def pieces_of_work(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -65,7 +65,7 @@ class Versions(TypedDict):
 class Result(TypedDict):
     """One run of one command."""
 
-    suite: Literal["layers", "sweep", "models"]
+    suite: Literal["layers", "sweep", "grid", "calls", "models"]
     date: str
     machine: Machine
     versions: Versions

@@ -26,6 +26,8 @@ class Target(NamedTuple):
     """The bound."""
     at_least: bool = False
     """Whether the bound is a lower one."""
+    suites: tuple[str, ...] = ("layers", "models")
+    """Suites of the results that it applies to."""
 
 
 class Verdict(NamedTuple):
@@ -49,10 +51,14 @@ class Verdict(NamedTuple):
 
 def verdicts(results: Iterable[Result]) -> list[Verdict]:
     """Judge each target of the devices that were measured."""
-    results = [result for result in results if result["suite"] != "sweep"]
+    results = list(results)
     judged = []
     for target in TARGETS:
-        on_device = [result for result in results if result["machine"]["device"] == target.device]
+        on_device = [
+            result
+            for result in results
+            if result["machine"]["device"] == target.device and result["suite"] in target.suites
+        ]
         measured = []
         for result in on_device:
             for row in filter(target.applies_to, result["rows"] if result["dtype"] in target.dtypes else []):
@@ -99,6 +105,14 @@ def speed_over(label: str) -> Measure:
     return lambda row, _: 1 / best(row["over"][label])["median"] if label in row["over"] else None
 
 
+def regret(row: Row, rows: list[Row]) -> float:
+    """Measure the time over that of the faster one of "auto" and the reference on the same work."""
+    keys = ("subject", "shape", "layout", "work")
+    rivals = [rival for rival in rows if all(rival[key] == row[key] for key in keys)]
+    times = [best(rival["ms"])["median"] for rival in rivals if rival["candidate"] in ("auto", "reference")]
+    return best(row["ms"])["median"] / min(times)
+
+
 def peak(row: Row, _: list[Row]) -> float:
     """Measure the peak memory over that of the input."""
     return row["peak_bytes"] / row["input_bytes"]
@@ -119,6 +133,7 @@ def peak_over_backbone(row: Row, rows: list[Row]) -> float | None:
 
 
 BOTH = ("forward", "forward+backward")
+GATES_AND_BRANCHES = ("CFE", "SFE", "CSFE", "MFDF")
 FP32 = ("float32",)
 ANY = ("float32", "bfloat16", "float16")
 COPY, TEXTBOOK, COMPILED = over("copy"), over("textbook"), over("textbook compiled")
@@ -153,13 +168,32 @@ TARGETS = [
             f"{size} {work}, throughput / backbone",
             "cpu",
             FP32,
-            rows(size, work, candidate="kfde"),
+            rows(size, work, candidate="kfde", one_sample=False),
             speed_over("backbone"),
             bound,
             at_least=True,
         )
         for size in ("atto", "tiny")
         for work, bound in (("inference", 0.95), ("training", 0.93))
+    ),
+    *(
+        Target(f"{name} / textbook, any map", "cpu", FP32, rows(name, *BOTH), TEXTBOOK, 1.03, suites=("grid",))
+        for name in GATES_AND_BRANCHES
+    ),
+    *(
+        Target(f"{name} / the faster implementation", "cpu", FP32, rows(name, *BOTH), regret, 1.1, suites=("grid",))
+        for name in GATES_AND_BRANCHES
+    ),
+    *(
+        Target(
+            f"{size} inference of one image, time / backbone",
+            "cpu",
+            FP32,
+            rows(size, "inference", candidate="kfde", one_sample=True),
+            over("backbone"),
+            1.03,
+        )
+        for size in ("atto", "femto", "tiny")
     ),
     Target("CSFE forward / copy", "cuda", ("bfloat16",), rows("CSFE", "forward", **LARGE), COPY, 1.5),
     Target("CSFE forward / copy", "cuda", FP32, rows("CSFE", "forward", **LARGE), COPY, 1.7),

@@ -37,7 +37,8 @@ def test_it_says_what_auto_takes(report):
             *names, impl = choice.replace(",", "").split()
             found.add(impl)
             for name in names:
-                counts = count_operations(lambda layer=LAYERS[name](x.shape[1]), x=x: layer(x))
+                layer = LAYERS[name](x.shape[1])
+                counts = count_operations(lambda layer=layer, x=x: layer(x))
                 fused = counts["aten::native_group_norm"] > 0 or counts["aten::conv2d"] == 1
                 assert ("fused" if fused else "reference") == impl, choice
     assert found == {"fused"}

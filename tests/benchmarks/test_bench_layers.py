@@ -122,6 +122,18 @@ def test_a_sweep_varies_one_thing_alone(monkeypatch, tmp_path):
     assert {row["candidate"] for row in result["rows"]} == {"auto", "textbook", "copy", "sigmoid"}
 
 
+def test_a_grid_has_small_and_large_maps(monkeypatch, tmp_path, capsys):
+    sizes = [set(values) for values in zip(*bench_layers.GRID, strict=True)]
+    assert (min(sizes[0]), max(sizes[0])) == (1, 64)
+    assert max(sizes[1]) == 2816
+    assert (min(sizes[2]), max(sizes[2])) == (1, 224)
+    run(monkeypatch, "--quick", "--grid", "--targets", "--output", tmp_path / "grid.json")
+    result = schema.load(tmp_path / "grid.json")
+    assert result["suite"] == "grid"
+    assert {row["candidate"] for row in result["rows"]} == {"auto", "reference", "textbook", "copy", "sigmoid"}
+    assert "| CFE / the faster implementation |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_wrong_layer_gets_no_number_and_fails_the_run(replace_sfe, monkeypatch, tmp_path, capsys):
     replace_sfe(lambda channels, impl: FaultySFE(channels, output=1.01))

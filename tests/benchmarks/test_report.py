@@ -53,6 +53,22 @@ def test_losses_are_marked(layers, models):
     assert [line.count("loss") for line in printed] == [0, 1, 0, 0, 1, 0]
 
 
+def test_a_grid_says_where_auto_is_wrong(make_row, make_result, make_spread):
+    shapes = [[1, 8, side, side] for side in (1, 2, 3)]
+    rows = [
+        make_row("SFE", candidate, {"textbook": ratio}, shape=shape, ms=[make_spread(ms)])
+        for shape, ratio, auto in zip(shapes, (0.5, 1.02, 1.25), (2.0, 1.0, 1.0), strict=True)
+        for candidate, ms in (("auto", auto), ("reference", 1.5))
+    ]
+    assert lines(report.grid_table(rows)) == [["SFE", "forward", "3", "1.02", "1.25", "1.00", "1.33"]]
+    assert lines(report.losses_table(rows)) == [["SFE", "forward", "(1, 8, 3, 3)", "contiguous", "1.25 loss"]]
+    grid = make_result(*rows, suite="grid")
+    assert "| (1, 8, 3, 3) | contiguous | 1.25 loss |" in report.page([grid])
+    worst = verdict([grid], "SFE / textbook, any map")
+    assert (worst.measured, worst.where, worst.word) == (1.25, "(1, 8, 3, 3) contiguous forward, float32", "MISSED")
+    assert verdict([grid], "SFE / the faster implementation").measured == pytest.approx(4 / 3)
+
+
 def test_only_this_package_can_lose_and_never_to_a_copy(make_row):
     assert report.ratio(make_row("CSFE", "textbook", {"textbook compiled": 3}), "textbook compiled") == "3.00"
     assert report.ratio(make_row("CSFE", "auto compiled", {"textbook compiled": 3}), "textbook compiled") == "3.00 loss"
