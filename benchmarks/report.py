@@ -56,9 +56,9 @@ def section(result: Result) -> list[str]:
         parts += ["Where it takes longer than the textbook implementation:", losses_table(result["rows"])]
     if result["suite"] == "calls":
         parts.append(
-            "Microseconds of a forward pass. Steps: the bare operations of PyTorch. Each of the next columns adds something: "
-            "the choice whether an operator is needed; the choice of the implementation and the checks of the arguments; the "
-            "module; what autograd records. Operator: the steps alone, as an operator of PyTorch."
+            "Microseconds of a forward pass. Steps: the bare operations of PyTorch. Each of the next columns adds "
+            "something: the choice whether an operator is needed; the choice of the implementation and the checks of "
+            "the arguments; the module; what autograd records. Operator: the steps alone, as an operator of PyTorch."
         )
         return [*parts, calls_table(result["rows"])]
     if result["suite"] in ("layers", "sweep"):

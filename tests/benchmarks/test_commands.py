@@ -13,7 +13,7 @@ import benchmarks
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-COMMANDS = ["bench_layers", "bench_models", "gpu_check", "memory", "report"]
+COMMANDS = ["bench_calls", "bench_layers", "bench_models", "gpu_check", "memory", "report"]
 IMPORT_WITHOUT_MATPLOTLIB = """
 import importlib, sys
 sys.modules["matplotlib"] = None  # importing it now raises an ImportError
