@@ -114,7 +114,7 @@ def summary(rows: Sequence[Row]) -> str:
 def grid_table(rows: Sequence[Row]) -> str:
     """Write the table of a grid: a line for each layer and work."""
     lines = []
-    autos = [row for row in rows if row["candidate"] == "auto"]
+    autos = [row for row in rows if row["candidate"] == "auto" and "textbook" in row["over"]]
     for subject, work in dict.fromkeys((row["subject"], row["work"]) for row in autos):
         chosen = [row for row in autos if (row["subject"], row["work"]) == (subject, work)]
         numbers = []
@@ -133,7 +133,7 @@ def losses_table(rows: Sequence[Row]) -> str:
     lines = [
         (row["subject"], row["work"], str(tuple(row["shape"])), row["layout"], ratio(row, "textbook"))
         for row in rows
-        if row["candidate"] == "auto" and best(row["over"]["textbook"])["median"] > 1.03
+        if row["candidate"] == "auto" and "textbook" in row["over"] and best(row["over"]["textbook"])["median"] > 1.03
     ]
     return table(("layer", "work", "shape", "layout", "/ textbook"), lines, 4)
 

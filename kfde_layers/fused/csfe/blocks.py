@@ -1,4 +1,4 @@
-"""CFE, SFE and CSFE on CPU for large maps: vectorised, in-place steps over blocks of the map that stay in the cache.
+"""CFE and CSFE on CPU for large maps: vectorised, in-place steps over blocks of the map that stay in the cache.
 
 The steps are chosen by their cost per element. PyTorch's `where`, `masked_fill` and `var_mean` are not vectorised on
 CPU: each costs as much as tens of multiplications. So the choice in eq. (3) multiplies with a mask of 0 and 1, and the
@@ -22,13 +22,10 @@ _Index = tuple[slice, ...]
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor, options: CsfeOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, with the strides of the dense `x`; mean and mean_low of x as (N, 2, C); and its m2."""
     y = torch.empty_like(x)
-    parts = 1 if weight is None else 2
-    values, results = _parted(x, parts), _parted(y, parts)
+    values, results = _parted(x), _parted(y)
     moments = _moments(values)
     gates = _Gates(moments, weight, bias, options)
     for block, (u, keep, is_open, x_buffer, y_buffer) in _Blocks(values, buffers=5):
@@ -37,14 +34,11 @@ def forward(
         gates.deviations(x_block, block, out=u)
         if options.with_sfe:
             gates.spatial(u, block, out=keep)
-        if weight is None:
-            torch.mul(x_block, keep, out=y_block)
-        else:
-            weak = gates.channel(u, block, is_open, out=u).mul_(x_block)
-            keep = keep.add_(is_open) if options.with_sfe else is_open
-            torch.addcmul(weak, x_block, keep, out=y_block)
-            y_block[:, 0].add_(weak[:, 1])
-            y_block[:, 1].add_(weak[:, 0])
+        weak = gates.channel(u, block, is_open, out=u).mul_(x_block)
+        keep = keep.add_(is_open) if options.with_sfe else is_open
+        torch.addcmul(weak, x_block, keep, out=y_block)
+        y_block[:, 0].add_(weak[:, 1])
+        y_block[:, 1].add_(weak[:, 0])
         if options.scale != 1:
             y_block.mul_(options.scale)
         if y_block is y_buffer:
@@ -55,8 +49,8 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
     saved: tuple[Tensor, Tensor],
     options: CsfeOptions,
     with_x: bool,
@@ -71,15 +65,14 @@ def backward(
     mean, m2 = saved
     moments = Moments(mean[:, 0], mean[:, 1], m2, x.shape[2] * x.shape[3])
     dx = torch.empty_like(x, dtype=m2.dtype) if with_x else None
-    parts = 1 if weight is None else 2
-    values, upstreams = _parted(x, parts), _parted(dy, parts)
-    gradients = None if dx is None else _parted(dx, parts)
+    values, upstreams = _parted(x), _parted(dy)
+    gradients = None if dx is None else _parted(dx)
     gates = _Gates(moments, weight, bias, options)
     blocks = _Blocks(values, buffers=9)  # one more than are used, since the block of dx must stay in the cache too
     sums = _first_pass(values, upstreams, gradients, blocks, gates, options)
     sums = _Sums(*(total.view_as(moments.mean) for total in sums))
     dweight = dbias = None
-    if weight is not None and bias is not None and with_parameters:
+    if with_parameters:
         dweight, dbias = _parameter_gradients(sums, moments, weight, bias, options)
     if dx is None or gradients is None:
         return None, dweight, dbias
@@ -133,45 +126,42 @@ def _first_pass(
             sums.deu[channels].add_(upstream.sum(dim=3, keepdim=True))
             dx_block.add_(upstream, alpha=2)
             sums.deuu[channels].add_(upstream.mul_(u).sum(dim=3, keepdim=True))
-        if gates.with_cfe:
-            gates.channel(u, block, is_open, out=weak)
-            dy_sum = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
-            torch.mul(x_block, dy_sum[:, None], out=upstream)
-            # dz; where the gate is open, weak is 0, and so is dz.
-            _sigmoid_backward(upstream, weak, grad_input=upstream)
-            sums.dz[channels].add_(upstream.sum(dim=3, keepdim=True))
-            if dx_block is not None:
-                keep.add_(weak).add_(is_open)
-                dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
-                dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
-                dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
-            sums.dzu[channels].add_(upstream.mul_(u).sum(dim=3, keepdim=True))
+        gates.channel(u, block, is_open, out=weak)
+        dy_sum = torch.add(dy_block[:, 0], dy_block[:, 1], out=scratch[:, 0])
+        torch.mul(x_block, dy_sum[:, None], out=upstream)
+        # dz; where the gate is open, weak is 0, and so is dz.
+        _sigmoid_backward(upstream, weak, grad_input=upstream)
+        sums.dz[channels].add_(upstream.sum(dim=3, keepdim=True))
+        if dx_block is not None:
+            keep.add_(weak).add_(is_open)
+            dx_block.add_(torch.mul(upstream, gates.slope[channels], out=scratch))
+            dx_block[:, 0].addcmul_(dy_block[:, 1], weak[:, 0])
+            dx_block[:, 1].addcmul_(dy_block[:, 0], weak[:, 1])
+        sums.dzu[channels].add_(upstream.mul_(u).sum(dim=3, keepdim=True))
         if dx_block is not None:
             dx_block.addcmul_(dy_block, keep)
     return sums
 
 
 def _through_moments(
-    sums: _Sums, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions
+    sums: _Sums, moments: Moments, weight: Tensor, bias: Tensor, options: CsfeOptions
 ) -> tuple[Tensor, Tensor]:
     """Return slope and constant of the second pass."""
     n, dtype = moments.n, moments.mean.dtype
-    u_slope, constant = torch.zeros_like(moments.mean), torch.zeros_like(moments.mean)
+    gamma = weight.to(dtype)
+    gate = channel_gate(moments, gamma, bias.to(dtype), options)
+
+    def group_mean(total: Tensor) -> Tensor:
+        """Return the mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
+        grouped = (gamma * gate.w_gamma * total).unflatten(1, (options.num_groups, -1))
+        return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1) / n
+
+    moment_slope = gate.inverse_std.square() * group_mean(_times_normalized(sums, gate))
+    u_slope = -moment_slope
+    constant = -gate.inverse_std * group_mean(sums.dz) - moment_slope * gate.mean_offset
     if options.with_sfe:
         u_slope -= 8 * spatial_root(moments, options).square() * sums.deuu / max(n - options.correction, 1)
         constant -= 2 * sums.deu / n
-    if weight is not None and bias is not None:
-        gamma = weight.to(dtype)
-        gate = channel_gate(moments, gamma, bias.to(dtype), options)
-
-        def group_mean(total: Tensor) -> Tensor:
-            """Return the mean over group and positions of dz gamma w_gamma, or of that times x_hat."""
-            grouped = (gamma * gate.w_gamma * total).unflatten(1, (options.num_groups, -1))
-            return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1) / n
-
-        moment_slope = gate.inverse_std.square() * group_mean(_times_normalized(sums, gate))
-        u_slope -= moment_slope
-        constant -= gate.inverse_std * group_mean(sums.dz) + moment_slope * gate.mean_offset
     return u_slope, constant
 
 
@@ -198,21 +188,18 @@ def _times_normalized(sums: _Sums, gate: ChannelGate) -> Tensor:
 class _Gates:
     """Both gates on blocks of deviations u from the channels' means."""
 
-    def __init__(self, moments: Moments, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> None:
-        self.with_cfe = weight is not None
-        self._parts = 2 if self.with_cfe else 1
+    def __init__(self, moments: Moments, weight: Tensor, bias: Tensor, options: CsfeOptions) -> None:
         self.mean, self.mean_low = self.parted(moments.mean), self.parted(moments.mean_low)
         self.beta = self.mean.new_tensor(options.beta)
         self.logit_threshold = logit(options.threshold)
         if options.with_sfe:
             self.root = self.parted(spatial_root(moments, options))
-        if weight is not None and bias is not None:
-            gate = channel_gate(moments, weight.to(self.mean.dtype), bias.to(self.mean.dtype), options)
-            self.slope, self.intercept = self.parted(gate.slope), self.parted(gate.intercept)
+        gate = channel_gate(moments, weight.to(self.mean.dtype), bias.to(self.mean.dtype), options)
+        self.slope, self.intercept = self.parted(gate.slope), self.parted(gate.intercept)
 
     def parted(self, values: Tensor) -> Tensor:
-        """View (N, C) as (N, parts, C / parts, 1), to be broadcast over the positions."""
-        return values.view(len(values), self._parts, -1, 1)
+        """View (N, C) as (N, 2, C / 2, 1), to be broadcast over the positions."""
+        return values.view(len(values), 2, -1, 1)
 
     def deviations(self, x: Tensor, block: _Index, out: Tensor) -> Tensor:
         """Write u = x - mean to `out`; the two parts of the mean are subtracted one after the other."""
@@ -271,7 +258,7 @@ def _upcast(block: Tensor, buffer: Tensor) -> Tensor:
     return block if block.dtype == buffer.dtype else buffer.copy_(block)
 
 
-def _parted(x: Tensor, parts: int) -> Tensor:
+def _parted(x: Tensor, parts: int = 2) -> Tensor:
     """View (N, C, H, W) as (N, parts, C / parts, H W); CFE exchanges its two halves along dimension 1."""
     return x.flatten(2).unflatten(1, (parts, x.shape[1] // parts))
 
@@ -283,7 +270,7 @@ def _channels(block: _Index) -> _Index:
 
 def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `forward` returns after y."""
-    return _saved(_moments(_parted(x, 1)))
+    return _saved(_moments(_parted(x, parts=1)))  # of SFE, C may be odd
 
 
 def _saved(moments: Moments) -> tuple[Tensor, Tensor]:

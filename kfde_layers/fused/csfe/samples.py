@@ -22,8 +22,8 @@ _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def suits(x: Tensor) -> bool:
-    """Return whether to compute `x` so: whether the maps of a sample stay in the cache.
+def suit(x: Tensor) -> bool:
+    """Return whether a sample and its maps stay in the cache. Others are cut into blocks, which takes more calls.
 
     The batch does not count: a sample must not change its bits, and with them a gate near its threshold, with its
     company.
@@ -35,7 +35,7 @@ def suits(x: Tensor) -> bool:
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> Tensor:
     """Return y, dense in the memory format of the dense `x`."""
     cfe = _cfe(x, weight, bias, options)
-    samples = _samples_at_once(x, _FORWARD_MAPS)
+    samples = x.shape[0] if cfe is None else _samples_at_once(x, _FORWARD_MAPS)
     if samples == x.shape[0]:
         return _like(x, _forward(_prepared(x, cfe), cfe, options))
     y = torch.empty_like(x)
@@ -58,7 +58,7 @@ def backward(
     `dy` has the strides of the dense `x`.
     """
     cfe = _cfe(x, weight, bias, options)
-    samples = _samples_at_once(x, _BACKWARD_MAPS)
+    samples = x.shape[0] if cfe is None else _samples_at_once(x, _BACKWARD_MAPS)
     dx = torch.empty_like(x) if with_x and samples < len(x) else None
     dslope = dintercept = None
     for start in range(0, len(x), samples):
@@ -222,57 +222,38 @@ def _times_both_halves(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def _spatial_gate(x: Tensor, means: Tensor, options: CsfeOptions) -> Tensor:
-    """Return the gate of eq. (9)."""
-    beta = x.new_full((), options.beta)
-    if x.is_contiguous():
-        u, normalized, *_, factor = _normalized(x, means, options)
-        score = torch.addcmul(beta, normalized, normalized, value=factor, out=u)
-    else:
-        _, d, divisor = _squares(x, means, options)
-        score = torch.addcdiv(beta, d, divisor, out=d)
-    return score.sigmoid_()
+    """Return the gate of eq. (9), from x and the means of its channels."""
+    d = _deviations(x, means).square_()
+    return d.div_(_four_variances(d, options)).add_(options.beta).sigmoid_()
 
 
 def _spatial_gradient(dy: Tensor, x: Tensor, means: Tensor, options: CsfeOptions) -> tuple[Tensor, Tensor]:
     """Return the gate of eq. (9), and the gradient of x that passes through it."""
-    beta = x.new_full((), options.beta)
-    dscore = dy * x
-    if x.is_contiguous():
-        u, normalized, mean, root, factor = _normalized(x, means, options)
-        gate = torch.addcmul(beta, normalized, normalized, value=factor).sigmoid_()
-        dnormalized = _sigmoid_backward(dscore, gate, grad_input=dscore).mul_(normalized).mul_(2 * factor)
-        samples, channels, height, width = x.shape
-        sizes = samples, channels, height * width, channels
-        return gate, _group_norm_backward(dnormalized, u, mean, root, None, *sizes, [True, False, False])[0]
-    u, d, divisor = _squares(x, means, options)
-    share = d.div_(divisor)
-    gate = (share + beta).sigmoid_()
-    dshare = _sigmoid_backward(dscore, gate, grad_input=dscore)
-    of_variance = share.mul_(dshare).sum((2, 3), keepdim=True)
-    n = x.shape[2] * x.shape[3]
-    du = dshare.sub_(of_variance.mul_(4 / max(n - options.correction, 1))).mul_(u).mul_(2 / divisor)
+    u = _deviations(x, means)
+    d = u.square()
+    four_variances = _four_variances(d, options)
+    ratio = d.div_(four_variances)  # the score less beta
+    gate = (ratio + options.beta).sigmoid_()
+    dratio = dy * x
+    _sigmoid_backward(dratio, gate, grad_input=dratio)
+    through_variance = ratio.mul_(dratio).sum((2, 3), keepdim=True).mul_(4 / _divisor(x, options))
+    du = dratio.sub_(through_variance).mul_(2 / four_variances).mul_(u)
     return gate, du.sub_(du.mean((2, 3), keepdim=True))
 
 
-def _normalized(x: Tensor, means: Tensor, options: CsfeOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """Return the score of eq. (8) by a group norm with a group for each channel.
+def _deviations(x: Tensor, means: Tensor) -> Tensor:
+    """Return x less the means of its channels.
 
-    That is u = x less the means of its channels; u normalised, of which `factor` times the square is the score less
-    beta; and what the gradient needs, the mean of u and its inverse deviation.
+    The means are rounded, which matters where they are large next to the deviations: their own mean is subtracted too.
     """
-    samples, channels, height, width = x.shape
-    n = height * width
     u = x - means
-    unbiased = max(n - options.correction, 1) / n
-    normalized, mean, root = _group_norm(u, None, None, samples, channels, n, channels, options.lambd * unbiased)
-    return u, normalized, mean, root, unbiased / 4
+    return u.sub_(u.mean((2, 3), keepdim=True))
 
 
-def _squares(x: Tensor, means: Tensor, options: CsfeOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the deviations of x from the means of its channels, their squares, and what divides these in eq. (8)."""
-    n = x.shape[2] * x.shape[3]
-    u = x - means
-    u.sub_(u.mean((2, 3), keepdim=True))
-    d = u * u
-    variance = d.sum((2, 3), keepdim=True).div_(max(n - options.correction, 1))
-    return u, d, variance.add_(options.lambd).mul_(4)
+def _four_variances(d: Tensor, options: CsfeOptions) -> Tensor:
+    """Return the divisor in eq. (8), (N, C, 1, 1), from the squared deviations."""
+    return d.sum((2, 3), keepdim=True).div_(_divisor(d, options)).add_(options.lambd).mul_(4)
+
+
+def _divisor(x: Tensor, options: CsfeOptions) -> int:
+    return max(x.shape[2] * x.shape[3] - options.correction, 1)
