@@ -11,7 +11,7 @@ from kfde_layers.fused.csfe.options import CsfeOptions
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: CsfeOptions) -> tuple[Tensor, ...]:
     """Return y, dense in the memory format of the dense `x`, and what the backward pass needs besides the inputs."""
-    if weight is None or bias is None or samples.suit(x):
+    if weight is None or bias is None or samples.fit_in_cache(x):
         return (samples.forward(x, weight, bias, options),)
     return blocks.forward(x, weight, bias, options)
 
@@ -30,7 +30,7 @@ def backward(
 
     `dy` has the strides of the dense `x`, and `saved` is what `forward` returns after y.
     """
-    if weight is None or bias is None or samples.suit(x):
+    if weight is None or bias is None or samples.fit_in_cache(x):
         return samples.backward(dy, x, weight, bias, options, with_x, with_parameters)
     mean, m2 = saved
     return blocks.backward(dy, x, weight, bias, (mean, m2), options, with_x, with_parameters)

@@ -2,7 +2,8 @@
 
 On a small map a call of PyTorch takes longer than its arithmetic. `native_group_norm` does in one call what takes six
 steps: of a map less its means it returns the logit of eq. (2), if gamma w_gamma and beta w_gamma are its affine
-parameters. It subtracts a mean of its own, and so finds what the rounding of those means has left."""
+parameters. It subtracts a mean of its own, and so finds what the rounding of those means has left.
+"""
 
 import math
 from typing import NamedTuple
@@ -22,7 +23,7 @@ _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def suit(x: Tensor) -> bool:
+def fit_in_cache(x: Tensor) -> bool:
     """Return whether a sample and its maps stay in the cache. Others are cut into blocks, which takes more calls.
 
     The batch does not count: a sample must not change its bits, and with them a gate near its threshold, with its

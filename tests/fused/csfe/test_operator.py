@@ -80,7 +80,7 @@ def test_auto_takes_fused(operation, shape, memory_format):
 @pytest.mark.parametrize(("shape", "few_calls"), [((768, 7, 7), True), ((267, 56, 56), True), ((268, 56, 56), False)])
 @pytest.mark.parametrize("batch", [1, 9])
 def test_the_batch_has_no_part_in_how_it_is_computed(shape, few_calls, batch):
-    assert samples.suit(torch.empty(batch, *shape, device="meta")) == few_calls
+    assert samples.fit_in_cache(torch.empty(batch, *shape, device="meta")) == few_calls
 
 
 def test_many_blocks_lose_nothing(monkeypatch):

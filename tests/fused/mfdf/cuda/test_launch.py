@@ -102,14 +102,24 @@ def test_strips_waste_little_and_occupy_the_machine(shape, layout):
     assert warps >= (2000 if batch > 1 else 200)
 
 
+@pytest.fixture(scope="module")
+def arguments():
+    dy, x = random_tensor(2, 2, 3, 4, device=DEVICE), random_tensor(2, 2, 3, 4, seed=1, device=DEVICE)
+    return dy, x, draw(2, 3, 2, seed=3), draw(3, 2, 3, 3, seed=4), draw(2, 2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def everything(arguments):
+    dy, x, alpha, kernels, dp = arguments
+    merged = launch.launch_merged_backward(dy, x, alpha, kernels, 1, Asked())
+    return merged, launch.launch_mean_backward(dp, x, kernels[0], 1, True, True)
+
+
 @pytest.mark.parametrize("asked", list(product((True, False), repeat=4)), ids=str)
-def test_only_the_gradients_that_are_asked_for(asked):
-    dy, x = random_tensor(2, 6, 5, 7, device=DEVICE), random_tensor(2, 6, 5, 7, seed=1, device=DEVICE)
-    alpha, kernels, dp = draw(2, 3, 6, seed=3), draw(3, 6, 5, 5, seed=4), draw(2, 6, seed=5)
-    everything = launch.launch_merged_backward(dy, x, alpha, kernels, 1, Asked())
-    assert_only(asked, launch.launch_merged_backward(dy, x, alpha, kernels, 1, Asked(*asked)), everything)
-    everything = launch.launch_mean_backward(dp, x, kernels[0], 1, True, True)
-    assert_only(asked[:2], launch.launch_mean_backward(dp, x, kernels[0], 1, *asked[:2]), everything)
+def test_only_the_gradients_that_are_asked_for(asked, arguments, everything):
+    dy, x, alpha, kernels, dp = arguments
+    assert_only(asked, launch.launch_merged_backward(dy, x, alpha, kernels, 1, Asked(*asked)), everything[0])
+    assert_only(asked[:2], launch.launch_mean_backward(dp, x, kernels[0], 1, *asked[:2]), everything[1])
 
 
 def assert_only(asked, some, everything):
