@@ -63,7 +63,7 @@ def section(result: Result) -> list[str]:
         return [*parts, calls_table(result["rows"])]
     if result["suite"] in ("layers", "sweep"):
         parts.append(f"![{titles[result['suite']]}, plotted](figures/{stem(result)}.svg)")
-    for work, rows in pieces_of_work(result["rows"]):
+    for work, rows in [] if result["suite"] == "grid" else pieces_of_work(result["rows"]):
         parts += [f"**{work}**", models_table(rows) if result["suite"] == "models" else layers_table(rows)]
     for heading, lines in (("No number, for a wrong result", "failures"), ("Not run", "skipped")):
         if result[lines]:
