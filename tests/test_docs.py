@@ -229,7 +229,7 @@ def test_the_benchmarks_page_holds_the_committed_figures(site):
     for result in results:
         assert result["machine"]["name"] in page.text
         if result["suite"] in ("grid", "calls"):  # a line for each layer
-            assert {row["subject"] for row in result["rows"]} - {"floor"} <= {cells[0] for cells in page.rows}
+            assert {row["subject"] for row in result["rows"]} - {"floor"} <= {cells[0] for cells in page.rows if cells}
             continue
         baseline = "backbone" if result["suite"] == "models" else "copy"
         for row in result["rows"]:
