@@ -61,10 +61,11 @@ class CFE(nn.Module):
         self.channels: int = check_int("channels", channels, minimum=1)
         check_dtype("dtype", dtype)
         groups = default_num_groups(self.channels) if num_groups is None else num_groups
-        self._options = cfe_options("", self.channels, groups, threshold, eps)
-        self.num_groups: int = self._options.num_groups
-        self.threshold: float = self._options.threshold
-        self.eps: float = self._options.eps
+        options = cfe_options("", self.channels, groups, threshold, eps)
+        self.num_groups: int = options.num_groups
+        self.threshold: float = options.threshold
+        self.eps: float = options.eps
+        self._known_options = (self.channels, self.num_groups, self.threshold, self.eps), options
         self.impl = resolve_impl(impl).value
         self.weight: nn.Parameter = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
         self.bias: nn.Parameter = nn.Parameter(torch.empty(self.channels, device=device, dtype=dtype))
@@ -83,14 +84,16 @@ class CFE(nn.Module):
                 return self._recorded(x)
             weight, bias = self.weight, self.bias
             check_cfe_tensors("cfe: ", x, weight, bias)
-            return cfe_from_options(x, weight, bias, self._checked_options(), self.impl)
+            return cfe_from_options(x, weight, bias, self._checked_options(weight.numel()), self.impl)
 
-    def _checked_options(self) -> CsfeOptions:
-        """Return the hyper-parameters; they are checked only if one was set since the last call."""
-        known = self._options
-        if (self.num_groups, self.threshold, self.eps) != (known.num_groups, known.threshold, known.eps):
-            self._options = cfe_options("cfe: ", self.weight.numel(), self.num_groups, self.threshold, self.eps)
-        return self._options
+    def _checked_options(self, channels: int) -> CsfeOptions:
+        """Return the hyper-parameters; they are checked only if one, or the parameters, changed since the last call."""
+        given = channels, self.num_groups, self.threshold, self.eps
+        known, options = self._known_options
+        if given != known:
+            options = cfe_options("cfe: ", *given)
+            self._known_options = given, options
+        return options
 
     def _recorded(self, x: Tensor) -> Tensor:
         """Compute the same with one operator, which TorchScript and torch.fx record."""

@@ -82,7 +82,7 @@ class CSFE(nn.Module):
         self.impl = resolve_impl(impl).value
         self.cfe: CFE = CFE(channels, num_groups, threshold, eps, impl=impl, device=device, dtype=dtype)
         self.sfe: SFE = SFE(channels, lambd, beta, correction, impl=impl)
-        given = *self._options_of_parts(), arrangement, fusion
+        given = *self._options_of_parts(channels), arrangement, fusion
         self._known_options = given, csfe_options("", *given)
 
     def reset_parameters(self) -> None:
@@ -100,20 +100,22 @@ class CSFE(nn.Module):
                 select(self.impl, gamma_and_beta)  # refuses impl="fused"
                 return self._call_parts(x)
             check_cfe_tensors("csfe: ", x, *gamma_and_beta)
-            return csfe_from_options(x, *gamma_and_beta, self._options(), self.arrangement, self.impl)
+            return csfe_from_options(
+                x, *gamma_and_beta, self._options(gamma_and_beta[0].numel()), self.arrangement, self.impl
+            )
 
-    def _options(self) -> CsfeOptions:
-        """Return the hyper-parameters; they are checked only if one was set since the last call."""
-        given = *self._options_of_parts(), self.arrangement, self.fusion
+    def _options(self, channels: int) -> CsfeOptions:
+        """Return the hyper-parameters; they are checked only if one, or the parameters, changed since the last call."""
+        given = *self._options_of_parts(channels), self.arrangement, self.fusion
         known, options = self._known_options
         if given != known:
             options = csfe_options("csfe: ", *given)
             self._known_options = given, options
         return options
 
-    def _options_of_parts(self) -> tuple[CsfeOptions, CsfeOptions]:
+    def _options_of_parts(self, channels: int) -> tuple[CsfeOptions, CsfeOptions]:
         cfe, sfe = cast(CFE, self._modules["cfe"]), cast(SFE, self._modules["sfe"])
-        return cfe._checked_options(), sfe._checked_options()  # pyright: ignore[reportPrivateUsage]
+        return cfe._checked_options(channels), sfe._checked_options()  # pyright: ignore[reportPrivateUsage]
 
     def _recorded(self, x: Tensor) -> Tensor:
         """Compute the same with one operator, or with the parts, which TorchScript and torch.fx record."""

@@ -74,6 +74,24 @@ def test_a_wrong_value_is_refused_at_every_call(make, name, value, error, messag
             layer(x)
 
 
+@pytest.mark.parametrize("make", [CFE, CSFE])
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [(6, "cfe: num_groups must divide channels = 6, got 8"), (7, "cfe: channels must be even, .* got 7")],
+)
+def test_other_parameters_must_fit_the_groups(make, channels, message):
+    """As after structured pruning, which replaces the parameters of a layer by shorter ones."""
+    layer = make(8)
+    layer(draw(1, 8, 3, 3, dtype=torch.float32))
+    part = getattr(layer, "cfe", layer)
+    part.weight, part.bias = (torch.nn.Parameter(torch.ones(channels)) for _ in range(2))
+    with pytest.raises(ValueError, match=message):
+        layer(draw(1, channels, 3, 3, dtype=torch.float32))
+    part.num_groups = 1
+    if channels % 2 == 0:
+        assert layer(draw(1, channels, 3, 3, dtype=torch.float32)).shape == (1, channels, 3, 3)
+
+
 @each_change
 def test_a_compiled_layer_takes_it_too(make, name, value):
     torch.compiler.reset()
