@@ -65,10 +65,10 @@ def test_pickles_compute_the_same(protocol):
 def test_processes_compute_the_same(method):
     expected = step_all(make_layers())  # so that a forked process inherits a library that has already run
     context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     process = context.Process(target=send_all, args=(queue,))
     process.start()
-    results = queue.get()
+    results = queue.get(timeout=300)  # not for ever, if the process dies
     process.join(60)
     assert process.exitcode == 0
     assert len(results) == len(expected)

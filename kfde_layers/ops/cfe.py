@@ -75,9 +75,14 @@ def cfe(
 
 
 def cfe_options(prefix: str, channels: int, num_groups: int, threshold: float, eps: float) -> CsfeOptions:
-    """Check the hyper-parameters and return them for the implementations; messages begin with `prefix`."""
-    num_groups, threshold, eps = check_cfe(prefix, channels, num_groups, threshold, eps)
-    return CsfeOptions(num_groups=num_groups, threshold=threshold, eps=eps)
+    """Return CFE's hyper-parameters as Python numbers; refuse what it cannot use; messages begin with `prefix`."""
+    if channels % 2:
+        raise ValueError(f"{prefix}channels must be even, since CFE crosses two halves of them, got {channels}")
+    num_groups = check_int(f"{prefix}num_groups", num_groups, minimum=1)
+    if channels % num_groups:
+        raise ValueError(f"{prefix}num_groups must divide channels = {channels}, got {num_groups}")
+    threshold = check_real(f"{prefix}threshold", threshold, above=0, below=1)
+    return CsfeOptions(num_groups=num_groups, threshold=threshold, eps=check_real(f"{prefix}eps", eps, above=0))
 
 
 def cfe_from_options(x: Tensor, weight: Tensor, bias: Tensor, options: CsfeOptions, impl: Impl | str) -> Tensor:
@@ -95,17 +100,6 @@ def check_cfe_tensors(prefix: str, x: Tensor, weight: Tensor, bias: Tensor) -> N
     check_map(f"{prefix}x", x, channels)
     check_device(f"{prefix}weight", weight, x)
     check_device(f"{prefix}bias", bias, x)
-
-
-def check_cfe(prefix: str, channels: int, num_groups: int, threshold: float, eps: float) -> tuple[int, float, float]:
-    """Return CFE's hyper-parameters as Python numbers; refuse what it cannot use; messages begin with `prefix`."""
-    if channels % 2:
-        raise ValueError(f"{prefix}channels must be even, since CFE crosses two halves of them, got {channels}")
-    num_groups = check_int(f"{prefix}num_groups", num_groups, minimum=1)
-    if channels % num_groups:
-        raise ValueError(f"{prefix}num_groups must divide channels = {channels}, got {num_groups}")
-    threshold = check_real(f"{prefix}threshold", threshold, above=0, below=1)
-    return num_groups, threshold, check_real(f"{prefix}eps", eps, above=0)
 
 
 def cfe_gate(

@@ -89,7 +89,7 @@ def csfe(
 
 
 def csfe_options(prefix: str, of_cfe: CsfeOptions, of_sfe: CsfeOptions, arrangement: str, fusion: str) -> CsfeOptions:
-    """Check the hyper-parameters and return them for the implementations; messages begin with `prefix`."""
+    """Return the hyper-parameters of both branches together; refuse an unknown arrangement or fusion."""
     check_choice(f"{prefix}arrangement", arrangement, ARRANGEMENTS)
     check_choice(f"{prefix}fusion", fusion, FUSIONS)
     scale = 0.5 if (arrangement, fusion) == ("parallel", "mean") else 1.0

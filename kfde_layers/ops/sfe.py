@@ -56,8 +56,10 @@ def sfe(x: Tensor, lambd: float = 1e-4, beta: float = 0.5, correction: int = 0, 
 
 
 def sfe_options(prefix: str, lambd: float, beta: float, correction: int) -> CsfeOptions:
-    """Check the hyper-parameters and return them for the implementations; messages begin with `prefix`."""
-    lambd, beta, correction = check_sfe(prefix, lambd, beta, correction)
+    """Return SFE's hyper-parameters as Python numbers; refuse what it cannot use; messages begin with `prefix`."""
+    lambd = check_real(f"{prefix}lambd", lambd, above=0)
+    beta = check_real(f"{prefix}beta", beta)
+    correction = check_int(f"{prefix}correction", correction, minimum=0)
     return CsfeOptions(lambd=lambd, beta=beta, correction=correction, with_sfe=True)
 
 
@@ -66,13 +68,6 @@ def sfe_from_options(x: Tensor, options: CsfeOptions, impl: Impl | str) -> Tenso
     if select(impl, unsupported(x), auto_impl()) is Impl.FUSED:
         return fused(x, None, None, options)
     return as_input(sfe_equations(upcast(x), options.lambd, options.beta, options.correction), x)
-
-
-def check_sfe(prefix: str, lambd: float, beta: float, correction: int) -> tuple[float, float, int]:
-    """Return SFE's hyper-parameters as Python numbers; refuse what it cannot use; messages begin with `prefix`."""
-    lambd = check_real(f"{prefix}lambd", lambd, above=0)
-    beta = check_real(f"{prefix}beta", beta)
-    return lambd, beta, check_int(f"{prefix}correction", correction, minimum=0)
 
 
 def sfe_equations(x: Tensor, lambd: float, beta: float, correction: int) -> Tensor:
